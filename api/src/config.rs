@@ -1,0 +1,248 @@
+//! The configuration of a VM.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::device::{DeviceConfig, Endpoint};
+use crate::host::KindName;
+use crate::units::ByteSize;
+
+/// A VM: what it boots, its processors and memory, its devices, and what happens when it stops.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// What the VM boots.
+    pub kernel: Kernel,
+    /// Its processors.
+    #[serde(default)]
+    pub cpus: Cpus,
+    /// Its memory.
+    #[serde(default)]
+    pub memory: Memory,
+    /// Its kind: plain, or confidential.
+    #[serde(default)]
+    pub kind: Kind,
+    /// Fixed parts of the machine that can be switched on and off.
+    #[serde(default)]
+    pub platform: Platform,
+    /// What happens when the guest resets or panics.
+    #[serde(default)]
+    pub lifecycle: Lifecycle,
+    /// Where the serial port (the guest's ttyS0) leads. Without it: to standard input and output if no console does,
+    /// else nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Endpoint>,
+    /// Its devices, in the order in which the guest finds them.
+    #[serde(default)]
+    pub devices: Vec<DeviceConfig>,
+}
+
+impl VmConfig {
+    /// A VM that boots `kernel`, all else by default.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: Kernel { path: kernel.into(), initramfs: None, cmdline: None },
+            cpus: Cpus::default(),
+            memory: Memory::default(),
+            kind: Kind::default(),
+            platform: Platform::default(),
+            lifecycle: Lifecycle::default(),
+            serial: None,
+            devices: Vec::new(),
+        }
+    }
+}
+
+/// What the VM boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// A Linux kernel: a bzImage (vmlinuz) or an ELF file (vmlinux, or any kernel with a PVH entry).
+    pub path: PathBuf,
+    /// The initial file system, as a cpio archive that the kernel can unpack.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line, at most 2047 bytes. Without it: a `console=` for the serial port, where it leads
+    /// somewhere, and one for the first console, so that the guest's log appears.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+}
+
+/// The VM's processors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cpus {
+    /// How many vCPUs, 1 to 254.
+    #[schemars(range(min = 1, max = 254))]
+    pub count: u32,
+    /// How they are grouped. Without it: one socket with `count` cores of one thread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
+}
+
+impl Default for Cpus {
+    fn default() -> Self {
+        Self { count: 1, topology: None }
+    }
+}
+
+/// How vCPUs are grouped: `sockets` × `cores` × `threads` is the number of vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Topology {
+    /// Processor packages.
+    #[schemars(range(min = 1))]
+    pub sockets: u32,
+    /// Cores in a socket.
+    #[schemars(range(min = 1))]
+    pub cores: u32,
+    /// Threads in a core.
+    #[schemars(range(min = 1))]
+    pub threads: u32,
+}
+
+impl Default for Topology {
+    fn default() -> Self {
+        Self { sockets: 1, cores: 1, threads: 1 }
+    }
+}
+
+/// The VM's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Memory {
+    /// How much the guest has.
+    pub size: ByteSize,
+    /// Take the memory from the host's reserved huge pages (hugetlbfs) of this size.
+    pub hugepages: Hugepages,
+    /// Let the host back the memory with transparent huge pages. Without meaning where `hugepages` is set.
+    pub transparent_huge_pages: bool,
+    /// Populate all memory before the guest starts instead of when it is first touched.
+    pub prefault: bool,
+    /// Memory is a file (memfd) that other processes can map, as vhost-user devices need it; otherwise it is
+    /// anonymous.
+    pub shared: bool,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self {
+            size: ByteSize::mib(512),
+            hugepages: Hugepages::Off,
+            transparent_huge_pages: true,
+            prefault: false,
+            shared: true,
+        }
+    }
+}
+
+/// The size of the host's reserved huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub enum Hugepages {
+    /// Not used.
+    #[default]
+    #[serde(rename = "off")]
+    Off,
+    /// 2 MiB.
+    #[serde(rename = "2M")]
+    Size2M,
+    /// 1 GiB.
+    #[serde(rename = "1G")]
+    Size1G,
+}
+
+impl Hugepages {
+    /// The page size in bytes, where huge pages are used.
+    pub fn bytes(self) -> Option<u64> {
+        match self {
+            Self::Off => None,
+            Self::Size2M => Some(2 << 20),
+            Self::Size1G => Some(1 << 30),
+        }
+    }
+}
+
+/// The VM's kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Kind {
+    /// A plain VM.
+    Standard {},
+    /// An Intel TDX trust domain.
+    Tdx {},
+    /// An AMD SEV-SNP guest.
+    Snp {},
+    /// A VM with private memory but without hardware that keeps it so: for development.
+    SoftwareProtected {},
+}
+
+impl Default for Kind {
+    fn default() -> Self {
+        Self::Standard {}
+    }
+}
+
+impl Kind {
+    /// The kind without its parameters.
+    pub fn name(self) -> KindName {
+        match self {
+            Self::Standard {} => KindName::Standard,
+            Self::Tdx {} => KindName::Tdx,
+            Self::Snp {} => KindName::Snp,
+            Self::SoftwareProtected {} => KindName::SoftwareProtected,
+        }
+    }
+}
+
+/// Fixed parts of the machine that can be switched on and off.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Platform {
+    /// The device with which a Linux guest says that it panicked.
+    pub pvpanic: bool,
+    /// The I/O port 0xf4 with which a test guest ends the run: a byte written there ends the monitor with 64 plus the
+    /// byte's five low bits.
+    pub debug_exit: bool,
+}
+
+impl Default for Platform {
+    fn default() -> Self {
+        Self { pvpanic: true, debug_exit: false }
+    }
+}
+
+/// What happens when the guest stops by itself. Power-off always ends the run, and so does a triple fault.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Lifecycle {
+    /// When the guest resets.
+    pub on_reset: OnReset,
+    /// When the guest's kernel panics and says so through pvpanic.
+    pub on_panic: OnPanic,
+}
+
+/// What happens when the guest resets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReset {
+    /// It boots again.
+    #[default]
+    Restart,
+    /// The run ends, with exit code 3.
+    Exit,
+}
+
+/// What happens when the guest panics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnPanic {
+    /// The run ends, with exit code 4.
+    #[default]
+    Exit,
+    /// It boots again.
+    Restart,
+    /// It is logged, and the guest goes on: to its own reboot or crash dump, or to stand still.
+    Ignore,
+}

@@ -1,0 +1,184 @@
+//! Devices, and the host side of serial ports and consoles.
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::units::MacAddr;
+
+/// A device of the guest. Every device has an `id` by which requests, messages and metrics name it; without one it is
+/// its type and the first free number, as in `disk0`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum DeviceConfig {
+    /// A disk (virtio-blk).
+    Disk(Disk),
+    /// A network card (virtio-net).
+    Net(Net),
+    /// A console or a named serial port (virtio-console).
+    Console(Console),
+    /// A source of random numbers (virtio-rng).
+    Rng(Rng),
+}
+
+impl DeviceConfig {
+    /// The device's id; empty until [`crate::VmConfig::fill_defaults`] has given one.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Disk(Disk { id, .. })
+            | Self::Net(Net { id, .. })
+            | Self::Console(Console { id, .. })
+            | Self::Rng(Rng { id, .. }) => id,
+        }
+    }
+
+    pub(crate) fn id_mut(&mut self) -> &mut String {
+        match self {
+            Self::Disk(Disk { id, .. })
+            | Self::Net(Net { id, .. })
+            | Self::Console(Console { id, .. })
+            | Self::Rng(Rng { id, .. }) => id,
+        }
+    }
+
+    /// The device's `type`, as the configuration writes it.
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::Disk(_) => "disk",
+            Self::Net(_) => "net",
+            Self::Console(_) => "console",
+            Self::Rng(_) => "rng",
+        }
+    }
+}
+
+/// A disk. The file's format is raw, and never guessed from its contents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// The device's id.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// A file or a block device, a multiple of 512 bytes long.
+    pub path: PathBuf,
+    /// The guest cannot write to it. The file is opened for reading only, and several VMs may share it.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Go around the host's page cache (O_DIRECT).
+    #[serde(default)]
+    pub direct: bool,
+    /// The serial number that the guest sees, at most 20 bytes of printable ASCII; without one, the id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 20))]
+    pub serial: Option<String>,
+    /// How many request queues the guest may use, 1 to 254.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 254))]
+    pub queues: u16,
+}
+
+fn one() -> u16 {
+    1
+}
+
+impl Disk {
+    /// A writable disk on `path`, all else by default.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { id: String::new(), path: path.into(), readonly: false, direct: false, serial: None, queues: one() }
+    }
+}
+
+/// A network card on a tap interface of the host, given by name or as an open descriptor.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Net {
+    /// The device's id.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// The name of a tap interface. Either this or `fd` is needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 15))]
+    pub tap: Option<String>,
+    /// An inherited descriptor of a tap interface, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 3))]
+    pub fd: Option<i32>,
+    /// The card's address. Without one a random, locally administered address is taken, another at each start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+    /// The largest packet that the guest is told to send, in bytes without the Ethernet header.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 68))]
+    pub mtu: Option<u16>,
+}
+
+/// A console. Without a name it is one that the guest can use as its own (hvc0, hvc1, … in the order of the
+/// configuration); with a name it is a serial port for programs in the guest (`/dev/virtio-ports/NAME`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Console {
+    /// The device's id.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// The port's name in the guest: 1 to 64 letters, digits, `.`, `_` and `-`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64))]
+    pub name: Option<String>,
+    /// Where it leads on the host.
+    pub endpoint: Endpoint,
+}
+
+/// A source of random numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rng {
+    /// The device's id.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// The host's file that the numbers are read from.
+    #[serde(default = "urandom")]
+    pub source: PathBuf,
+}
+
+fn urandom() -> PathBuf {
+    PathBuf::from("/dev/urandom")
+}
+
+impl Default for Rng {
+    fn default() -> Self {
+        Self { id: String::new(), source: urandom() }
+    }
+}
+
+/// Where a serial port or a console leads on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Endpoint {
+    /// The monitor's standard input and output; a terminal is put into raw mode while the guest runs.
+    Stdio {},
+    /// A file that receives the output: made if missing, appended to if not. There is no input.
+    File {
+        /// The file's path.
+        path: PathBuf,
+    },
+    /// A listening Unix socket, which serves one client at a time.
+    Socket {
+        /// The socket's path, at most 107 bytes.
+        path: PathBuf,
+    },
+    /// A new pseudo-terminal, whose name is logged.
+    Pty {},
+    /// Nowhere: output is dropped, there is no input.
+    Off {},
+}
+
+impl Endpoint {
+    /// The path that it names on the host, where it names one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File { path } | Self::Socket { path } => Some(path),
+            Self::Stdio {} | Self::Pty {} | Self::Off {} => None,
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! The contract between Halyard and those who use it: what a VM is ([`VmConfig`]), what is wrong with one
+//! ([`validate`]), what became of it ([`Outcome`]) and what a host can do ([`HostReport`]).
+//!
+//! One [`VmConfig`] is the configuration file (YAML or JSON), the body of a request and what the command line's
+//! flags fill. Fields are written in `snake_case`, values of choice in `kebab-case`; whatever comes in several types
+//! (a kind, a device, an endpoint) is an object with a `type`. Unknown and repeated fields are refused.
+//!
+//! The way of a configuration: [`parse`] or flags → [`VmConfig::fill_defaults`] → [`validate`] → the machine. The
+//! crate knows nothing of the machine, so that a client can link it alone.
+
+mod config;
+mod defaults;
+mod device;
+mod diagnose;
+mod host;
+mod outcome;
+mod parse;
+mod problem;
+mod schema;
+mod suggest;
+mod tree;
+mod units;
+mod validate;
+
+pub use config::{Cpus, Hugepages, Kernel, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig};
+pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
+pub use host::{Check, HostFacts, HostReport, KindName, KindReport};
+pub use outcome::Outcome;
+pub use parse::{ConfigText, MAX_CONFIG_BYTES, parse};
+pub use problem::{Position, Problem, Problems};
+pub use schema::{SCHEMA_JSON, schema};
+pub use suggest::did_you_mean;
+pub use units::{ByteSize, MacAddr, UnitError};
+pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate};

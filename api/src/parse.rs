@@ -1,0 +1,136 @@
+//! From a file to a configuration.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use crate::config::VmConfig;
+use crate::diagnose::diagnose;
+use crate::problem::{Problem, Problems};
+use crate::tree;
+
+/// The largest configuration that is read, in bytes.
+pub const MAX_CONFIG_BYTES: usize = 1 << 20;
+/// The most problems that are told at once.
+const MAX_PROBLEMS: usize = 50;
+
+/// A configuration's text and where it comes from.
+#[derive(Debug, Clone)]
+pub struct ConfigText {
+    /// The name of its source, as messages give it.
+    name: String,
+    text: String,
+}
+
+impl ConfigText {
+    /// A text that was not read from a file.
+    pub fn new(name: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { name: name.into(), text: text.into() }
+    }
+
+    /// Reads a file, or standard input where `path` is `-`.
+    ///
+    /// # Errors
+    /// A problem that says what is wrong with the file: missing, a directory, not readable, larger than
+    /// [`MAX_CONFIG_BYTES`], not UTF-8.
+    pub fn read(path: &Path) -> Result<Self, Problem> {
+        let stdin = path.as_os_str() == "-";
+        let name = if stdin { "standard input".to_owned() } else { path.display().to_string() };
+        let failed = |error: io::Error| {
+            let remedy = match error.kind() {
+                io::ErrorKind::NotFound => "name a configuration in YAML or JSON",
+                io::ErrorKind::PermissionDenied => "make it readable for this user",
+                io::ErrorKind::IsADirectory => "name a file in it",
+                _ => "",
+            };
+            Problem::new("", format!("{name}: {}", reason(&error)), remedy)
+        };
+        let bytes = if stdin { read_some(io::stdin().lock()) } else { File::open(path).and_then(read_some) };
+        let bytes = bytes.map_err(failed)?;
+        if bytes.len() > MAX_CONFIG_BYTES {
+            let problem = format!("{name}: it is larger than {} KiB", MAX_CONFIG_BYTES >> 10);
+            return Err(Problem::new("", problem, "is it a configuration?"));
+        }
+        match String::from_utf8(bytes) {
+            Ok(text) => Ok(Self { name, text }),
+            Err(error) => {
+                let position = error.utf8_error().valid_up_to();
+                let problem = format!("{name}: it is not text in UTF-8, as byte {position} shows");
+                Err(Problem::new("", problem, "is it a configuration?"))
+            }
+        }
+    }
+
+    /// The configuration.
+    ///
+    /// # Errors
+    /// Every problem of the text: the first place where it is not YAML, or else all unknown, repeated and missing
+    /// fields and all values of a wrong type, and then what [`crate::validate`] finds in the rest on an unlimited host.
+    pub fn parse(&self) -> Result<VmConfig, Problems> {
+        let (tree, mut problems) = tree::read(&self.text);
+        let Some(tree) = tree else {
+            if problems.is_empty() {
+                let remedy = "at least `kernel: {path: …}` is needed";
+                problems.push(Problem::new("", "the configuration is empty", remedy));
+            }
+            return Err(Problems(problems));
+        };
+        match serde_json::from_value(tree.to_json()) {
+            Ok(config) if problems.is_empty() => Ok(config),
+            parsed => {
+                problems.extend(diagnose(&tree, parsed.err()));
+                self.locate(&mut problems);
+                problems.sort_by_key(|problem| problem.position.map(|at| (at.line, at.column)));
+                let more = problems.len().saturating_sub(MAX_PROBLEMS);
+                if more > 0 {
+                    problems.truncate(MAX_PROBLEMS);
+                    problems.push(Problem::new("", format!("and {more} more"), ""));
+                }
+                Err(Problems(problems))
+            }
+        }
+    }
+
+    /// Gives each problem the place of its field in the text, or of the nearest field around it.
+    pub fn locate(&self, problems: &mut [Problem]) {
+        if let (Some(tree), _) = tree::read(&self.text) {
+            for problem in problems.iter_mut().filter(|problem| problem.position.is_none()) {
+                problem.position = Some(tree.locate(&problem.field));
+            }
+        }
+    }
+
+    /// A problem as a line for people: source, line and column, field, what is wrong and what would be right.
+    pub fn describe(&self, problem: &Problem) -> String {
+        match problem.position {
+            Some(at) => format!("{}:{}:{}: {problem}", self.name, at.line, at.column),
+            None => format!("{}: {problem}", self.name),
+        }
+    }
+}
+
+/// Parses a configuration in YAML or JSON.
+///
+/// # Errors
+/// As [`ConfigText::parse`].
+pub fn parse(text: &str) -> Result<VmConfig, Problems> {
+    ConfigText::new("configuration", text).parse()
+}
+
+/// Reads one byte more than is allowed, at the most.
+fn read_some(from: impl Read) -> io::Result<Vec<u8>> {
+    let limit = u64::try_from(MAX_CONFIG_BYTES + 1).unwrap_or(u64::MAX);
+    let mut bytes = Vec::new();
+    from.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// An error of the operating system in plain words.
+fn reason(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no such file".to_owned(),
+        io::ErrorKind::PermissionDenied => "no permission to read it".to_owned(),
+        io::ErrorKind::IsADirectory => "it is a directory".to_owned(),
+        _ => error.to_string(),
+    }
+}

@@ -1,0 +1,415 @@
+//! What is wrong with a configuration, as far as it can be told without opening anything that it names.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::config::{Cpus, Kernel, Memory, VmConfig};
+use crate::device::{Console, DeviceConfig, Disk, Endpoint, Net};
+use crate::host::HostFacts;
+use crate::problem::Problem;
+use crate::units::{ByteSize, shorten};
+
+/// The most vCPUs of a VM: local APIC ids are 8 bits wide (xAPIC), 255 is broadcast and the I/O APIC takes one.
+pub const MAX_VCPUS: u32 = 254;
+/// The least memory of a VM in bytes: the first megabyte, which holds the platform's tables, and a tiny guest.
+pub const MIN_MEMORY: u64 = 2 << 20;
+/// The size of a page in bytes: memory is a multiple of it.
+pub const PAGE_SIZE: u64 = 4096;
+/// The longest kernel command line in bytes: Linux's COMMAND_LINE_SIZE on x86 without the closing NUL.
+pub const MAX_CMDLINE_BYTES: usize = 2047;
+
+/// The longest path of a Unix socket in bytes (`sun_path` without the closing NUL, unix(7)).
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// The longest name of a network interface in bytes (IFNAMSIZ without the closing NUL).
+const MAX_INTERFACE_NAME_BYTES: usize = 15;
+/// The longest id of a device and name of a port in bytes.
+const MAX_NAME_BYTES: usize = 64;
+/// The longest serial number of a disk in bytes (VIRTIO_BLK_ID_BYTES, virtio 1.2 §5.2.6).
+const MAX_DISK_SERIAL_BYTES: usize = 20;
+/// The most queues of a disk: one for each vCPU.
+const MAX_QUEUES: u16 = 254;
+/// The smallest MTU that a network card may advise (virtio 1.2 §5.1.4.1).
+const MIN_MTU: u16 = 68;
+/// The id of the serial port, which is no device.
+const SERIAL_ID: &str = "serial";
+
+/// Every problem of `config` on a host with these abilities. Nothing is opened: whether files exist and may be used is
+/// for the machine to find out.
+pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
+    let mut report = Report::default();
+    kernel(&mut report, &config.kernel);
+    cpus(&mut report, &config.cpus, host);
+    memory(&mut report, &config.memory, host);
+    if !host.kinds.contains(&config.kind.name()) {
+        let known: Vec<&str> = host.kinds.iter().map(|kind| kind.as_str()).collect();
+        report.add(
+            "kind",
+            format!("this host cannot run VMs of the kind «{}»", config.kind.name()),
+            match known.as_slice() {
+                [] => "`halyard probe` says why".to_owned(),
+                _ => format!("it can run: {}; `halyard probe` says why", known.join(", ")),
+            },
+        );
+    }
+    if config.devices.len() > usize::try_from(host.max_devices).unwrap_or(usize::MAX) {
+        report.add(
+            "devices",
+            format!("{} devices are too many", config.devices.len()),
+            format!("a VM has room for {}", host.max_devices),
+        );
+    }
+    if let Some(serial) = &config.serial {
+        endpoint(&mut report, "serial", serial);
+    }
+    for (index, device) in config.devices.iter().enumerate() {
+        let at = format!("devices[{index}]");
+        device_id(&mut report, &at, device.id());
+        match device {
+            DeviceConfig::Disk(it) => disk(&mut report, &at, it),
+            DeviceConfig::Net(it) => net(&mut report, &at, it),
+            DeviceConfig::Console(it) => console(&mut report, &at, it),
+            DeviceConfig::Rng(it) => path(&mut report, &format!("{at}.source"), &it.source),
+        }
+    }
+    conflicts(&mut report, config);
+    report.problems
+}
+
+#[derive(Default)]
+struct Report {
+    problems: Vec<Problem>,
+}
+
+impl Report {
+    fn add(&mut self, field: impl Into<String>, problem: impl Into<String>, remedy: impl Into<String>) {
+        self.problems.push(Problem::new(field, problem, remedy));
+    }
+}
+
+fn kernel(report: &mut Report, kernel: &Kernel) {
+    if kernel.path.as_os_str().is_empty() {
+        report.add("kernel.path", "no kernel is named", "name a bzImage (vmlinuz) or an ELF kernel (vmlinux)");
+    } else {
+        path(report, "kernel.path", &kernel.path);
+    }
+    if let Some(initramfs) = &kernel.initramfs {
+        path(report, "kernel.initramfs", initramfs);
+    }
+    let Some(cmdline) = &kernel.cmdline else { return };
+    if let Some(position) = cmdline.find(|c: char| c.is_control() && c != '\t') {
+        report.add(
+            "kernel.cmdline",
+            format!("it has a control character (a line break or NUL, for example) at byte {position}"),
+            "write it as one line; in YAML, a text folded with `>-` ends without a line break",
+        );
+    }
+    if cmdline.len() > MAX_CMDLINE_BYTES {
+        report.add(
+            "kernel.cmdline",
+            format!("it is {} bytes long", cmdline.len()),
+            format!("the kernel takes at most {MAX_CMDLINE_BYTES}"),
+        );
+    }
+}
+
+fn cpus(report: &mut Report, cpus: &Cpus, host: &HostFacts) {
+    let most = MAX_VCPUS.min(host.max_vcpus);
+    if cpus.count == 0 {
+        report.add("cpus.count", "a VM without vCPUs cannot run", format!("1 to {most} are possible"));
+    } else if cpus.count > most {
+        let whose = if most < MAX_VCPUS { "on this host" } else { "in a VM" };
+        report.add(
+            "cpus.count",
+            format!("{} vCPUs are too many", cpus.count),
+            format!("1 to {most} are possible {whose}"),
+        );
+    }
+    let Some(topology) = cpus.topology else { return };
+    let parts = [("sockets", topology.sockets), ("cores", topology.cores), ("threads", topology.threads)];
+    let zeros = parts.iter().filter(|(_, value)| *value == 0);
+    for (name, _) in zeros.clone() {
+        report.add(format!("cpus.topology.{name}"), format!("0 {name} leave no vCPU"), "at least 1 is needed");
+    }
+    let product: u128 = parts.iter().map(|(_, value)| u128::from(*value)).product();
+    if zeros.count() == 0 && product != u128::from(cpus.count) {
+        report.add(
+            "cpus.topology",
+            format!(
+                "{} sockets × {} cores × {} threads are {product} vCPUs, not {}",
+                topology.sockets, topology.cores, topology.threads, cpus.count
+            ),
+            "the product must be the number of vCPUs",
+        );
+    }
+}
+
+fn memory(report: &mut Report, memory: &Memory, host: &HostFacts) {
+    let field = "memory.size";
+    let size = memory.size.bytes();
+    let (page, what) = match memory.hugepages.bytes() {
+        Some(page) => (page, "huge pages"),
+        None => (PAGE_SIZE, "pages"),
+    };
+    if size == 0 {
+        report.add(
+            field,
+            "a VM without memory cannot run",
+            format!("at least {} are needed", ByteSize::new(MIN_MEMORY)),
+        );
+        return;
+    }
+    if size < MIN_MEMORY {
+        report.add(
+            field,
+            format!("{size} bytes are too little"),
+            format!("at least {} are needed; write 512M for 512 MiB", ByteSize::new(MIN_MEMORY)),
+        );
+    }
+    if !size.is_multiple_of(page) {
+        let below = size - size % page;
+        let near = if below >= MIN_MEMORY { below } else { page.max(MIN_MEMORY) };
+        report.add(
+            field,
+            format!("{} is not a multiple of the {} that {what} have", memory.size, ByteSize::new(page)),
+            format!("{} would be one", ByteSize::new(near)),
+        );
+    }
+    if size > host.max_memory {
+        report.add(
+            field,
+            format!(
+                "{} do not fit into this host's address space for guests ({} bits)",
+                memory.size, host.physical_address_bits
+            ),
+            format!("at most {} fit beside the devices", ByteSize::new(host.max_memory)),
+        );
+    }
+}
+
+fn device_id(report: &mut Report, at: &str, id: &str) {
+    // An empty id has not been given yet.
+    if !id.is_empty() {
+        name(report, &format!("{at}.id"), id);
+    }
+    if id == SERIAL_ID {
+        report.add(format!("{at}.id"), format!("«{SERIAL_ID}» is the serial port's id"), "choose another");
+    }
+}
+
+/// An id or a port's name: it appears in paths, in messages and as a part of URLs.
+fn name(report: &mut Report, field: &str, name: &str) {
+    let fitting = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if name.len() > MAX_NAME_BYTES {
+        report.add(field, format!("it is {} bytes long", name.len()), format!("at most {MAX_NAME_BYTES} are possible"));
+    }
+    if name.is_empty() || !name.chars().all(fitting) || !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        report.add(
+            field,
+            format!("«{}» cannot be a name", shorten(name)),
+            "begin with a letter or a digit and go on with letters, digits, `.`, `_` and `-`",
+        );
+    }
+}
+
+fn path(report: &mut Report, field: &str, path: &Path) {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    if bytes.is_empty() {
+        report.add(field, "the path is empty", "name a file");
+    }
+    if bytes.contains(&0) {
+        report.add(field, "the path has a NUL character in it", "a file's path cannot have one");
+    }
+}
+
+fn disk(report: &mut Report, at: &str, disk: &Disk) {
+    path(report, &format!("{at}.path"), &disk.path);
+    if let Some(serial) = &disk.serial {
+        let field = format!("{at}.serial");
+        if serial.len() > MAX_DISK_SERIAL_BYTES {
+            report.add(
+                &field,
+                format!("it is {} bytes long", serial.len()),
+                format!("at most {MAX_DISK_SERIAL_BYTES} are possible"),
+            );
+        }
+        if !serial.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            report.add(
+                field,
+                format!("«{}» has other than printable ASCII characters", shorten(serial)),
+                "leave them out",
+            );
+        }
+    }
+    if disk.queues == 0 || disk.queues > MAX_QUEUES {
+        report.add(
+            format!("{at}.queues"),
+            format!("{} queues are not possible", disk.queues),
+            format!("1 to {MAX_QUEUES} are"),
+        );
+    }
+}
+
+fn net(report: &mut Report, at: &str, net: &Net) {
+    match (&net.tap, net.fd) {
+        (None, None) => report.add(at, "nothing is named that the network card leads to", "give `tap` or `fd`"),
+        (Some(_), Some(_)) => report.add(at, "both `tap` and `fd` are given", "leave one of them out"),
+        _ => {}
+    }
+    if let Some(tap) = &net.tap {
+        let field = format!("{at}.tap");
+        if tap.is_empty() || matches!(tap.as_str(), "." | "..") {
+            report.add(&field, format!("«{tap}» cannot be an interface's name"), "name a tap interface, as in tap0");
+        }
+        if tap.len() > MAX_INTERFACE_NAME_BYTES {
+            report.add(
+                &field,
+                format!("«{}» is {} bytes long", shorten(tap), tap.len()),
+                format!("an interface's name has at most {MAX_INTERFACE_NAME_BYTES}"),
+            );
+        }
+        if tap.contains(|c: char| matches!(c, '/' | ':' | '%') || c.is_whitespace() || c.is_control()) {
+            report.add(
+                &field,
+                format!("«{}» cannot be an interface's name", shorten(tap)),
+                "leave out `/`, `:`, `%`, blanks and control characters",
+            );
+        }
+    }
+    if let Some(fd) = net.fd.filter(|fd| *fd < 3) {
+        report.add(
+            format!("{at}.fd"),
+            format!("descriptor {fd} cannot be a tap interface"),
+            "0 to 2 are the standard streams; pass another one",
+        );
+    }
+    if let Some(mac) = net.mac {
+        let field = format!("{at}.mac");
+        if mac.is_multicast() {
+            report.add(&field, format!("{mac} is a group's address (multicast)"), "the first byte must be even");
+        } else if mac.bytes() == [0; 6] {
+            report.add(&field, format!("{mac} is nobody's address"), "leave it out for a random one");
+        }
+    }
+    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
+        report.add(format!("{at}.mtu"), format!("{mtu} bytes are too few"), format!("{MIN_MTU} to 65535 are possible"));
+    }
+}
+
+fn console(report: &mut Report, at: &str, console: &Console) {
+    if let Some(port) = &console.name {
+        name(report, &format!("{at}.name"), port);
+    }
+    endpoint(report, &format!("{at}.endpoint"), &console.endpoint);
+}
+
+fn endpoint(report: &mut Report, at: &str, endpoint: &Endpoint) {
+    let field = format!("{at}.path");
+    if let Some(named) = endpoint.path() {
+        path(report, &field, named);
+    }
+    if let Endpoint::Socket { path } = endpoint {
+        let length = path.as_os_str().len();
+        if length > MAX_SOCKET_PATH_BYTES {
+            report.add(
+                field,
+                format!("the socket's path is {length} bytes long"),
+                format!("Linux allows {MAX_SOCKET_PATH_BYTES}: use a shorter directory, or a relative path"),
+            );
+        }
+    }
+}
+
+/// What only one of several may have.
+fn conflicts(report: &mut Report, config: &VmConfig) {
+    let mut ids = Taken::default();
+    let mut taps = Taken::default();
+    let mut descriptors = Taken::default();
+    let mut macs = Taken::default();
+    let mut ports = Taken::default();
+    let mut endpoints = Endpoints::default();
+    let mut disks: HashMap<&Path, (usize, bool)> = HashMap::new();
+    if let Some(serial) = &config.serial {
+        endpoints.take(report, "serial".to_owned(), serial);
+    }
+    for (index, device) in config.devices.iter().enumerate() {
+        let at = format!("devices[{index}]");
+        if !device.id().is_empty() {
+            ids.take(report, format!("{at}.id"), device.id(), "a device's id must be its own");
+        }
+        match device {
+            DeviceConfig::Disk(disk) if !disk.path.as_os_str().is_empty() => {
+                let (first, all_readonly) = disks.entry(&disk.path).or_insert((index, true));
+                *all_readonly &= disk.readonly;
+                if *first != index && !*all_readonly {
+                    report.add(
+                        format!("{at}.path"),
+                        format!("{} is the disk of devices[{first}] already", shorten(&disk.path.to_string_lossy())),
+                        "two disks may share a file only where both are `readonly`",
+                    );
+                }
+            }
+            DeviceConfig::Net(net) => {
+                if let Some(tap) = &net.tap {
+                    taps.take(report, format!("{at}.tap"), tap, "each network card needs a tap interface of its own");
+                }
+                if let Some(fd) = net.fd {
+                    let remedy = "each network card needs a descriptor of its own";
+                    descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
+                }
+                if let Some(mac) = net.mac {
+                    let remedy = "each network card needs an address of its own";
+                    macs.take(report, format!("{at}.mac"), &mac.to_string(), remedy);
+                }
+            }
+            DeviceConfig::Console(console) => {
+                if let Some(port) = &console.name {
+                    ports.take(report, format!("{at}.name"), port, "each port needs a name of its own");
+                }
+                endpoints.take(report, format!("{at}.endpoint"), &console.endpoint);
+            }
+            DeviceConfig::Disk(_) | DeviceConfig::Rng(_) => {}
+        }
+    }
+}
+
+/// Values that are taken, each with the field that took it first.
+#[derive(Default)]
+struct Taken(HashMap<String, String>);
+
+impl Taken {
+    fn take(&mut self, report: &mut Report, field: String, value: &str, remedy: &str) {
+        if let Some(first) = self.0.get(value) {
+            report.add(field, format!("«{}» is taken by {first} already", shorten(value)), remedy);
+        } else {
+            self.0.insert(value.to_owned(), field);
+        }
+    }
+}
+
+/// Endpoints that only one can use: standard input and output, files and sockets.
+#[derive(Default)]
+struct Endpoints {
+    paths: Taken,
+    stdio: Option<String>,
+}
+
+impl Endpoints {
+    fn take(&mut self, report: &mut Report, field: String, endpoint: &Endpoint) {
+        if let Some(path) = endpoint.path() {
+            let remedy = "each needs a file or socket of its own";
+            self.paths.take(report, format!("{field}.path"), &path.to_string_lossy(), remedy);
+        }
+        if *endpoint != (Endpoint::Stdio {}) {
+            return;
+        }
+        if let Some(first) = &self.stdio {
+            report.add(
+                field,
+                format!("standard input and output are used by {first} already"),
+                "choose file, socket, pty or off for one of them",
+            );
+        } else {
+            self.stdio = Some(field);
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Kernels made for the purpose, good and bad, loaded into guest memory.
+
+mod bzimage;
+mod elf;
+mod images;
+mod load;
+mod mutated;

@@ -1,0 +1,18 @@
+//! The x86-64 platform.
+
+pub mod acpi;
+mod boot;
+mod cpuid;
+pub mod layout;
+mod msr;
+mod platform;
+mod topology;
+
+pub use boot::{
+    BootError, BootSource, CmdlineError, InitramfsError, KernelError, LoadedKernel, MemoryError, Protocol,
+    gigabyte_pages, load_kernel,
+};
+pub use cpuid::CpuidTable;
+pub use msr::boot_msrs;
+pub use platform::{HostBridge, Platform};
+pub use topology::{Topology, TopologyError};

@@ -1,0 +1,293 @@
+//! The host's side of serial ports and consoles: the standard streams, a file, a socket, a pseudo-terminal, or
+//! nothing.
+//!
+//! An [`Endpoint`] belongs to the machine and lives across resets of the guest; devices hold an [`EndpointHandle`].
+//! The guest never waits for the host here. Output waits for its reader in a ring of 64 KiB; a device that can hold
+//! its guest back does so when the ring is full ([`EndpointHandle::write`]), one that cannot gives up the oldest
+//! output ([`EndpointHandle::write_over`]). With no reader connected all output is taken, and the last of it is
+//! kept for the next reader. Input is read from the host only as the device takes it.
+
+mod arrivals;
+mod connection;
+mod core;
+pub mod escape;
+mod poller;
+mod ring;
+pub mod terminal;
+#[cfg(test)]
+mod tests;
+
+use std::fs::OpenOptions;
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use self::arrivals::{Arrivals, Listening, Pty};
+use self::connection::Connection;
+use self::core::{Core, Excess, OUTPUT_CAPACITY};
+use self::poller::Source;
+
+pub use self::poller::ConsoleIo;
+
+/// Where an endpoint leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndpointKind {
+    /// Nowhere: output is dropped, and there is no input.
+    Off,
+    /// The process's standard input and output. The terminal's mode is [`terminal::RawTerminal`]'s matter.
+    Stdio,
+    /// A file that output goes to. It is made with mode 0600 where it does not exist. Resets of the guest go on in it.
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// Keep what is there and write after it; else it is emptied first, as by QEMU.
+        append: bool,
+    },
+    /// A Unix stream socket to listen at, only for the monitor's own user. One client is served at a time, and those
+    /// who connect meanwhile wait their turn. A new client is first sent the last output.
+    Socket {
+        /// Where it is made. It is removed at the end.
+        path: PathBuf,
+    },
+    /// A pseudo-terminal in raw mode; see [`Endpoint::path`]. A program that opens it is first sent the last output.
+    Pty,
+}
+
+/// What an endpoint is made with.
+#[derive(Debug)]
+pub struct EndpointOptions {
+    /// Names it in messages.
+    pub name: String,
+    /// Where it leads.
+    pub kind: EndpointKind,
+    /// How much of the last output, in bytes, is kept for a reader who comes later, 64 KiB at most. 0 for a port
+    /// with a protocol of its own.
+    pub history: usize,
+    /// Signalled when `Ctrl-a x` is typed at a terminal. Without it, no key is special.
+    pub quit: Option<EventFd>,
+}
+
+impl EndpointOptions {
+    /// A console of this kind: it keeps 64 KiB of history, and no key is special.
+    pub fn new(name: &str, kind: EndpointKind) -> Self {
+        Self { name: name.to_owned(), kind, history: OUTPUT_CAPACITY, quit: None }
+    }
+}
+
+/// Why an endpoint cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// A file cannot be used.
+    #[error("{name}: file {path}: {source}")]
+    File {
+        /// The endpoint.
+        name: String,
+        /// The file's path.
+        path: String,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// A path names what no output can be kept in.
+    #[error("{name}: {path} is {what}; give the path of a regular file")]
+    FileKind {
+        /// The endpoint.
+        name: String,
+        /// The path.
+        path: String,
+        /// What is there.
+        what: &'static str,
+    },
+    /// A socket cannot be made.
+    #[error("{name}: socket {path}: {source}{hint}")]
+    Socket {
+        /// The endpoint.
+        name: String,
+        /// The socket's path.
+        path: String,
+        /// The operating system's answer.
+        source: io::Error,
+        /// What may help.
+        hint: &'static str,
+    },
+    /// The operating system refused something else.
+    #[error("{name}: {what}: {source}")]
+    Host {
+        /// The endpoint.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+}
+
+/// The host's side of a serial port or console.
+#[derive(Debug)]
+pub struct Endpoint {
+    core: Arc<Core>,
+    path: Option<PathBuf>,
+}
+
+impl Endpoint {
+    /// Makes an endpoint, whose descriptors `io` waits for.
+    ///
+    /// # Errors
+    /// [`EndpointError`] names the endpoint, and what was tried.
+    pub fn open(options: EndpointOptions, io: &ConsoleIo) -> Result<Self, EndpointError> {
+        let EndpointOptions { name, kind, history, quit } = options;
+        let host = |what| {
+            let name = name.clone();
+            move |source| EndpointError::Host { name, what, source }
+        };
+        let history = match kind {
+            EndpointKind::Socket { .. } | EndpointKind::Pty => history,
+            _ => 0,
+        };
+        let core = Arc::new(Core::new(name.clone(), history, quit).map_err(host("events"))?);
+        let register = || {
+            let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&core) as Arc<dyn Source>));
+            io.add(source).map_err(host("console thread"))
+        };
+        let mut pty_path = None;
+        match kind {
+            EndpointKind::Off => {}
+            EndpointKind::Stdio => {
+                let registration = register()?;
+                let connection = Connection::streams(io::stdin().as_fd(), io::stdout().as_fd(), &registration)
+                    .map_err(host("standard streams"))?;
+                let terminal = io::stdin().is_terminal();
+                core.connect(connection, Some(registration), terminal);
+            }
+            EndpointKind::File { path, append } => {
+                core.connect(open_file(&name, &path, append)?, None, false);
+            }
+            EndpointKind::Socket { path } => {
+                let registration = register()?;
+                let listening = Listening::bind(&path, &registration).map_err(|e| socket_error(&name, &path, e))?;
+                core.await_readers(Arrivals::Socket(listening), registration);
+            }
+            EndpointKind::Pty => {
+                let registration = register()?;
+                let (pty, path) = Pty::open(&registration).map_err(host("pseudo-terminal"))?;
+                core.await_readers(Arrivals::Pty(pty), registration);
+                pty_path = Some(path);
+            }
+        }
+        Ok(Self { core, path: pty_path })
+    }
+
+    /// A device's way to this endpoint. Only one device uses it at a time.
+    pub fn handle(&self) -> EndpointHandle {
+        EndpointHandle { core: Arc::clone(&self.core) }
+    }
+
+    /// The path of a pseudo-terminal's other end, for programs to open.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// Waits until the reader has taken all output, but no longer than `timeout`. True where nothing is left. To be
+    /// called before the monitor ends.
+    pub fn drain(&self, timeout: Duration) -> bool {
+        self.core.drain(timeout)
+    }
+
+    /// Bytes of output that no reader got, since it did not read in time.
+    pub fn lost(&self) -> u64 {
+        self.core.lost()
+    }
+}
+
+/// A device's way to an [`Endpoint`].
+#[derive(Debug, Clone)]
+pub struct EndpointHandle {
+    core: Arc<Core>,
+}
+
+impl EndpointHandle {
+    /// Takes output, and tells how much of it: less than all where the reader is slow. The rest is to be given again
+    /// when [`EndpointHandle::writable_event`] is signalled.
+    pub fn write(&self, data: &[u8]) -> usize {
+        self.core.write(data, Excess::Refuse)
+    }
+
+    /// Takes all output, giving up the oldest where the reader is slow: for devices that cannot hold their guest
+    /// back.
+    pub fn write_over(&self, data: &[u8]) {
+        self.core.write(data, Excess::Overwrite);
+    }
+
+    /// Signalled when output is taken again, after [`EndpointHandle::write`] took less than all.
+    pub fn writable_event(&self) -> &EventFd {
+        &self.core.writable_event
+    }
+
+    /// Takes input, as much as there is and as fits.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] where there is none.
+    pub fn read(&self, data: &mut [u8]) -> io::Result<usize> {
+        self.core.read(data)
+    }
+
+    /// Signalled when there is input. Input that came earlier may be there without a signal, so a device reads once
+    /// when it starts, and after it had no room for all.
+    pub fn input_event(&self) -> &EventFd {
+        &self.core.input_event
+    }
+
+    /// Whether a reader is connected. The standard streams and a file always are.
+    pub fn connected(&self) -> bool {
+        self.core.connected()
+    }
+
+    /// Signalled when a reader comes or goes.
+    pub fn connection_event(&self) -> &EventFd {
+        &self.core.connection_event
+    }
+}
+
+fn open_file(name: &str, path: &Path, append: bool) -> Result<Connection, EndpointError> {
+    let error = |source| EndpointError::File { name: name.to_owned(), path: path.display().to_string(), source };
+    if let Ok(metadata) = std::fs::metadata(path) {
+        let kind = metadata.file_type();
+        let what = if kind.is_dir() {
+            Some("a directory")
+        } else if kind.is_fifo() {
+            Some("a FIFO")
+        } else if kind.is_socket() {
+            Some("a socket")
+        } else if kind.is_block_device() {
+            Some("a block device")
+        } else {
+            None
+        };
+        if let Some(what) = what {
+            return Err(EndpointError::FileKind { name: name.to_owned(), path: path.display().to_string(), what });
+        }
+    }
+    let file = OpenOptions::new()
+        .create(true)
+        .append(append)
+        .write(true)
+        .truncate(!append)
+        .mode(0o600)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY)
+        .open(path)
+        .map_err(error)?;
+    Ok(Connection::file(file.into()))
+}
+
+fn socket_error(name: &str, path: &Path, source: io::Error) -> EndpointError {
+    let hint = match source.kind() {
+        io::ErrorKind::AddrInUse => "; another process listens there, or it is no socket",
+        io::ErrorKind::NotFound => "; its directory does not exist",
+        _ => "",
+    };
+    EndpointError::Socket { name: name.to_owned(), path: path.display().to_string(), source, hint }
+}

@@ -1,0 +1,466 @@
+use std::fs;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+use std::thread;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::pty::openpty;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
+use nix::sys::termios::{LocalFlags, tcgetattr};
+use nix::unistd::{Pid, pipe};
+use tempfile::TempDir;
+
+use super::connection::Waiting;
+use super::terminal::RawTerminal;
+use super::*;
+use crate::virtio::testing::{TIMEOUT, wait};
+
+const MIB: usize = 1 << 20;
+
+fn pattern(len: usize) -> Vec<u8> {
+    let mut state = 1_u32;
+    let mut data = Vec::with_capacity(len);
+    for _ in 0..len {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        data.push(state.to_le_bytes()[3]);
+    }
+    data
+}
+
+struct Bench {
+    dir: TempDir,
+    io: ConsoleIo,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self { dir: TempDir::new().unwrap(), io: ConsoleIo::new().unwrap() }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("console")
+    }
+
+    fn open(&self, kind: EndpointKind, history: usize) -> Endpoint {
+        let options = EndpointOptions { history, ..EndpointOptions::new("test", kind) };
+        Endpoint::open(options, &self.io).unwrap()
+    }
+
+    fn socket(&self, history: usize) -> Endpoint {
+        self.open(EndpointKind::Socket { path: self.path() }, history)
+    }
+
+    fn client(&self) -> UnixStream {
+        let client = UnixStream::connect(self.path()).unwrap();
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
+        client
+    }
+}
+
+fn wait_connected(handle: &EndpointHandle, connected: bool) {
+    while handle.connected() != connected {
+        assert!(wait(handle.connection_event(), TIMEOUT), "nobody came or went");
+    }
+}
+
+/// Writes all, as a device that can hold its guest back.
+fn write_all(handle: &EndpointHandle, mut data: &[u8]) {
+    while !data.is_empty() {
+        let taken = handle.write(data);
+        data = &data[taken..];
+        if !data.is_empty() {
+            assert!(wait(handle.writable_event(), TIMEOUT), "no room was made");
+        }
+    }
+}
+
+/// Reads `len` bytes of input, a few at a time, as a device with a small buffer.
+fn read_input(handle: &EndpointHandle, len: usize) -> Vec<u8> {
+    let mut data = Vec::new();
+    let mut piece = [0; 700];
+    while data.len() < len {
+        match handle.read(&mut piece) {
+            Ok(count) => data.extend_from_slice(&piece[..count]),
+            Err(e) => {
+                assert_eq!(e.kind(), io::ErrorKind::WouldBlock);
+                assert!(wait(handle.input_event(), TIMEOUT), "no input after {} bytes", data.len());
+            }
+        }
+    }
+    data
+}
+
+fn read_exact(from: &mut impl Read, len: usize) -> Vec<u8> {
+    let mut data = vec![0; len];
+    from.read_exact(&mut data).unwrap();
+    data
+}
+
+#[test]
+fn a_slow_client_gets_every_byte() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    let mut client = bench.client();
+    wait_connected(&handle, true);
+    let data = pattern(2 * MIB);
+    let reader = thread::spawn(move || read_exact(&mut client, 2 * MIB));
+    write_all(&handle, &data);
+    assert!(endpoint.drain(TIMEOUT));
+    assert!(reader.join().unwrap() == data);
+    assert_eq!(endpoint.lost(), 0);
+}
+
+#[test]
+fn a_mebibyte_of_input_arrives_whole_even_from_one_who_leaves() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    let data = pattern(MIB);
+    let mut client = bench.client();
+    let sent = data.clone();
+    let writer = thread::spawn(move || {
+        client.write_all(&sent).unwrap();
+        // It closes with input still on its way.
+    });
+    assert!(read_input(&handle, MIB) == data);
+    writer.join().unwrap();
+    wait_connected(&handle, false);
+    // The next one is served.
+    let mut client = bench.client();
+    client.write_all(b"next").unwrap();
+    assert_eq!(read_input(&handle, 4), b"next");
+}
+
+#[test]
+fn without_a_client_the_guest_goes_on_and_the_last_output_is_shown_later() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(64 << 10);
+    let handle = endpoint.handle();
+    let data = pattern(300_000);
+    assert_eq!(handle.write(&data), data.len());
+    let mut client = bench.client();
+    assert!(read_exact(&mut client, 64 << 10) == data[data.len() - (64 << 10)..]);
+    wait_connected(&handle, true);
+    write_all(&handle, b"and more");
+    assert_eq!(read_exact(&mut client, 8), b"and more");
+    drop(client);
+    wait_connected(&handle, false);
+    handle.write(b"!");
+    let mut client = bench.client();
+    let shown = read_exact(&mut client, 64 << 10);
+    assert!(shown.ends_with(b"and more!"));
+}
+
+#[test]
+fn a_port_without_history_shows_none() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    handle.write(b"nobody hears this");
+    let mut client = bench.client();
+    wait_connected(&handle, true);
+    handle.write(b"this");
+    assert_eq!(read_exact(&mut client, 4), b"this");
+}
+
+#[test]
+fn a_device_that_cannot_wait_loses_the_oldest() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    let mut client = bench.client();
+    wait_connected(&handle, true);
+    let data = pattern(2 * MIB);
+    for piece in data.chunks(1000) {
+        handle.write_over(piece);
+    }
+    let lost = usize::try_from(endpoint.lost()).unwrap();
+    assert!(lost > 0, "a socket does not take 2 MiB");
+    let got = read_exact(&mut client, 2 * MIB - lost);
+    assert!(got.ends_with(&data[2 * MIB - OUTPUT_CAPACITY..]));
+}
+
+#[test]
+fn clients_are_served_one_after_the_other() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    let mut first = bench.client();
+    wait_connected(&handle, true);
+    let mut second = bench.client();
+    second.write_all(b"second").unwrap();
+    first.write_all(b"first").unwrap();
+    assert_eq!(read_input(&handle, 5), b"first");
+    assert_eq!(handle.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    drop(first);
+    assert_eq!(read_input(&handle, 6), b"second");
+}
+
+#[test]
+fn a_client_that_only_listens_still_gets_output() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    let mut client = bench.client();
+    client.write_all(b"ls\n").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_input(&handle, 3), b"ls\n");
+    let data = pattern(MIB);
+    let reader = thread::spawn(move || read_exact(&mut client, MIB));
+    write_all(&handle, &data);
+    assert!(reader.join().unwrap() == data);
+    wait_connected(&handle, false);
+}
+
+#[test]
+fn a_client_that_dies_amid_output_lets_the_guest_go_on() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    let client = bench.client();
+    wait_connected(&handle, true);
+    let data = pattern(MIB);
+    let taken = handle.write(&data);
+    assert!(taken < MIB);
+    drop(client);
+    assert!(wait(handle.writable_event(), TIMEOUT), "the device was forgotten");
+    write_all(&handle, &data[taken..]);
+    wait_connected(&handle, false);
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    let bench = Bench::new();
+    drop(UnixListener::bind(bench.path()).unwrap());
+    let endpoint = bench.socket(0);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(bench.path()).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let kind = || EndpointKind::Socket { path: bench.path() };
+    let error = Endpoint::open(EndpointOptions::new("serial", kind()), &bench.io).unwrap_err();
+    assert!(error.to_string().contains("another process listens there"), "{error}");
+    drop(endpoint);
+    assert!(!bench.path().exists(), "removed at the end");
+    fs::write(bench.path(), "precious").unwrap();
+    assert!(Endpoint::open(EndpointOptions::new("serial", kind()), &bench.io).is_err());
+    assert_eq!(fs::read(bench.path()).unwrap(), b"precious");
+}
+
+#[test]
+fn a_file_gets_everything_and_is_emptied_or_kept_as_asked() {
+    let bench = Bench::new();
+    let file = |append| EndpointKind::File { path: bench.path(), append };
+    fs::write(bench.path(), "old ").unwrap();
+    let data = pattern(MIB);
+    let endpoint = bench.open(file(true), 0);
+    assert_eq!(endpoint.handle().write(&data), MIB);
+    assert!(fs::read(bench.path()).unwrap() == [b"old ", &data[..]].concat());
+    let endpoint = bench.open(file(false), 0);
+    endpoint.handle().write_over(b"new");
+    assert_eq!(fs::read(bench.path()).unwrap(), b"new");
+    assert_eq!(endpoint.handle().read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    let options = EndpointOptions::new("serial", EndpointKind::File { path: bench.dir.path().into(), append: false });
+    let error = Endpoint::open(options, &bench.io).unwrap_err().to_string();
+    assert!(error.contains("is a directory; give the path of a regular file"), "{error}");
+}
+
+#[test]
+fn nowhere_takes_everything() {
+    let bench = Bench::new();
+    let endpoint = bench.open(EndpointKind::Off, 0);
+    assert_eq!(endpoint.handle().write(&pattern(MIB)), MIB);
+    assert!(!endpoint.handle().connected());
+    assert!(endpoint.drain(TIMEOUT));
+}
+
+fn open_pty(endpoint: &Endpoint) -> fs::File {
+    let path = endpoint.path().unwrap();
+    fs::File::from(open(path, OFlag::O_RDWR | OFlag::O_NOCTTY, Mode::empty()).unwrap())
+}
+
+#[test]
+fn a_pseudo_terminal_serves_those_who_open_it() {
+    let bench = Bench::new();
+    let endpoint = bench.open(EndpointKind::Pty, 1000);
+    let handle = endpoint.handle();
+    // Nobody there: the guest goes on.
+    assert_eq!(handle.write(&pattern(MIB)), MIB);
+    for round in 0..3 {
+        handle.write(b"hello\n");
+        let mut terminal = open_pty(&endpoint);
+        wait_connected(&handle, true);
+        let shown = read_exact(&mut terminal, 1000);
+        assert!(shown.ends_with(b"hello\n"), "round {round}");
+        terminal.write_all(b"ls\r\x03").unwrap();
+        assert_eq!(read_input(&handle, 4), b"ls\r\x03");
+        drop(terminal);
+        wait_connected(&handle, false);
+    }
+}
+
+#[test]
+fn a_pseudo_terminal_carries_a_mebibyte_both_ways() {
+    let bench = Bench::new();
+    let endpoint = bench.open(EndpointKind::Pty, 0);
+    let handle = endpoint.handle();
+    let mut terminal = open_pty(&endpoint);
+    wait_connected(&handle, true);
+    let data = pattern(MIB);
+    let sent = data.clone();
+    let mut writing = terminal.try_clone().unwrap();
+    let writer = thread::spawn(move || writing.write_all(&sent).unwrap());
+    assert!(read_input(&handle, MIB) == data, "input");
+    writer.join().unwrap();
+    let reader = thread::spawn(move || read_exact(&mut terminal, MIB));
+    write_all(&handle, &data);
+    assert!(reader.join().unwrap() == data, "output");
+}
+
+#[test]
+fn a_terminal_is_raw_and_then_as_before() {
+    let pty = openpty(None, None).unwrap();
+    let before = tcgetattr(&pty.slave).unwrap();
+    assert!(before.local_flags.contains(LocalFlags::ICANON | LocalFlags::ECHO));
+    let raw = RawTerminal::enter(&pty.slave).unwrap().expect("a terminal");
+    let now = tcgetattr(&pty.slave).unwrap();
+    assert!(!now.local_flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG));
+    assert_eq!(now.output_flags, before.output_flags);
+    assert!(RawTerminal::enter(&pty.slave).is_err(), "only one at a time");
+    // A panic puts it back, wherever it is.
+    let panicked = thread::spawn(|| panic!("on purpose")).join();
+    assert!(panicked.is_err());
+    assert_eq!(tcgetattr(&pty.slave).unwrap(), before);
+    drop(raw);
+    assert_eq!(tcgetattr(&pty.slave).unwrap(), before);
+    let pipe = pipe().unwrap();
+    assert!(RawTerminal::enter(&pipe.0).unwrap().is_none());
+}
+
+/// Set for a process that this test starts: what it is to do in raw mode.
+const CHILD: &str = "HALYARD_TEST_TERMINAL_CHILD";
+
+#[test]
+fn signals_and_exit_put_the_terminal_back() {
+    if let Ok(what) = std::env::var(CHILD) {
+        let _raw = RawTerminal::enter(&io::stdin()).unwrap().expect("a terminal");
+        println!("raw");
+        if what == "exit" {
+            std::process::exit(3);
+        }
+        loop {
+            thread::park();
+        }
+    }
+    let run = |what: &str| {
+        let pty = openpty(None, None).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "endpoint::tests::signals_and_exit_put_the_terminal_back", "--nocapture"])
+            .env(CHILD, what)
+            .stdin(Stdio::from(pty.slave.try_clone().unwrap()))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = io::BufRead::lines(io::BufReader::new(child.stdout.take().unwrap()));
+        assert!(lines.any(|line| line.unwrap().contains("raw")), "the child did not get so far");
+        (pty, child)
+    };
+    let is_cooked = |slave: &OwnedFd| tcgetattr(slave).unwrap().local_flags.contains(LocalFlags::ICANON);
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGABRT] {
+        let (pty, mut child) = run("wait");
+        assert!(!is_cooked(&pty.slave), "raw before {signal}");
+        kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(signal as i32));
+        assert!(is_cooked(&pty.slave), "after {signal}");
+    }
+    let (pty, mut child) = run("exit");
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert!(is_cooked(&pty.slave), "after exit");
+}
+
+/// An endpoint on other streams than this process's own.
+fn streams(bench: &Bench, input: (OwnedFd, Waiting), output: (OwnedFd, Waiting), quit: Option<EventFd>) -> Endpoint {
+    let core = Arc::new(Core::new("streams".into(), 0, quit).unwrap());
+    let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&core) as Arc<dyn Source>));
+    let registration = bench.io.add(source).unwrap();
+    let with_escape = nix::unistd::isatty(&input.0).unwrap();
+    let connection = if input.1 == Waiting::WhenReady {
+        Connection::split(input, output, &registration)
+    } else {
+        Connection::streams(input.0.as_fd(), output.0.as_fd(), &registration).unwrap()
+    };
+    core.connect(connection, Some(registration), with_escape);
+    Endpoint { core, path: None }
+}
+
+#[test]
+fn pipes_carry_everything_and_an_end_of_input_ends_only_that() {
+    for mode in [Waiting::Never, Waiting::WhenReady] {
+        let bench = Bench::new();
+        let (input, to_guest) = pipe().unwrap();
+        let (from_guest, output) = pipe().unwrap();
+        let endpoint = streams(&bench, (input, mode), (output, mode), None);
+        let handle = endpoint.handle();
+        // Ctrl-a is nothing special in a pipe.
+        let data = [b"\x01x\x01h".to_vec(), pattern(MIB)].concat();
+        let sent = data.clone();
+        let writer = thread::spawn(move || fs::File::from(to_guest).write_all(&sent).unwrap());
+        assert!(read_input(&handle, data.len()) == data);
+        writer.join().unwrap();
+        // A pipe that nobody reads stops the device, not the monitor.
+        let taken = handle.write(&data);
+        assert!(taken < data.len() && taken >= OUTPUT_CAPACITY, "{taken}");
+        assert!(!endpoint.drain(Duration::from_millis(1)));
+        let mut reader = fs::File::from(from_guest);
+        let expected = data.len();
+        let reader = thread::spawn(move || read_exact(&mut reader, expected));
+        write_all(&handle, &data[taken..]);
+        assert!(endpoint.drain(TIMEOUT));
+        assert!(reader.join().unwrap() == data);
+        assert_eq!(endpoint.lost(), 0);
+        // Nobody will read any more: all is taken, and lost.
+        write_all(&handle, &data);
+    }
+}
+
+#[test]
+fn a_terminal_has_commands_and_its_sharers_notice_nothing() {
+    let bench = Bench::new();
+    let pty = openpty(None, None).unwrap();
+    let _raw = nix::sys::termios::tcgetattr(&pty.slave).map(|mut modes| {
+        nix::sys::termios::cfmakeraw(&mut modes);
+        nix::sys::termios::tcsetattr(&pty.slave, nix::sys::termios::SetArg::TCSANOW, &modes).unwrap();
+    });
+    let quit = EventFd::new(0).unwrap();
+    let slave = || pty.slave.try_clone().unwrap();
+    let endpoint =
+        streams(&bench, (slave(), Waiting::Never), (slave(), Waiting::Never), Some(quit.try_clone().unwrap()));
+    let handle = endpoint.handle();
+    let flags = OFlag::from_bits_retain(fcntl(&pty.slave, FcntlArg::F_GETFL).unwrap());
+    assert!(!flags.contains(OFlag::O_NONBLOCK), "the shell's terminal was made non-blocking");
+    let mut keyboard = fs::File::from(pty.master);
+    keyboard.write_all(b"a\x01hb\x01\x01").unwrap();
+    assert_eq!(read_input(&handle, 3), b"ab\x01");
+    assert_eq!(read_exact(&mut keyboard, escape::HELP.len()), escape::HELP.as_bytes());
+    handle.write_over(b"login: ");
+    assert_eq!(read_exact(&mut keyboard, 7), b"login: ");
+    // A guest that does not read its input does not keep its user from leaving.
+    keyboard.write_all(b"some input\x01x").unwrap();
+    assert!(wait(&quit, TIMEOUT), "Ctrl-a x was not noticed");
+}
+
+#[test]
+fn a_file_as_input_is_read_to_its_end() {
+    let bench = Bench::new();
+    let data = pattern(100_000);
+    fs::write(bench.path(), &data).unwrap();
+    let (_reader, output) = pipe().unwrap();
+    let input = fs::File::open(bench.path()).unwrap();
+    let endpoint = streams(&bench, (input.into(), Waiting::Never), (output, Waiting::Never), None);
+    assert!(read_input(&endpoint.handle(), data.len()) == data);
+}

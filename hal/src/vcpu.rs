@@ -1,0 +1,133 @@
+//! A virtual processor: how it starts, runs, exits and is interrupted.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::state::{Msr, Registers, SystemRegisters, VcpuState};
+use crate::{CpuidEntry, GpaRange, Result, Visibility};
+
+/// A vCPU's number within its VM, counted from 0. It is also its initial local APIC id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VcpuId(pub u8);
+
+/// A virtual processor. It belongs to the thread that runs it; others reach it through [`Kick`] only.
+pub trait Vcpu: Send {
+    /// Runs the guest until something ends the run. Exits that need an answer are calls on `host` meanwhile.
+    ///
+    /// # Errors
+    /// [`crate::Error::System`] where the hypervisor cannot run the vCPU at all.
+    fn run(&mut self, host: &dyn ExitHandler) -> Result<Exit>;
+
+    /// A handle with which any thread, or a signal handler, makes [`Vcpu::run`] return [`Exit::Kicked`].
+    fn kick(&self) -> Kick;
+
+    /// Puts the vCPU at its first instruction. If it has run, everything that the guest did to it is undone first,
+    /// except that its time stamp counter goes on; its CPUID leaves cannot be others then.
+    ///
+    /// # Errors
+    /// [`crate::Error::System`] or [`crate::Error::State`] where the hypervisor refuses a part of the state, which
+    /// the message names.
+    fn reset(&mut self, at: &ResetState) -> Result<()>;
+
+    /// The vCPU's saved state, where its kind lets the monitor see it.
+    fn state(&mut self) -> Option<&mut dyn VcpuState>;
+}
+
+/// What a vCPU is before its first instruction.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ResetState {
+    /// The CPUID leaves that the guest sees on this vCPU.
+    pub cpuid: Vec<CpuidEntry>,
+    /// Model-specific registers set after CPUID.
+    pub msrs: Vec<Msr>,
+    /// Where the boot processor begins; `None` for a vCPU that waits for another to start it (INIT-SIPI-SIPI).
+    pub entry: Option<BootRegisters>,
+}
+
+/// Registers of the boot processor at its entry point. They are taken as they are: nothing is kept of what the
+/// hypervisor would set, the APIC base included (0xfee00900 for an enabled local APIC of a boot processor).
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct BootRegisters {
+    /// General registers.
+    pub regs: Registers,
+    /// Segments, control registers and tables.
+    pub sregs: SystemRegisters,
+}
+
+/// What ended a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// [`Kick::kick`] was called. The instruction whose exit was answered last is complete. Several kicks may end
+    /// one run; a kick that comes after it ends the next.
+    Kicked,
+    /// The guest asked the hypervisor itself for a reset.
+    Reset,
+    /// The guest shut the processor down: a triple fault.
+    Shutdown,
+    /// The hypervisor cannot go on with this vCPU.
+    Crash(CrashInfo),
+    /// A breakpoint or single step that the monitor armed.
+    Debug,
+    /// A confidential guest touched memory whose visibility must change first.
+    MemoryFault {
+        /// What it touched.
+        range: GpaRange,
+        /// What it expected.
+        want: Visibility,
+    },
+}
+
+/// Why the hypervisor cannot go on with a vCPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CrashInfo {
+    /// The hypervisor's words and codes.
+    pub reason: String,
+    /// The instruction pointer, where it can be read.
+    pub rip: Option<u64>,
+}
+
+impl fmt::Display for CrashInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.rip {
+            Some(rip) => write!(f, "{} at instruction pointer {rip:#x}", self.reason),
+            None => f.write_str(&self.reason),
+        }
+    }
+}
+
+/// Answers the exits that need an answer. Called on the vCPU's own thread. `data` is little-endian, 1, 2, 4 or 8
+/// bytes long; an address that no device claims reads as all ones.
+pub trait ExitHandler {
+    /// The guest reads an I/O port.
+    fn pio_read(&self, port: u16, data: &mut [u8]);
+    /// The guest writes an I/O port.
+    fn pio_write(&self, port: u16, data: &[u8]);
+    /// The guest reads an address without memory.
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]);
+    /// The guest writes an address without memory.
+    fn mmio_write(&self, gpa: u64, data: &[u8]);
+    /// The guest ended a level-triggered interrupt with this vector.
+    fn end_of_interrupt(&self, vector: u8);
+}
+
+/// Makes a running vCPU return. Cloning is cheap; [`Kick::kick`] is async-signal-safe.
+#[derive(Clone)]
+pub struct Kick(Arc<dyn KickTarget>);
+
+impl Kick {
+    /// A handle on a backend's target.
+    pub fn new(target: Arc<dyn KickTarget>) -> Self {
+        Self(target)
+    }
+
+    /// Makes the vCPU's current run, or its next one, return [`Exit::Kicked`].
+    pub fn kick(&self) {
+        self.0.kick();
+    }
+}
+
+/// A backend's side of [`Kick`].
+pub trait KickTarget: Send + Sync {
+    /// See [`Kick::kick`].
+    fn kick(&self);
+}

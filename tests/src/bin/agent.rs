@@ -1,0 +1,197 @@
+//! The agent's executable: started in a lab host, in a guest, or beside the harness.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use halyard_tests::agent::serve;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
+use nix::unistd::Pid;
+
+const USAGE: &str = "usage: agent socket              serve the socket on standard input
+       agent lab                 serve the lab's port, and keep KVM in use
+       agent guest               serve the guest's port, and act on the power button
+       agent guard PROGRAM ARG…  run a program, and kill it when standard input ends";
+
+/// Name of the virtio-console port that leads to the harness.
+const PORT: &str = "org.halyard.agent";
+/// Word of the kernel's command line that names the device of a port without a name.
+const WORD: &str = "halyard.agent=";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments.as_slice() {
+        ["socket"] => socket().map(|()| ExitCode::SUCCESS),
+        ["lab"] => lab().map(|()| ExitCode::SUCCESS),
+        ["guest"] => guest().map(|()| ExitCode::SUCCESS),
+        ["guard", program, arguments @ ..] => guard(program, arguments),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("agent: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Serves the socket that is standard input.
+fn socket() -> Result<()> {
+    let stdin = io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
+    let reader = File::from(stdin);
+    let writer = reader.try_clone().context("standard input")?;
+    serve(reader, writer).context("the harness's socket")
+}
+
+/// Serves a lab host's port until the harness is gone.
+fn lab() -> Result<()> {
+    // Said in the console's log only: a host without KVM can still run commands.
+    let held = hold_kvm().inspect_err(|error| eprintln!("agent: KVM is not held: {error:#}"));
+    let (reader, writer) = open_port(&find_port()?.context("no port of the name org.halyard.agent")?)?;
+    serve(reader, writer).context("the harness's port")?;
+    drop(held);
+    Ok(())
+}
+
+/// Creates two virtual machines that never run, one with an interrupt controller and one without.
+///
+/// KVM turns code of its own on and off (static branches) when the first machine of a kind comes and the last goes.
+/// Software emulation with several processors does not survive code that is patched while another processor runs it
+/// ("Oops: int3"); with these two held, nothing is ever the first or the last.
+fn hold_kvm() -> Result<Vec<(VmFd, VcpuFd)>> {
+    let kvm = Kvm::new().context("/dev/kvm")?;
+    let mut held = Vec::new();
+    for interrupt_controller in [true, false] {
+        let vm = kvm.create_vm().context("creating a virtual machine")?;
+        if interrupt_controller {
+            vm.create_irq_chip().context("creating its interrupt controller")?;
+        }
+        let vcpu = vm.create_vcpu(0).context("creating its processor")?;
+        held.push((vm, vcpu));
+    }
+    Ok(held)
+}
+
+/// Serves a guest's port for ever, one session after the other; the power button powers off.
+fn guest() -> Result<()> {
+    thread::spawn(|| {
+        if let Err(error) = watch_power_button() {
+            eprintln!("agent: the power button is not watched: {error:#}");
+        }
+    });
+    let Some(port) = find_port()? else {
+        loop {
+            thread::park(); // nobody to serve, but the button
+        }
+    };
+    loop {
+        let (reader, writer) = open_port(&port)?;
+        // The end of a session: no harness is at the other end, and the next may come.
+        if let Err(error) = serve(reader, writer) {
+            eprintln!("agent: {}: {error}", port.display());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The device that leads to the harness, if there is one.
+fn find_port() -> Result<Option<PathBuf>> {
+    let words = fs::read_to_string("/proc/cmdline").context("/proc/cmdline")?;
+    if let Some(path) = words.split_whitespace().find_map(|word| word.strip_prefix(WORD)) {
+        return Ok(Some(PathBuf::from(path)));
+    }
+    let Ok(entries) = fs::read_dir("/sys/class/virtio-ports") else { return Ok(None) };
+    let mut names: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    // vport0p2 before vport0p10: by length, then by letters.
+    names.sort_by_key(|name| (name.len(), name.clone()));
+    let mut consoles = 0;
+    for name in names {
+        let device = Path::new("/dev").join(&name);
+        // The driver keeps a console's port to itself; it is reached as a terminal, numbered as they were found.
+        let console = matches!(File::open(&device), Err(error) if error.raw_os_error() == Some(nix::libc::ENXIO));
+        let called = fs::read_to_string(format!("/sys/class/virtio-ports/{name}/name")).unwrap_or_default();
+        if called.trim_end() == PORT {
+            return Ok(Some(if console { PathBuf::from(format!("/dev/hvc{consoles}")) } else { device }));
+        }
+        consoles += usize::from(console);
+    }
+    Ok(None)
+}
+
+/// Opens a port for reading and for writing, a terminal without any of a terminal's habits.
+fn open_port(path: &Path) -> Result<(File, File)> {
+    let port = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(nix::libc::O_NOCTTY)
+        .open(path)
+        .with_context(|| path.display().to_string())?;
+    if let Ok(mut settings) = tcgetattr(&port) {
+        cfmakeraw(&mut settings);
+        tcsetattr(&port, SetArg::TCSAFLUSH, &settings).with_context(|| format!("{}: raw mode", path.display()))?;
+    }
+    let writer = port.try_clone().with_context(|| path.display().to_string())?;
+    Ok((port, writer))
+}
+
+/// Waits for the ACPI power button, then powers off.
+fn watch_power_button() -> Result<()> {
+    /// `struct input_event` of linux/input.h: a time of two words, type, code, value.
+    const EVENT: usize = 24;
+    const PRESSED: [u8; 8] = [1, 0, 116, 0, 1, 0, 0, 0]; // EV_KEY, KEY_POWER, down
+    let mut device = None;
+    for entry in fs::read_dir("/sys/class/input").context("/sys/class/input")?.flatten() {
+        let name = fs::read_to_string(entry.path().join("device/name")).unwrap_or_default();
+        if name.trim_end() == "Power Button" && entry.file_name().to_string_lossy().starts_with("event") {
+            device = Some(Path::new("/dev/input").join(entry.file_name()));
+        }
+    }
+    let path = device.context("there is none")?;
+    let mut file = File::open(&path).with_context(|| path.display().to_string())?;
+    let mut event = [0; EVENT];
+    loop {
+        file.read_exact(&mut event).with_context(|| path.display().to_string())?;
+        if event[EVENT - PRESSED.len()..] == PRESSED {
+            println!("HALYARD-GUEST power button");
+            Command::new("sync").status().context("sync")?;
+            Command::new("poweroff").arg("-f").status().context("poweroff")?;
+        }
+    }
+}
+
+/// Runs a program until it ends or standard input does: so it never outlives the harness, however that dies.
+fn guard(program: &str, arguments: &[&str]) -> Result<ExitCode> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start {program}"))?;
+    let pid = Pid::from_raw(i32::try_from(child.id())?);
+    let over = Arc::new(AtomicBool::new(false));
+    let told = over.clone();
+    thread::spawn(move || {
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        told.store(true, Ordering::Release);
+        let _ = kill(pid, Signal::SIGKILL);
+    });
+    let status = child.wait().with_context(|| format!("waiting for {program}"))?;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Ok(ExitCode::from(u8::try_from(code)?)),
+        (None, Some(_)) if over.load(Ordering::Acquire) => Ok(ExitCode::SUCCESS),
+        (None, Some(signal)) => bail!("{program} was killed by signal {signal}"),
+        (None, None) => bail!("{program} ended in no known way"),
+    }
+}

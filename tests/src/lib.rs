@@ -1,0 +1,34 @@
+//! The harness: hosts to start Halyard in, guests to start in it, and an agent that does in both what a test asks.
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! use halyard_tests::{Host, Kernel, VmSpec};
+//!
+//! let host = Host::shared()?;
+//! let vm = host.halyard(&VmSpec::guest(Kernel::Debian6_12Cloud)?.cpus(2).memory("512M"))?;
+//! vm.wait_line("HALYARD-GUEST ready")?;
+//! assert_eq!(vm.run("grep -c ^processor /proc/cpuinfo")?.ok()?, "2");
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod agent;
+pub mod cache;
+pub mod client;
+pub mod cpio;
+pub mod host;
+pub mod images;
+pub mod kernels;
+pub mod network;
+pub mod protocol;
+mod qemu;
+pub mod text;
+pub mod tiny;
+pub mod vm;
+
+pub use client::{Client, Cmd, Output, Process, Socket};
+pub use host::{Host, HostSpec, Kind};
+pub use kernels::Kernel;
+pub use network::{Bridge, Tap};
+pub use protocol::Status;
+pub use vm::{Vm, VmSpec};

@@ -1,0 +1,128 @@
+//! Tiny guests: a few hundred instructions of assembly each, from `tests/guests`, which show one thing each.
+//!
+//! They run on the machine's own `/dev/kvm`, in milliseconds even where the kernel emulates it in software.
+//!
+//! ```no_run
+//! use halyard_tests::tiny::Tiny;
+//!
+//! let Some(guest) = Tiny::new("timer") else { return };
+//! let run = guest.args(["--memory", "64M"]).run();
+//! assert_eq!(run.output(), "awake after 00000001 ticks\n");
+//! ```
+//!
+//! Everything here panics where it cannot go on, as tests do.
+
+mod build;
+mod run;
+
+use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+pub use build::guest;
+pub use run::{Run, Running};
+
+/// How long a guest may take, where a test does not say otherwise. Far more than any needs.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Exit code of `halyard run` where a guest ended the run with a number (of 0 to 31) through the debug-exit port.
+pub const fn debug_exit(number: u8) -> i32 {
+    64 + number as i32
+}
+
+/// A guest to be started in Halyard.
+#[derive(Debug, Clone)]
+pub struct Tiny {
+    kernel: PathBuf,
+    args: Vec<OsString>,
+    deadline: Duration,
+}
+
+impl Tiny {
+    /// The guest of `tests/guests/NAME.S`. `None`, with the reason printed, where this machine has no KVM to run it on.
+    pub fn new(name: &str) -> Option<Self> {
+        kvm().then(|| Self { kernel: guest(name), args: Vec::new(), deadline: DEADLINE })
+    }
+
+    /// Adds arguments for `halyard run`.
+    pub fn args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Gives the guest a command line.
+    pub fn cmdline(self, text: &str) -> Self {
+        self.args(["--cmdline", text])
+    }
+
+    /// Sets how long the run may take before it is killed and the test fails.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Starts the guest, with its serial port at the test's hands.
+    pub fn start(&self) -> Running {
+        let mut command = halyard();
+        command.arg("run").arg("--kernel").arg(&self.kernel).arg("--debug-exit").args(&self.args);
+        Running::start(command, self.deadline)
+    }
+
+    /// Runs the guest to its end, without input.
+    pub fn run(&self) -> Run {
+        self.start().finish()
+    }
+}
+
+/// Runs `halyard` with these arguments, without input, and waits for its end.
+pub fn run_halyard<A: Into<OsString>>(args: impl IntoIterator<Item = A>) -> Run {
+    let mut command = halyard();
+    command.args(args.into_iter().map(Into::into));
+    Running::start(command, DEADLINE).finish()
+}
+
+/// Runs any command as [`run_halyard`] does: for programs that set the scene and then start Halyard.
+pub fn run_command(command: Command) -> Run {
+    Running::start(command, DEADLINE).finish()
+}
+
+fn halyard() -> Command {
+    let mut command = Command::new(binary());
+    // What a developer's shell may have set changes nothing in a test.
+    command.env_remove("RUST_LOG").stdin(Stdio::piped());
+    command
+}
+
+/// The `halyard` program that tests use: `$HALYARD_BIN`, or else the workspace's release build, or else its debug build.
+pub fn binary() -> PathBuf {
+    static BINARY: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    BINARY.get_or_init(find_binary).clone()
+}
+
+fn find_binary() -> PathBuf {
+    let target = build::workspace().join("target/x86_64-unknown-linux-gnu");
+    let candidates = match std::env::var_os("HALYARD_BIN") {
+        Some(path) => vec![PathBuf::from(path)],
+        None => ["release", "debug"].map(|profile| target.join(profile).join("halyard")).to_vec(),
+    };
+    let found = candidates.iter().find(|path| path.is_file());
+    let Some(path) = found else {
+        let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
+        panic!("no halyard program at {}: build it with `cargo build --release -p vmm`", tried.join(" or "));
+    };
+    eprintln!("testing {}", path.display());
+    path.clone()
+}
+
+/// Whether this machine lets a test use KVM; prints the reason where it does not.
+pub fn kvm() -> bool {
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("skipped: /dev/kvm: {error}");
+            false
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What the command line looks like. The comments are the help pages.
+
+use std::ffi::OsString;
+
+use clap::{Args, Command, FromArgMatches};
+
+use super::help;
+use crate::logging::{Format, Level};
+
+/// What was asked.
+#[derive(Debug, PartialEq)]
+pub struct Cli {
+    /// What to do.
+    pub action: Action,
+    /// How to log.
+    pub log: LogArgs,
+}
+
+/// What to do.
+#[derive(Debug, PartialEq)]
+pub enum Action {
+    /// Start a virtual machine.
+    Run(Box<RunArgs>),
+    /// Look for the problems of a configuration.
+    Validate(Box<RunArgs>),
+    /// Say what the host can do.
+    Probe(ProbeArgs),
+    /// Print the configuration's JSON schema.
+    Schema,
+}
+
+impl Cli {
+    /// Reads a command line, the program's name first.
+    ///
+    /// # Errors
+    /// What clap prints and ends with: help and version too.
+    pub fn read<I, T>(words: I) -> Result<Self, clap::Error>
+    where
+        I: IntoIterator<Item = T>,
+        T: Into<OsString> + Clone,
+    {
+        let matches = command().try_get_matches_from(words)?;
+        // Clap has ended a command line without a subcommand, and with an unknown one, already.
+        let action = match matches.subcommand() {
+            Some(("run", args)) => Action::Run(Box::new(RunArgs::from_arg_matches(args)?)),
+            Some(("validate", args)) => Action::Validate(Box::new(RunArgs::from_arg_matches(args)?)),
+            Some(("probe", args)) => Action::Probe(ProbeArgs::from_arg_matches(args)?),
+            _ => Action::Schema,
+        };
+        Ok(Self { action, log: LogArgs::from_arg_matches(&matches)? })
+    }
+}
+
+/// The command line. A subcommand's flags are put together only when it is asked for: the monitor's start is measured
+/// in microseconds.
+pub fn command() -> Command {
+    let command = Command::new("halyard")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("A virtual machine monitor: one process, one virtual machine")
+        .after_help(help::TOP)
+        .disable_help_subcommand(true)
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(Command::new("run").about("Start a virtual machine and stay until it ends").defer(|run| {
+            RunArgs::augment_args(run)
+                .long_about(help::RUN_ABOUT)
+                .after_help(help::RUN_SHORT)
+                .after_long_help(help::RUN)
+        }))
+        .subcommand(Command::new("validate").about(help::VALIDATE_TITLE).defer(|validate| {
+            RunArgs::augment_args(validate).long_about(help::VALIDATE_ABOUT).after_help(help::VALIDATE)
+        }))
+        .subcommand(
+            Command::new("probe")
+                .about("Say what this host can do for virtual machines, and why not")
+                .defer(|probe| ProbeArgs::augment_args(probe).after_help(help::PROBE)),
+        )
+        .subcommand(
+            Command::new("schema")
+                .about("Print the JSON schema of the configuration file")
+                .defer(|schema| schema.after_help(help::SCHEMA)),
+        );
+    LogArgs::augment_args(command)
+}
+
+/// How to log.
+#[derive(Debug, Clone, Copy, PartialEq, Args)]
+pub struct LogArgs {
+    /// How much to log on standard error: error, warn, info, debug or trace
+    #[arg(long = "log-level", global = true, value_enum, value_name = "LEVEL", default_value = "info")]
+    #[arg(hide_possible_values = true, help_heading = "Log")]
+    pub level: Level,
+
+    /// How to log: text for people, or json, an object in each line
+    #[arg(long = "log-format", global = true, value_enum, value_name = "FORMAT", default_value = "text")]
+    #[arg(hide_possible_values = true, help_heading = "Log")]
+    pub format: Format,
+}
+
+/// What to say of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Args)]
+pub struct ProbeArgs {
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The virtual machine.
+#[derive(Debug, PartialEq, Args, Default)]
+pub struct RunArgs {
+    /// Read the configuration from a YAML or JSON file, or from standard input if FILE is "-".
+    ///
+    /// `halyard schema` prints what it may hold. Other flags given beside it change it: a flag for a single field
+    /// replaces that field, a flag for a device adds a device.
+    #[arg(long, value_name = "FILE", help_heading = "Configuration")]
+    pub config: Option<String>,
+
+    /// Boot this Linux kernel: a bzImage (vmlinuz) or an ELF file (vmlinux, or any kernel with a PVH entry)
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    pub kernel: Option<String>,
+
+    /// Give the kernel this initial file system (a cpio archive, compressed or not)
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    pub initramfs: Option<String>,
+
+    /// Give the kernel this command line.
+    ///
+    /// Without it: "console=ttyS0" where the serial port leads somewhere, and "console=hvc0" where the first console
+    /// does, so that the guest's log appears.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Boot")]
+    pub cmdline: Option<String>,
+
+    /// How many vCPUs, 1 to 254, and how they are grouped [default: 1]
+    ///
+    /// As in "8,sockets=1,cores=4,threads=2". Without a grouping: one socket with cores of one thread.
+    #[arg(long, value_name = "N[,KEY=N]…", help_heading = "Processors and memory")]
+    pub cpus: Option<String>,
+
+    /// How much memory, in bytes or with K, M, G or T in steps of 1024 [default: 512M]
+    ///
+    /// Further keys: hugepages=off|2M|1G takes it from the host's reserved huge pages, transparent_huge_pages=on|off
+    /// (default on) lets the host use transparent ones, prefault=on|off (default off) populates all of it at the
+    /// start, shared=on|off (default on) makes it a memfd that other processes can map.
+    #[arg(long, value_name = "SIZE[,KEY=VALUE]…", help_heading = "Processors and memory")]
+    pub memory: Option<String>,
+
+    /// The kind of virtual machine: standard, tdx, snp or software-protected [default: standard]
+    #[arg(long, value_name = "KIND", help_heading = "Processors and memory")]
+    pub kind: Option<String>,
+
+    /// Add a disk on a raw file or a block device; repeatable.
+    ///
+    /// As in "path=root.img,id=root". Further keys: readonly=on|off, direct=on|off (around the host's page cache),
+    /// serial=TEXT (at most 20 bytes), queues=N. A key of on or off alone means on; a comma in a path is written twice.
+    #[arg(long, value_name = "PATH[,KEY=VALUE]…", help_heading = "Devices")]
+    pub disk: Vec<String>,
+
+    /// Add a network card on a tap interface; repeatable.
+    ///
+    /// As in "tap=tap0,mac=52:54:00:12:34:56", or "fd=N" for an inherited descriptor. Further keys: mtu=N, id=ID.
+    /// Without mac, a random address is taken at each start.
+    #[arg(long, value_name = "TAP[,KEY=VALUE]…", help_heading = "Devices")]
+    pub net: Vec<String>,
+
+    /// Where the serial port (ttyS0) leads: stdio, pty, off, file=PATH or socket=PATH.
+    ///
+    /// Without it: stdio, or off where a console leads to stdio.
+    #[arg(long, value_name = "ENDPOINT", help_heading = "Devices")]
+    pub serial: Option<String>,
+
+    /// Add a virtio console, which leads to stdio, pty, off, file=PATH or socket=PATH; repeatable.
+    ///
+    /// The first without a name is hvc0, the next hvc1. With "name=PORT" it is a port for programs in the guest,
+    /// /dev/virtio-ports/PORT. A further key: id=ID.
+    #[arg(long, value_name = "ENDPOINT[,name=PORT]", help_heading = "Devices")]
+    pub console: Vec<String>,
+
+    /// Add a source of random numbers
+    ///
+    /// It reads the host's /dev/urandom, or, as in "--rng=/dev/hwrng", another file. A further key: id=ID.
+    #[arg(long, value_name = "SOURCE", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    #[arg(help_heading = "Devices")]
+    pub rng: Option<String>,
+
+    /// The device with which a Linux guest says that it panicked: on or off [default: on]
+    #[arg(long, value_name = "on|off", help_heading = "Devices")]
+    pub pvpanic: Option<String>,
+
+    /// Add the I/O port 0xf4, with which test guests end the run
+    #[arg(long, help_heading = "Devices")]
+    pub debug_exit: bool,
+
+    /// When the guest resets: restart it, or exit with code 3 [default: restart]
+    #[arg(long, value_name = "restart|exit", help_heading = "When the guest stops")]
+    pub on_reset: Option<String>,
+
+    /// When the guest's kernel panics: exit with code 4, restart it, or ignore it [default: exit]
+    #[arg(long, value_name = "exit|restart|ignore", help_heading = "When the guest stops")]
+    pub on_panic: Option<String>,
+}

@@ -1,0 +1,342 @@
+//! From flags to a configuration. Nothing fails early: every problem is collected, each with the flag that has it.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use api::{
+    Console, DeviceConfig, Disk, Endpoint, Hugepages, Kind, MacAddr, Net, OnPanic, OnReset, Problem, Rng, Topology,
+    VmConfig, did_you_mean,
+};
+
+use super::args::RunArgs;
+use super::keys::{Pair, pairs};
+
+/// A configuration that flags have changed, and where its fields come from.
+#[derive(Debug, Default)]
+pub struct Flags {
+    /// What is wrong with the flags.
+    pub problems: Vec<Problem>,
+    /// Paths of fields, each with the flag that set it.
+    origins: Vec<(String, String)>,
+}
+
+impl Flags {
+    /// Changes `config` as `args` say: a flag for a single field replaces it, a flag for a device adds one.
+    pub fn apply(&mut self, args: &RunArgs, config: &mut VmConfig) {
+        if let Some(kernel) = &args.kernel {
+            self.origin("kernel.path", "--kernel", kernel);
+            config.kernel.path = kernel.into();
+        } else if args.config.is_none() {
+            self.origins.push(("kernel.path".to_owned(), "--kernel".to_owned()));
+            self.add("--kernel", "no kernel is named", "give --kernel FILE, or --config FILE with a kernel in it");
+        }
+        if let Some(initramfs) = &args.initramfs {
+            self.origin("kernel.initramfs", "--initramfs", initramfs);
+            config.kernel.initramfs = Some(initramfs.into());
+        }
+        if let Some(cmdline) = &args.cmdline {
+            self.origin("kernel.cmdline", "--cmdline", cmdline);
+            config.kernel.cmdline = Some(cmdline.clone());
+        }
+        if let Some(text) = &args.cpus {
+            self.cpus(text, config);
+        }
+        if let Some(text) = &args.memory {
+            self.memory(text, config);
+        }
+        self.choose("kind", "--kind", args.kind.as_deref(), &KINDS, &mut config.kind);
+        self.choose(
+            "lifecycle.on_reset",
+            "--on-reset",
+            args.on_reset.as_deref(),
+            &RESETS,
+            &mut config.lifecycle.on_reset,
+        );
+        self.choose(
+            "lifecycle.on_panic",
+            "--on-panic",
+            args.on_panic.as_deref(),
+            &PANICS,
+            &mut config.lifecycle.on_panic,
+        );
+        self.choose("platform.pvpanic", "--pvpanic", args.pvpanic.as_deref(), &SWITCH, &mut config.platform.pvpanic);
+        config.platform.debug_exit |= args.debug_exit;
+        self.devices(args, config);
+    }
+
+    /// A problem with the flag that has it in the place of the configuration's field, where a flag set the field.
+    /// `None` where the field comes from elsewhere.
+    pub fn trace(&self, problem: &Problem) -> Option<Problem> {
+        let (field, flag) = self.origin_of(problem)?;
+        let rest = problem.field.get(field.len()..)?;
+        let field = match rest.trim_start_matches('.') {
+            "" => flag.to_owned(),
+            rest => format!("{flag}: {rest}"),
+        };
+        Some(Problem::new(field, problem.problem.as_str(), problem.remedy.as_str()))
+    }
+
+    /// The problem's field was set by a flag that could not be understood as a whole.
+    pub fn left_default(&self, problem: &Problem) -> bool {
+        let Some((_, flag)) = self.origin_of(problem) else { return false };
+        let of_flag = |rest: &str| rest.is_empty() || rest.starts_with(": ");
+        self.problems.iter().filter_map(|known| known.field.strip_prefix(flag)).any(of_flag)
+    }
+
+    fn origin_of(&self, problem: &Problem) -> Option<(&str, &str)> {
+        let fitting = self.origins.iter().filter(|(field, _)| problem.field.starts_with(field.as_str()));
+        fitting.max_by_key(|(field, _)| field.len()).map(|(field, flag)| (field.as_str(), flag.as_str()))
+    }
+
+    fn origin(&mut self, field: impl Into<String>, flag: &str, value: &str) {
+        self.origins.push((field.into(), format!("{flag} {}", brief(value))));
+    }
+
+    /// Sets a field to what a flag's word stands for.
+    fn choose<T: Copy>(&mut self, field: &str, flag: &str, text: Option<&str>, words: &[(&str, T)], into: &mut T) {
+        let Some(text) = text else { return };
+        self.origin(field, flag, text);
+        if let Some(chosen) = self.word(&format!("{flag} {}", brief(text)), text, words) {
+            *into = chosen;
+        }
+    }
+
+    fn devices(&mut self, args: &RunArgs, config: &mut VmConfig) {
+        for text in &args.disk {
+            self.device("--disk", text, config, Self::disk);
+        }
+        for text in &args.net {
+            self.device("--net", text, config, Self::net);
+        }
+        if let Some(text) = &args.serial {
+            self.origin("serial", "--serial", text);
+            let at = format!("--serial {}", brief(text));
+            let parts = self.list(&at, text, None, &ENDPOINT_KEYS);
+            config.serial = self.endpoint(&at, &parts).or(config.serial.take());
+        }
+        for text in &args.console {
+            self.device("--console", text, config, Self::console);
+        }
+        if let Some(text) = &args.rng {
+            self.device("--rng", text, config, Self::rng);
+        }
+    }
+
+    /// Adds the device that a flag describes. `read` gives the device even where parts of it are wrong, so that the
+    /// numbers of the devices behind it stay right.
+    fn device(
+        &mut self,
+        flag: &str,
+        text: &str,
+        config: &mut VmConfig,
+        read: impl FnOnce(&mut Self, &str, &str) -> DeviceConfig,
+    ) {
+        self.origin(format!("devices[{}]", config.devices.len()), flag, text);
+        config.devices.push(read(self, &format!("{flag} {}", brief(text)), text));
+    }
+
+    fn disk(&mut self, at: &str, text: &str) -> DeviceConfig {
+        let mut disk = Disk::new("");
+        for Pair { key, value } in
+            self.list(at, text, Some("path"), &["path", "readonly", "direct", "serial", "queues", "id"])
+        {
+            match key.as_str() {
+                "readonly" => disk.readonly = self.on(at, &key, value),
+                "direct" => disk.direct = self.on(at, &key, value),
+                "queues" => disk.queues = self.value(at, &key, value, "a number").unwrap_or(disk.queues),
+                _ => {
+                    let Some(value) = self.given(at, &key, value) else { continue };
+                    match key.as_str() {
+                        "path" => disk.path = value.into(),
+                        "serial" => disk.serial = Some(value),
+                        _ => disk.id = value,
+                    }
+                }
+            }
+        }
+        DeviceConfig::Disk(disk)
+    }
+
+    fn net(&mut self, at: &str, text: &str) -> DeviceConfig {
+        let mut net = Net::default();
+        for Pair { key, value } in self.list(at, text, Some("tap"), &["tap", "fd", "mac", "mtu", "id"]) {
+            match key.as_str() {
+                "fd" => net.fd = self.value(at, &key, value, "the number of a descriptor"),
+                "mtu" => net.mtu = self.value(at, &key, value, "a number of bytes"),
+                "mac" => net.mac = self.unit::<MacAddr>(at, &key, value),
+                "tap" => net.tap = self.given(at, &key, value),
+                _ => net.id = self.given(at, &key, value).unwrap_or_default(),
+            }
+        }
+        DeviceConfig::Net(net)
+    }
+
+    fn console(&mut self, at: &str, text: &str) -> DeviceConfig {
+        let known = [ENDPOINT_KEYS.as_slice(), &["name", "id"]].concat();
+        let (own, endpoint): (Vec<_>, Vec<_>) =
+            self.list(at, text, None, &known).into_iter().partition(|pair| matches!(pair.key.as_str(), "name" | "id"));
+        let endpoint = self.endpoint(at, &endpoint).unwrap_or(Endpoint::Off {});
+        let mut console = Console { id: String::new(), name: None, endpoint };
+        for Pair { key, value } in own {
+            match key.as_str() {
+                "name" => console.name = self.given(at, &key, value),
+                _ => console.id = self.given(at, &key, value).unwrap_or_default(),
+            }
+        }
+        DeviceConfig::Console(console)
+    }
+
+    fn rng(&mut self, at: &str, text: &str) -> DeviceConfig {
+        let mut rng = Rng::default();
+        if text.is_empty() {
+            return DeviceConfig::Rng(rng);
+        }
+        for Pair { key, value } in self.list(at, text, Some("source"), &["source", "id"]) {
+            match (key.as_str(), self.given(at, &key, value)) {
+                ("source", Some(value)) => rng.source = value.into(),
+                (_, Some(value)) => rng.id = value,
+                _ => {}
+            }
+        }
+        DeviceConfig::Rng(rng)
+    }
+
+    fn endpoint(&mut self, at: &str, parts: &[Pair]) -> Option<Endpoint> {
+        const CHOICE: &str = "choose stdio, pty, off, file=PATH or socket=PATH";
+        let [Pair { key, value }] = parts else {
+            let problem = if parts.is_empty() { "it does not say where it leads" } else { "it leads to more than one" };
+            self.add(at, problem, CHOICE);
+            return None;
+        };
+        let path = value.as_ref().map(PathBuf::from);
+        match (key.as_str(), path) {
+            ("stdio", None) => Some(Endpoint::Stdio {}),
+            ("pty", None) => Some(Endpoint::Pty {}),
+            ("off", None) => Some(Endpoint::Off {}),
+            ("file", Some(path)) => Some(Endpoint::File { path }),
+            ("socket", Some(path)) => Some(Endpoint::Socket { path }),
+            (_, Some(_)) => {
+                self.add(at, format!("«{key}» takes no value"), CHOICE);
+                None
+            }
+            (_, None) => {
+                self.add(at, format!("«{key}» needs a path"), format!("write {key}=PATH"));
+                None
+            }
+        }
+    }
+
+    fn cpus(&mut self, text: &str, config: &mut VmConfig) {
+        let at = format!("--cpus {}", brief(text));
+        self.origin("cpus", "--cpus", text);
+        let mut topology = None;
+        for Pair { key, value } in self.list(&at, text, Some("count"), &["count", "sockets", "cores", "threads"]) {
+            let number: Option<u32> = self.value(&at, &key, value, "a whole number");
+            let Some(number) = number else { continue };
+            match key.as_str() {
+                "count" => config.cpus.count = number,
+                "sockets" => topology.get_or_insert(Topology::default()).sockets = number,
+                "cores" => topology.get_or_insert(Topology::default()).cores = number,
+                _ => topology.get_or_insert(Topology::default()).threads = number,
+            }
+        }
+        config.cpus.topology = topology;
+    }
+
+    fn memory(&mut self, text: &str, config: &mut VmConfig) {
+        let at = format!("--memory {}", brief(text));
+        self.origin("memory", "--memory", text);
+        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared"];
+        let sizes = [("off", Hugepages::Off), ("2M", Hugepages::Size2M), ("1G", Hugepages::Size1G)];
+        let memory = &mut config.memory;
+        for Pair { key, value } in self.list(&at, text, Some("size"), &known) {
+            match key.as_str() {
+                "size" => memory.size = self.unit(&at, &key, value).unwrap_or(memory.size),
+                "hugepages" => {
+                    let word =
+                        self.given(&at, &key, value).and_then(|word| self.word(&format!("{at}: {key}"), &word, &sizes));
+                    memory.hugepages = word.unwrap_or(memory.hugepages);
+                }
+                "transparent_huge_pages" => memory.transparent_huge_pages = self.on(&at, &key, value),
+                "prefault" => memory.prefault = self.on(&at, &key, value),
+                _ => memory.shared = self.on(&at, &key, value),
+            }
+        }
+    }
+
+    fn list(&mut self, at: &str, text: &str, first: Option<&str>, known: &[&str]) -> Vec<Pair> {
+        let flag = at.split(' ').next().unwrap_or(at);
+        let (parts, problems) = pairs(text, flag, first, known);
+        self.problems.extend(problems.into_iter().map(|problem| Problem::new(at, problem, "")));
+        parts
+    }
+
+    fn add(&mut self, at: &str, problem: impl Into<String>, remedy: impl Into<String>) {
+        self.problems.push(Problem::new(at, problem, remedy));
+    }
+
+    /// The value of a key that needs one.
+    fn given(&mut self, at: &str, key: &str, value: Option<String>) -> Option<String> {
+        if value.is_none() {
+            self.add(at, format!("the key «{key}» has no value"), format!("write {key}=VALUE"));
+        }
+        value
+    }
+
+    /// The value of a key that is on where it stands alone.
+    fn on(&mut self, at: &str, key: &str, value: Option<String>) -> bool {
+        let Some(value) = value else { return true };
+        self.word(&format!("{at}: {key}"), &value, &SWITCH).unwrap_or_default()
+    }
+
+    fn value<T: FromStr>(&mut self, at: &str, key: &str, value: Option<String>, expected: &str) -> Option<T> {
+        let text = self.given(at, key, value)?;
+        let parsed = text.parse().ok();
+        if parsed.is_none() {
+            self.add(at, format!("{key}: «{}» is not possible", brief(&text)), format!("write {expected}"));
+        }
+        parsed
+    }
+
+    /// A value whose own error says what would be right.
+    fn unit<T: FromStr<Err = api::UnitError>>(&mut self, at: &str, key: &str, value: Option<String>) -> Option<T> {
+        let text = self.given(at, key, value)?;
+        text.parse().map_err(|error: api::UnitError| self.add(at, format!("{key}: {error}"), "")).ok()
+    }
+
+    fn word<T: Copy>(&mut self, at: &str, text: &str, words: &[(&str, T)]) -> Option<T> {
+        let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
+        if found.is_none() {
+            let known: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+            let hint = did_you_mean(text, known.iter().copied());
+            let hint = hint.map_or(String::new(), |word| format!("did you mean «{word}»? "));
+            self.add(at, format!("«{}» is not possible", brief(text)), format!("{hint}known: {}", known.join(", ")));
+        }
+        found
+    }
+}
+
+const KINDS: [(&str, Kind); 4] = [
+    ("standard", Kind::Standard {}),
+    ("tdx", Kind::Tdx {}),
+    ("snp", Kind::Snp {}),
+    ("software-protected", Kind::SoftwareProtected {}),
+];
+
+const RESETS: [(&str, OnReset); 2] = [("restart", OnReset::Restart), ("exit", OnReset::Exit)];
+const PANICS: [(&str, OnPanic); 3] =
+    [("exit", OnPanic::Exit), ("restart", OnPanic::Restart), ("ignore", OnPanic::Ignore)];
+const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
+
+/// The keys of an endpoint, of which one is given.
+const ENDPOINT_KEYS: [&str; 5] = ["stdio", "pty", "off", "file", "socket"];
+
+/// A flag's value, cut so that a message stays readable.
+fn brief(text: &str) -> String {
+    const LONGEST: usize = 80;
+    let mut brief: String = text.chars().take(LONGEST).flat_map(char::escape_debug).collect();
+    if text.chars().count() > LONGEST {
+        brief.push('…');
+    }
+    brief
+}

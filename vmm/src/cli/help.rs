@@ -1,0 +1,77 @@
+//! What the help pages say beside the flags.
+
+/// `halyard --help`, after the flags.
+pub const TOP: &str = "\
+Examples:
+  halyard run --kernel /boot/vmlinuz --initramfs /boot/initrd.img
+  halyard probe
+
+`halyard run --help` has more, and the exit codes.";
+
+/// `halyard run --help`, at its top.
+pub const RUN_ABOUT: &str = "\
+Start a virtual machine and stay until it ends.
+
+The guest's serial port is this terminal, unless --serial or --console say otherwise: the guest's log appears, and \
+keys go to the guest. Ctrl-a x ends the machine at once; Ctrl-a Ctrl-a sends a Ctrl-a. The terminal is restored \
+however the run ends. SIGTERM presses the guest's power button.";
+
+/// `halyard run -h`, after the flags.
+pub const RUN_SHORT: &str = "\
+Ctrl-a x ends the machine. `halyard run --help` explains each flag, with examples and exit codes.";
+
+/// `halyard run --help`, after the flags.
+pub const RUN: &str = "\
+Examples:
+  See a kernel boot; Ctrl-a x ends it:
+    halyard run --kernel vmlinuz --initramfs initrd.img
+
+  Two processors, 2 GiB, a disk and a network card:
+    halyard run --kernel vmlinuz --cmdline 'console=hvc0 root=/dev/vda rw' \\
+        --cpus 2 --memory 2G --disk path=root.img --net tap=tap0 --console stdio
+
+  In the background, the console on a socket and the log in a file:
+    halyard run --kernel vmlinuz --disk root.img --console socket=vm.sock --serial file=vm.log &
+
+  From a file, with more memory than it says:
+    halyard run --config vm.yaml --memory 4G
+
+Exit codes:
+    0  the guest powered off
+    1  the host failed: no hypervisor, no memory, an I/O error of the monitor
+    2  bad input: a flag, the configuration, or a file that it names
+    3  the guest reset, and --on-reset exit was given
+    4  the guest's kernel panicked
+    5  the guest crashed: a triple fault, or an instruction that cannot be carried out
+   64  and up to 95: the guest wrote to the debug-exit port; its five low bits are added
+  130  ended from the terminal by Ctrl-a x
+  128  and more: ended by a signal, whose number is added
+
+Every problem of the input is reported at once, before anything is changed on the host.";
+
+/// `halyard validate` in the list of commands.
+pub const VALIDATE_TITLE: &str =
+    "Look for every problem of a configuration without starting it, and print it with all defaults filled in";
+
+/// `halyard validate --help`, at its top.
+pub const VALIDATE_ABOUT: &str = "\
+Look for every problem of a configuration without starting it, and print it with all defaults filled in.
+
+It takes the flags of `halyard run`, so that it also writes the configuration file that stands for them. Files that \
+the configuration names are not opened, and what this host can do is not asked: see `halyard probe`.";
+
+/// `halyard validate --help`, after the flags.
+pub const VALIDATE: &str = "\
+Examples:
+  halyard validate --config vm.yaml
+  halyard validate --kernel vmlinuz --disk root.img --memory 2G > vm.json
+
+Exit codes: 0 where there is no problem, 2 where there are some.";
+
+/// `halyard probe --help`, after the flags.
+pub const PROBE: &str = "Exit codes: 0 where virtual machines can run here, 1 where not.";
+
+/// `halyard schema --help`, after the flags.
+pub const SCHEMA: &str = "\
+The schema is JSON Schema 2020-12. Editors use it where the file begins with
+  # yaml-language-server: $schema=vm.schema.json";

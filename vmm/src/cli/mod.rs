@@ -1,0 +1,59 @@
+//! The command line: what is asked, done, printed and returned as the exit code.
+
+mod args;
+mod flags;
+mod help;
+mod keys;
+mod probe;
+mod quick;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use api::SCHEMA_JSON;
+
+use crate::logging::Format;
+use args::{Action, Cli};
+
+/// The host failed.
+const HOST_FAILED: u8 = 1;
+/// A flag, the configuration, or a file that it names cannot be used.
+const BAD_INPUT: u8 = 2;
+
+/// Does what the command line says.
+pub fn main() -> ExitCode {
+    let cli = quick::read(std::env::args_os())
+        .unwrap_or_else(|| Cli::read(std::env::args_os()).unwrap_or_else(|error| error.exit()));
+    let format = cli.log.format;
+    crate::logging::start(cli.log.level, format);
+    match &cli.action {
+        Action::Run(args) => run::run(args, format),
+        Action::Validate(args) => run::validate(args, format),
+        Action::Probe(args) => probe::probe(args.json, format),
+        Action::Schema => print(SCHEMA_JSON, ExitCode::SUCCESS, format),
+    }
+}
+
+/// Prints to standard output. A reader that has gone away, as `head` does, is no failure.
+fn print(text: &str, code: ExitCode, format: Format) -> ExitCode {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            complain(format, "", &format!("standard output: {error}"));
+            HOST_FAILED.into()
+        }
+        _ => code,
+    }
+}
+
+/// Says why the program ends: to a person as a line that begins with its name, to a program as a line of the log.
+fn complain(format: Format, field: &str, message: &str) {
+    match format {
+        // Where standard error is closed, there is nobody to tell.
+        Format::Text => drop(writeln!(io::stderr(), "halyard: {message}")),
+        Format::Json => tracing::error!(field, "{message}"),
+    }
+}

@@ -1,0 +1,157 @@
+//! The plain case of `halyard run`, read without clap.
+//!
+//! Clap builds its whole description of the command line before it reads the first word, which takes about a tenth of
+//! a millisecond: a good part of the time in which the monitor brings a guest to its first instruction. What is read
+//! here means the same to clap, which a test holds; whatever is not plain (help, mistakes, other commands) is left to
+//! clap.
+
+use std::ffi::OsString;
+
+use clap::ValueEnum;
+
+use super::args::{Action, Cli, LogArgs, RunArgs};
+use crate::logging::{Format, Level};
+
+/// Where a flag's value belongs.
+enum Slot<'args> {
+    One(&'args mut Option<String>),
+    Many(&'args mut Vec<String>),
+    /// A value may follow after `=` only.
+    Attached(&'args mut Option<String>),
+    Switch(&'args mut bool),
+}
+
+/// Reads a command line, the program's name first; `None` where clap is needed.
+pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
+    let mut words = words.into_iter().skip(1);
+    if words.next()? != "run" {
+        return None;
+    }
+    let mut args = RunArgs::default();
+    let mut log = LogWords::default();
+    while let Some(word) = words.next() {
+        let word = word.into_string().ok()?;
+        let flag = word.strip_prefix("--")?;
+        let (name, attached) = match flag.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (flag, None),
+        };
+        let mut value = |attached: Option<String>| match attached {
+            Some(value) => Some(value),
+            None => words.next()?.into_string().ok().filter(|value| !value.starts_with('-')),
+        };
+        match slot(&mut args, &mut log, name) {
+            Some(Slot::One(slot)) if slot.is_none() => *slot = Some(value(attached)?),
+            Some(Slot::Many(slot)) => slot.push(value(attached)?),
+            Some(Slot::Attached(slot)) if slot.is_none() && attached.as_deref() != Some("") => {
+                *slot = Some(attached.unwrap_or_default());
+            }
+            Some(Slot::Switch(slot)) if !*slot && attached.is_none() => *slot = true,
+            _ => return None,
+        }
+    }
+    let level = log.level.map_or(Ok(Level::Info), |word| Level::from_str(&word, false)).ok()?;
+    let format = log.format.map_or(Ok(Format::Text), |word| Format::from_str(&word, false)).ok()?;
+    Some(Cli { action: Action::Run(Box::new(args)), log: LogArgs { level, format } })
+}
+
+/// The log's flags as they were written.
+#[derive(Default)]
+struct LogWords {
+    level: Option<String>,
+    format: Option<String>,
+}
+
+fn slot<'args>(args: &'args mut RunArgs, log: &'args mut LogWords, name: &str) -> Option<Slot<'args>> {
+    Some(match name {
+        "log-level" => Slot::One(&mut log.level),
+        "log-format" => Slot::One(&mut log.format),
+        "config" => Slot::One(&mut args.config),
+        "kernel" => Slot::One(&mut args.kernel),
+        "initramfs" => Slot::One(&mut args.initramfs),
+        "cmdline" => Slot::One(&mut args.cmdline),
+        "cpus" => Slot::One(&mut args.cpus),
+        "memory" => Slot::One(&mut args.memory),
+        "kind" => Slot::One(&mut args.kind),
+        "disk" => Slot::Many(&mut args.disk),
+        "net" => Slot::Many(&mut args.net),
+        "serial" => Slot::One(&mut args.serial),
+        "console" => Slot::Many(&mut args.console),
+        "rng" => Slot::Attached(&mut args.rng),
+        "pvpanic" => Slot::One(&mut args.pvpanic),
+        "debug-exit" => Slot::Switch(&mut args.debug_exit),
+        "on-reset" => Slot::One(&mut args.on_reset),
+        "on-panic" => Slot::One(&mut args.on_panic),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn quick(words: &[String]) -> Option<Cli> {
+        read(words.iter().map(OsString::from))
+    }
+
+    /// A word of a command line: a flag that exists, one that almost does, a value, or anything.
+    fn word() -> impl Strategy<Value = String> {
+        let names: Vec<String> = super::super::args::command()
+            .find_subcommand_mut("run")
+            .map(|run| {
+                run.build();
+                run.get_arguments().filter_map(|arg| arg.get_long().map(str::to_owned)).collect()
+            })
+            .unwrap_or_default();
+        assert!(names.len() > 15, "{names:?}");
+        let names =
+            names.into_iter().chain(["kernl".into(), "log-level".into(), "log-format".into()]).collect::<Vec<_>>();
+        let name = prop::sample::select(names);
+        let value =
+            prop::sample::select(vec!["", "a", "stdio", "json", "debug", "-", "-q", "--", "a=b", "=", "a,b", "ä"]);
+        prop_oneof![
+            4 => name.clone().prop_map(|name| format!("--{name}")),
+            4 => (name, value.clone()).prop_map(|(name, value)| format!("--{name}={value}")),
+            4 => value.prop_map(str::to_owned),
+            1 => any::<String>(),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_it_reads_means_the_same_to_clap(words in prop::collection::vec(word(), 0..6)) {
+            let words: Vec<String> = ["halyard".into(), "run".into()].into_iter().chain(words).collect();
+            if let Some(quick) = quick(&words) {
+                let clap = Cli::read(&words);
+                prop_assert_eq!(Some(quick), clap.ok(), "{:?}", words);
+            }
+        }
+    }
+
+    #[test]
+    fn it_reads_the_plain_case() {
+        let line = "halyard run --kernel k --cpus=2 --memory 1G --disk a --disk b --net t --serial stdio --console pty \
+                    --rng --debug-exit --initramfs i --cmdline quiet --kind tdx --pvpanic on --on-reset exit --on-panic \
+                    exit --log-level debug --log-format json --config c";
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        assert_eq!(quick(&words), Some(Cli::read(&words).unwrap()));
+    }
+
+    #[test]
+    fn it_leaves_the_rest_to_clap() {
+        for line in [
+            "halyard",
+            "halyard probe",
+            "halyard run --help",
+            "halyard run -h",
+            "halyard run x",
+            "halyard run --kernel",
+        ] {
+            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            assert_eq!(quick(&words), None, "{line}");
+        }
+    }
+}

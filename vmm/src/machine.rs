@@ -1,0 +1,193 @@
+//! The machine: everything between a loaded guest and its running processors, made in one function that reads from
+//! top to bottom, and taken apart in the order of the fields.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use api::{Kind, VmConfig};
+use arch::{CpuidTable, LoadedKernel, Platform, Topology, layout};
+use devices::bus::{Bus, BusDevice};
+use devices::ioapic::IoApic;
+use devices::legacy::{AcpiRegisters, DebugExit, PvPanic, Serial};
+use devices::pci::{HostBridge, PciSegment, Windows};
+use devices::virtio::transport::VirtioPci;
+use hal::{GpaRange, Hypervisor, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
+use vm_memory::GuestMemoryAtomic;
+
+use crate::Failure;
+use crate::boot::Loaded;
+use crate::endpoints::{Endpoints, SerialPort};
+use crate::inbox::Inbox;
+use crate::inputs::Inputs;
+use crate::memory::Ram;
+use crate::seams::VmSeam;
+use crate::vcpu::{ExitBuses, VcpuThreads};
+
+/// What a machine is made from beside the loaded guest.
+pub struct Parts<'a> {
+    /// The VM's configuration.
+    pub config: &'a VmConfig,
+    /// The host's hypervisor.
+    pub hypervisor: &'a dyn Hypervisor,
+    /// Files and taps that devices take over.
+    pub inputs: &'a Inputs,
+    /// The host side of serial port and consoles.
+    pub endpoints: &'a Endpoints,
+    /// Where the machine's events go.
+    pub inbox: &'a Inbox,
+}
+
+/// A running VM. Dropping it stops the vCPUs, then completes what devices have in flight, then frees memory.
+pub struct Machine {
+    vcpus: Option<VcpuThreads>,
+    functions: Vec<Arc<VirtioPci>>,
+    platform: PlatformDevices,
+    mmio: Arc<Bus>,
+    ecam_base: u64,
+}
+
+/// The platform's registers that the machine itself has to do with.
+struct PlatformDevices {
+    acpi: Arc<AcpiRegisters>,
+    ioapic: Arc<IoApic>,
+    _serial: Option<SerialPort>,
+}
+
+impl Machine {
+    /// Makes the machine around a loaded guest and lets its vCPUs run.
+    ///
+    /// # Errors
+    /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
+    pub fn create(parts: &Parts, loaded: Loaded) -> Result<Self, Failure> {
+        let Loaded { memory, platform, kernel } = loaded;
+        let vm = create_vm(parts, &platform, &memory)?;
+        let seam = VmSeam(vm.clone());
+        let pio = Arc::new(Bus::new());
+        let mmio = Arc::new(Bus::new());
+
+        let devices = add_platform_devices(parts, &platform, &seam, &pio)?;
+        let ioapic = devices.ioapic.clone();
+        insert(&mmio, layout::IOAPIC.start, layout::IOAPIC.len, ioapic.clone())?;
+
+        let bridge = platform.host_bridges.first().ok_or_else(|| Failure::Host("a platform without PCI".into()))?;
+        let ecam_base = bridge.ecam_base;
+        let windows = Windows { low: addresses(bridge.mmio32), high: addresses(bridge.mmio64) };
+        let pci = Arc::new(PciSegment::new(mmio.clone(), windows));
+        insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
+        pci.add(Arc::new(HostBridge::new()))?;
+        let mut machine = Self { vcpus: None, functions: Vec::new(), platform: devices, mmio: mmio.clone(), ecam_base };
+        let memory = GuestMemoryAtomic::new(memory.map);
+        for device in &parts.config.devices {
+            let virtio = crate::devices::create(device, parts)?;
+            let seam = Arc::new(seam.clone());
+            let function = Arc::new(VirtioPci::new(device.id(), virtio, memory.clone(), seam.clone(), seam)?);
+            pci.add(function.clone())?;
+            machine.functions.push(function);
+        }
+
+        let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
+        let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
+        machine.vcpus = Some(VcpuThreads::start(parts.hypervisor.caps().backend, vcpus, &exits, parts.inbox)?);
+        Ok(machine)
+    }
+
+    /// Asks the guest to shut itself down.
+    pub fn press_power_button(&self) {
+        match self.platform.acpi.press_power_button() {
+            Ok(()) => tracing::info!("power button pressed"),
+            Err(error) => tracing::error!("power button: {error}"),
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.vcpus = None;
+        for function in &self.functions {
+            function.suspend();
+        }
+        // The bus holds the PCI segment, and the segment the bus.
+        if let Err(error) = self.mmio.remove(self.ecam_base) {
+            tracing::error!("taking the machine apart: {error}");
+        }
+    }
+}
+
+fn create_vm(parts: &Parts, platform: &Platform, memory: &Ram) -> Result<Arc<dyn Vm>, Failure> {
+    // Ids have gaps where a topology's counts are no powers of two.
+    let max_vcpus = platform.topology.vcpu_ids().iter().map(|id| u32::from(id.0) + 1).max().unwrap_or(1);
+    let spec = VmSpec { kind: kind(parts.config.kind), max_vcpus, ..VmSpec::default() };
+    let vm: Arc<dyn Vm> = Arc::from(parts.hypervisor.create(&spec)?);
+    for region in &memory.regions {
+        vm.memory().map(Slot::new(region.clone()))?;
+    }
+    Ok(vm)
+}
+
+fn kind(kind: Kind) -> VmKind {
+    match kind {
+        Kind::Standard {} => VmKind::Standard,
+        Kind::Tdx {} => VmKind::Tdx(hal::TdxSpec::default()),
+        Kind::Snp {} => VmKind::Snp(hal::SnpSpec::default()),
+        Kind::SoftwareProtected {} => VmKind::SoftwareProtected,
+    }
+}
+
+/// Puts the platform's few registers on the bus of I/O ports. Only pins of the I/O APIC that a device uses are
+/// connected.
+fn add_platform_devices(
+    parts: &Parts,
+    platform: &Platform,
+    seam: &VmSeam,
+    pio: &Bus,
+) -> Result<PlatformDevices, Failure> {
+    let ports = |port: u16, len, device| insert(pio, port.into(), len, device);
+    let mut ioapic = IoApic::new();
+    let mut connect = |pin| {
+        let line = ioapic.connect(pin, seam.line(pin)?);
+        line.ok_or_else(|| Failure::Host(format!("the I/O APIC has no pin {pin}")))
+    };
+    let events = Arc::new(parts.inbox.clone());
+    let acpi = Arc::new(AcpiRegisters::new(events.clone(), connect(layout::GED_PIN)?));
+    ports(layout::ACPI_SLEEP_CONTROL_PORT, AcpiRegisters::LEN, acpi.clone())?;
+    let mut serial_port = None;
+    if platform.serial {
+        let serial = parts.endpoints.serial(connect(layout::COM1_PIN)?)?;
+        ports(layout::COM1_PORT, Serial::LEN, serial.port.clone())?;
+        serial_port = Some(serial);
+    }
+    if platform.pvpanic {
+        ports(layout::PVPANIC_PORT, PvPanic::LEN, Arc::new(PvPanic::new(events.clone())))?;
+    }
+    if parts.config.platform.debug_exit {
+        ports(layout::DEBUG_EXIT_PORT, DebugExit::LEN, Arc::new(DebugExit::new(events)))?;
+    }
+    Ok(PlatformDevices { acpi, ioapic: Arc::new(ioapic), _serial: serial_port })
+}
+
+fn create_vcpus(
+    parts: &Parts,
+    vm: &dyn Vm,
+    topology: Topology,
+    kernel: &LoadedKernel,
+) -> Result<Vec<Box<dyn Vcpu>>, Failure> {
+    let caps = parts.hypervisor.caps();
+    let cpuid = CpuidTable::new(caps, vm.tsc_khz(), topology);
+    let msrs = arch::boot_msrs(caps);
+    let mut vcpus = Vec::new();
+    for id in topology.vcpu_ids() {
+        let mut vcpu = vm.create_vcpu(id)?;
+        let entry = (id.0 == 0).then(|| kernel.registers.clone());
+        vcpu.reset(&ResetState { cpuid: cpuid.for_vcpu(id), msrs: msrs.clone(), entry })?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+fn insert(bus: &Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Failure> {
+    bus.insert(base, len, device).map_err(|error| Failure::Host(format!("platform: {error}")))
+}
+
+fn addresses(range: GpaRange) -> Range<u64> {
+    range.start..range.start.saturating_add(range.len)
+}

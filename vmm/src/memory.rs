@@ -1,0 +1,156 @@
+//! Guest memory: one memfd, mapped shared, a region on each side of the 32-bit hole.
+//!
+//! The memory is a file so that other processes (vhost-user daemons) can map it; it is sealed so that none of them
+//! can shrink it under the guest, which would end the monitor with SIGBUS. Where the configuration says that it is
+//! not to be shared, it is anonymous instead, and never a private mapping of a file, which would hold each page twice.
+
+use std::fs::File;
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use api::Hugepages;
+use hal::GpaRange;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+/// Why guest memory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call failed.
+    #[error("guest memory of {mib} MiB: {call}: {source}{hint}")]
+    System {
+        /// Memory asked for, in MiB.
+        mib: u64,
+        /// The call.
+        call: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+        /// What may help, beginning with a separator, or nothing.
+        hint: &'static str,
+    },
+    /// The mapping could not be made.
+    #[error("guest memory of {mib} MiB: {problem}")]
+    Mapping {
+        /// Memory asked for, in MiB.
+        mib: u64,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// Guest memory, as devices and as the hypervisor take it.
+pub struct Ram {
+    /// All of it, by guest physical address.
+    pub map: GuestMemoryMmap,
+    /// The mappings that it consists of.
+    pub regions: Vec<Arc<GuestRegionMmap>>,
+}
+
+/// Makes guest memory that covers `ranges`, in order, each a multiple of the page size.
+///
+/// # Errors
+/// [`Error::System`] where the host refuses, with a hint where huge pages are the likely reason.
+pub fn create(ranges: &[GpaRange], config: &api::Memory) -> Result<Ram, Error> {
+    let total: u64 = ranges.iter().map(|range| range.len).sum();
+    let mib = total >> 20;
+    // Anonymous memory cannot be huge by request of one process alone: reserved pages come through the file.
+    let file = (config.shared || config.hugepages != Hugepages::Off)
+        .then(|| memory_file(total, config.hugepages))
+        .transpose()?
+        .map(Arc::new);
+    let mut offset = 0;
+    let mut regions = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let file = file.clone().map(|file| FileOffset::from_arc(file, offset));
+        let mapping = map(file, range.len, config).map_err(|problem| Error::Mapping { mib, problem })?;
+        if config.transparent_huge_pages && config.hugepages == Hugepages::Off {
+            advise_huge(&mapping);
+        }
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
+            .ok_or_else(|| Error::Mapping { mib, problem: "it ends beyond the 64-bit address space".into() })?;
+        regions.push(Arc::new(region));
+        offset += range.len;
+    }
+    let map = GuestMemoryMmap::from_arc_regions(regions.clone())
+        .map_err(|error| Error::Mapping { mib, problem: error.to_string() })?;
+    Ok(Ram { map, regions })
+}
+
+fn memory_file(total: u64, pages: Hugepages) -> Result<File, Error> {
+    let failed = |call, errno: nix::Error, hint| Error::System { mib: total >> 20, call, source: errno.into(), hint };
+    let huge = match pages {
+        Hugepages::Off => MFdFlags::empty(),
+        Hugepages::Size2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+        Hugepages::Size1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+    };
+    let hint = if huge.is_empty() { "" } else { "; are huge pages of this size reserved on the host (vm.nr_hugepages)?" };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge;
+    let fd = memfd_create(c"guest-memory", flags).map_err(|errno| failed("memfd_create", errno, hint))?;
+    let file = File::from(fd);
+    let length = i64::try_from(total).unwrap_or(i64::MAX);
+    nix::unistd::ftruncate(&file, length).map_err(|errno| failed("ftruncate", errno, hint))?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(|errno| failed("fcntl(F_ADD_SEALS)", errno, ""))?;
+    Ok(file)
+}
+
+fn map(file: Option<FileOffset>, len: u64, config: &api::Memory) -> Result<MmapRegion, String> {
+    let size = usize::try_from(len).map_err(|_| "it is larger than this host's address space".to_string())?;
+    let mut flags = libc::MAP_NORESERVE;
+    flags |= if file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
+    if config.prefault {
+        flags |= libc::MAP_POPULATE;
+    }
+    let mut mapping = MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, flags)
+        .map_err(|error| error.to_string())?;
+    mapping.set_hugetlbfs(config.hugepages != Hugepages::Off);
+    Ok(mapping)
+}
+
+/// Asks for transparent huge pages. The host's policy may refuse, which costs speed but nothing else.
+#[expect(unsafe_code, reason = "madvise takes a raw address")]
+fn advise_huge(mapping: &MmapRegion) {
+    let Some(start) = NonNull::new(mapping.as_ptr().cast()) else { return };
+    // SAFETY: the range is the whole of a mapping that is alive, and MADV_HUGEPAGE does not change its contents.
+    let advised = unsafe { nix::sys::mman::madvise(start, mapping.size(), nix::sys::mman::MmapAdvise::MADV_HUGEPAGE) };
+    if let Err(errno) = advised {
+        tracing::warn!("no transparent huge pages for guest memory: madvise: {errno}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    #[test]
+    fn regions_cover_the_ranges_and_are_one_sealed_file() {
+        let ranges = [GpaRange { start: 0, len: 2 << 20 }, GpaRange { start: 4 << 30, len: 1 << 20 }];
+        let memory = create(&ranges, &api::Memory::default()).unwrap().map;
+        memory.write_obj(0x1234_5678_u32, GuestAddress((4 << 30) + 16)).unwrap();
+        assert_eq!(memory.read_obj::<u32>(GuestAddress((4 << 30) + 16)).unwrap(), 0x1234_5678);
+        assert!(memory.read_obj::<u32>(GuestAddress(2 << 20)).is_err());
+        let offsets: Vec<u64> = memory.iter().map(|region| region.file_offset().unwrap().start()).collect();
+        assert_eq!(offsets, [0, 2 << 20]);
+        let file = memory.iter().next().unwrap().file_offset().unwrap().file();
+        assert!(file.set_len(0).is_err(), "a sealed memory file must not shrink");
+    }
+
+    #[test]
+    fn memory_that_is_not_shared_has_no_file() {
+        let config = api::Memory { shared: false, prefault: true, ..api::Memory::default() };
+        let memory = create(&[GpaRange { start: 0, len: 1 << 20 }], &config).unwrap().map;
+        assert!(memory.iter().all(|region| region.file_offset().is_none()));
+        memory.write_obj(7_u8, GuestAddress(4095)).unwrap();
+    }
+
+    #[test]
+    fn huge_pages_that_the_host_lacks_are_named() {
+        // 1 EiB is more than any host has reserved.
+        let config = api::Memory { hugepages: Hugepages::Size2M, ..api::Memory::default() };
+        let error = create(&[GpaRange { start: 0, len: 1 << 60 }], &config).err().unwrap().to_string();
+        assert!(error.contains("guest memory of"), "{error}");
+    }
+}
