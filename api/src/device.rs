@@ -72,9 +72,9 @@ pub struct Disk {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 20))]
     pub serial: Option<String>,
-    /// How many request queues the guest may use, 1 to 254.
+    /// How many request queues the guest may use, 1 to 64.
     #[serde(default = "one")]
-    #[schemars(range(min = 1, max = 254))]
+    #[schemars(range(min = 1, max = 64))]
     pub queues: u16,
 }
 
@@ -129,26 +129,13 @@ pub struct Console {
     pub endpoint: Endpoint,
 }
 
-/// A source of random numbers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// A source of random numbers: those of the host's kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Rng {
     /// The device's id.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub id: String,
-    /// The host's file that the numbers are read from.
-    #[serde(default = "urandom")]
-    pub source: PathBuf,
-}
-
-fn urandom() -> PathBuf {
-    PathBuf::from("/dev/urandom")
-}
-
-impl Default for Rng {
-    fn default() -> Self {
-        Self { id: String::new(), source: urandom() }
-    }
 }
 
 /// Where a serial port or a console leads on the host.

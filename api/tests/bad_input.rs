@@ -355,7 +355,7 @@ fn disks_and_ids() {
         [
             "devices[0].serial: it is 22 bytes long; at most 20 are possible",
             "devices[0].serial: «ééééééééééé» has other than printable ASCII characters; leave them out",
-            "devices[0].queues: 0 queues are not possible; 1 to 254 are",
+            "devices[0].queues: 0 queues are not possible; 1 to 64 are",
         ]
     );
     assert_eq!(

@@ -6,10 +6,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use hal::kvm::Kvm;
 use hal::{
-    BootRegisters, Exit, ExitHandler, Hypervisor, Kick, Registers, ResetState, Segment, Slot, SystemRegisters, VcpuId,
-    VmSpec,
+    BootRegisters, Exit, ExitHandler, Kick, Registers, ResetState, Segment, Slot, SystemRegisters, VcpuId, VmSpec,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 
@@ -58,9 +56,9 @@ fn round() -> Result<Vec<u128>, Box<dyn std::error::Error>> {
         times.push((now - last).as_micros());
         last = now;
     };
-    let kvm = Kvm::open()?;
+    let hypervisor = hal::open()?;
     lap();
-    let vm = kvm.create(&VmSpec { max_vcpus: 1, ..Default::default() })?;
+    let vm = hypervisor.create(&VmSpec { max_vcpus: 1, ..Default::default() })?;
     lap();
     let mapping = MmapRegion::new(256 << 20)?;
     let region = Arc::new(GuestRegionMmap::new(mapping, GuestAddress(0)).ok_or("no region")?);
@@ -69,11 +67,11 @@ fn round() -> Result<Vec<u128>, Box<dyn std::error::Error>> {
     lap();
     let mut vcpu = vm.create_vcpu(VcpuId(0))?;
     lap();
-    vcpu.reset(&ResetState { cpuid: kvm.caps().cpuid.clone(), msrs: Vec::new(), entry: Some(real_mode()) })?;
+    vcpu.reset(&ResetState { cpuid: hypervisor.caps().cpuid.clone(), msrs: Vec::new(), entry: Some(real_mode()) })?;
     lap();
     let exit = vcpu.run(&Stop(vcpu.kick()))?;
     lap();
-    drop((vcpu, vm, kvm));
+    drop((vcpu, vm, hypervisor));
     lap();
     if exit != Exit::Kicked {
         return Err(format!("the guest ended with {exit:?}").into());

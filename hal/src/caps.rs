@@ -17,7 +17,7 @@ pub struct HostCaps {
     pub physical_address_bits: u8,
     /// Every CPUID leaf that a guest may be shown, as the hypervisor would answer it on this host.
     pub cpuid: Vec<CpuidEntry>,
-    /// The local APIC's timer can run in TSC-deadline mode (CPUID.01H:ECX[24] may be set).
+    /// The local APIC's timer can run in TSC-deadline mode (bit 24 of CPUID.01H:ECX may be set).
     pub tsc_deadline: bool,
     /// How dirty guest pages can be found.
     pub dirty_tracking: DirtyTrackingCaps,

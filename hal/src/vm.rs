@@ -1,8 +1,6 @@
 //! The hypervisor and the VM: what is created from what.
 
-use crate::{
-    GpaRange, HostCaps, Irqs, KindTraits, Memory, Result, SlotId, Vcpu, VcpuId, VmKind,
-};
+use crate::{GpaRange, HostCaps, Irqs, KindTraits, Memory, Result, SlotId, Vcpu, VcpuId, VmKind};
 
 /// A host's hypervisor.
 pub trait Hypervisor: Send + Sync {
@@ -81,7 +79,7 @@ pub trait Launch: Send + Sync {
     fn finish(&self) -> Result<()>;
 }
 
-/// Guest pages written since the last look.
+/// Guest pages written since the last look. A page that was only read may count as written, never the other way round.
 pub trait DirtyLog: Send + Sync {
     /// The dirty pages of a slot as a bitmap, bit 0 of word 0 for the first 4096 bytes, and starts the next look.
     ///

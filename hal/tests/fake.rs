@@ -8,8 +8,8 @@ use std::time::Duration;
 use hal::fake::{Call, Fake, GuestRead, Live, RouteId, RouteView, Step};
 use hal::{
     BootRegisters, CrashInfo, DirtyTracking, DoorbellMatch, Error, Exit, ExitHandler, GpaRange, HostCaps, Hypervisor,
-    IoAddr, KindName, MpState, MsiMessage, Msr, Registers, ResetState, Slot, SlotId, TdxSpec, Vcpu, VcpuId, Visibility,
-    Vm, VmKind, VmSpec,
+    IoAddr, KindName, MpState, MsiMessage, Msr, Registers, ResetState, Slot, SlotId, TdxSpec, VcpuId, Visibility, Vm,
+    VmKind, VmSpec,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use guest::{Did, Guest, Recorder, kvm, real_mode, run_to_shutdown, then_die};
-use hal::kvm::Kvm;
+use hal::kvm::{Kvm, kick_signal};
 use hal::{
     DirtyTracking, DoorbellMatch, Error, Exit, ExitHandler, GpaRange, Hypervisor, IoAddr, Kick, KindName, MpState,
     MsiMessage, Msr, ResetState, Slot, SlotId, SnpSpec, TdxSpec, Vcpu, VcpuId, VcpuSnapshot, Visibility, VmKind,
@@ -17,6 +17,7 @@ use hal::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::block_signal;
 
 #[test]
 fn port_io_of_every_width_reaches_the_handler() {
@@ -140,8 +141,12 @@ impl Runner {
         Self { kick, thread, heard }
     }
 
+    fn next(&self) -> Did {
+        self.heard.recv_timeout(PATIENCE).unwrap()
+    }
+
     fn expect(&self, did: &Did) {
-        assert_eq!(self.heard.recv_timeout(PATIENCE).as_ref(), Ok(did));
+        assert_eq!(self.next(), *did);
     }
 
     fn stop(mut self) -> Exit {
@@ -181,8 +186,9 @@ fn the_end_of_a_level_interrupt_is_told() {
     line.set(Some(LEVEL)).unwrap();
     for _ in 0..100 {
         line.event().write(1).unwrap();
-        runner.expect(&Did::PioWrite(0x10, vec![0x40]));
-        runner.expect(&Did::Eoi(0x40));
+        // A KVM without hardware behind it ends an interrupt as it delivers it, so either may be told first.
+        let told = [runner.next(), runner.next()];
+        assert!(told.contains(&Did::PioWrite(0x10, vec![0x40])) && told.contains(&Did::Eoi(0x40)), "{told:?}");
     }
     assert_eq!(runner.stop(), Exit::Kicked);
 }
@@ -238,6 +244,22 @@ fn a_kick_ends_the_run_of_a_guest_that_halts_or_spins() {
         runner.expect(&Did::PioWrite(0x11, vec![0]));
         assert_eq!(runner.stop(), Exit::Kicked);
     }
+}
+
+#[test]
+fn a_thread_that_inherits_a_signal_mask_can_be_kicked() {
+    let Some(kvm) = kvm() else { return };
+    let guest = idle(&kvm, true);
+    let mut vcpu = guest.vcpu(&kvm);
+    let kick = vcpu.kick();
+    let (recorder, heard) = Recorder::new();
+    let thread = std::thread::spawn(move || {
+        block_signal(kick_signal()).unwrap();
+        vcpu.run(&recorder).unwrap()
+    });
+    assert_eq!(heard.recv_timeout(PATIENCE), Ok(Did::PioWrite(0x11, vec![0])));
+    kick.kick();
+    assert_eq!(thread.join().unwrap(), Exit::Kicked);
 }
 
 #[test]
@@ -347,9 +369,41 @@ fn a_waiting_processor_can_be_kicked() {
 }
 
 #[test]
+fn a_processor_starts_another() {
+    let Some(kvm) = kvm() else { return };
+    let guest = Guest::new(
+        &kvm,
+        &[
+            0x66, 0xb9, 0x1b, 0x00, 0x00, 0x00, // mov ecx,0x1b: APIC base
+            0x0f, 0x32, // rdmsr
+            0x80, 0xcc, 0x0c, // or ah,0x0c: enabled, x2APIC
+            0x0f, 0x30, // wrmsr
+            0x66, 0xb9, 0x0f, 0x08, 0x00, 0x00, // mov ecx,0x80f: spurious vector register
+            0x66, 0xb8, 0xff, 0x01, 0x00, 0x00, // mov eax,0x1ff: enabled, vector 0xff
+            0x66, 0x31, 0xd2, // xor edx,edx
+            0x0f, 0x30, // wrmsr
+            0x66, 0xb9, 0x30, 0x08, 0x00, 0x00, // mov ecx,0x830: interrupt command
+            0x66, 0xba, 0x01, 0x00, 0x00, 0x00, // mov edx,1: to processor 1
+            0x66, 0xb8, 0x00, 0x45, 0x00, 0x00, // mov eax,0x4500: INIT
+            0x0f, 0x30, // wrmsr
+            0x66, 0xb8, 0x03, 0x46, 0x00, 0x00, // mov eax,0x4603: start at 0x3000
+            0x0f, 0x30, // wrmsr
+            0xf4, 0xeb, 0xfd, // hlt for ever
+        ],
+    );
+    guest.write(0x3000, &[0xb0, 0x77, 0xe6, 0x12, 0xf4, 0xeb, 0xfd]); // mov al,0x77; out 0x12,al; hlt for ever
+    let mut second = guest.vm.create_vcpu(VcpuId(1)).unwrap();
+    let boot = guest.vcpu(&kvm);
+    second.reset(&ResetState { entry: None, ..real_mode(&kvm) }).unwrap();
+    let (boot, second) = (Runner::start(boot), Runner::start(second));
+    second.expect(&Did::PioWrite(0x12, vec![0x77]));
+    assert_eq!((boot.stop(), second.stop()), (Exit::Kicked, Exit::Kicked));
+}
+
+#[test]
 fn the_dirty_log_shows_exactly_what_was_written() {
     let Some(kvm) = kvm() else { return };
-    // mov [0x5123],al; then reads of another page, which do not count.
+    // mov [0x5123],al; then a read of another page, which does not count.
     let code = then_die(&[0xa2, 0x23, 0x51, 0xa0, 0x00, 0x70]);
     let guest = Guest::with(&kvm, &code, DirtyTracking::Bitmap);
     let mut vcpu = guest.vcpu(&kvm);
@@ -357,10 +411,15 @@ fn the_dirty_log_shows_exactly_what_was_written() {
     assert!(log.collect(guest.slot).unwrap().iter().all(|word| *word == 0), "the monitor's own writes do not count");
     let (recorder, _heard) = Recorder::new();
     assert_eq!(vcpu.run(&recorder).unwrap(), Exit::Shutdown);
+    // KVM may count a page that is only read when it maps it for the first time, so exactness begins with the second.
     let bitmap = log.collect(guest.slot).unwrap();
     assert_eq!(bitmap.len(), guest::MEMORY / 4096 / 64);
-    assert_eq!(bitmap.iter().map(|word| word.count_ones()).sum::<u32>(), 1);
-    assert_eq!(bitmap[0], 1 << 5);
+    assert_eq!(bitmap[0] & 1 << 5, 1 << 5, "{bitmap:x?}");
+    vcpu.reset(&real_mode(&kvm)).unwrap();
+    assert_eq!(vcpu.run(&recorder).unwrap(), Exit::Shutdown);
+    let bitmap = log.collect(guest.slot).unwrap();
+    assert_eq!(bitmap[0], 1 << 5, "{bitmap:x?}");
+    assert!(bitmap[1..].iter().all(|word| *word == 0), "{bitmap:x?}");
     assert!(log.collect(guest.slot).unwrap().iter().all(|word| *word == 0), "collecting starts anew");
     let error = log.collect(SlotId(9)).unwrap_err().to_string();
     assert!(error.contains("no slot 9"), "{error}");
@@ -427,10 +486,21 @@ fn routes_run_out_and_are_used_again() {
     line.set(Some(LEVEL)).unwrap();
 }
 
-/// What differs between two states although nothing happened: the counter runs on.
+/// Registers that count time: the TSC, and the Hyper-V clocks that KVM keeps for every vCPU.
+const TIMES: [u32; 3] = [0x10, 0x4000_0010, 0x4000_0020];
+
+/// A state without what changes although nothing happens.
 fn without_time(mut state: VcpuSnapshot) -> VcpuSnapshot {
-    state.msrs.retain(|msr| msr.index != 0x10);
+    state.msrs.retain(|msr| !TIMES.contains(&msr.index));
     state
+}
+
+/// The parts in which two states differ: a whole state is too long for a message.
+fn difference(one: &VcpuSnapshot, other: &VcpuSnapshot) -> Vec<String> {
+    let text = |state: &VcpuSnapshot| serde_json::to_value(state).unwrap();
+    let (one, other) = (text(one), text(other));
+    let parts = one.as_object().unwrap().iter().filter(|(name, value)| other[name.as_str()] != **value);
+    parts.map(|(name, value)| format!("{name}: {value} and {}", other[name.as_str()])).collect()
 }
 
 #[test]
@@ -478,7 +548,8 @@ fn a_saved_state_goes_on_in_another_vm() {
     second.write(0, &memory);
     let mut twin = second.vm.create_vcpu(VcpuId(0)).unwrap();
     twin.state().unwrap().restore(&carried).unwrap();
-    assert_eq!(without_time(twin.state().unwrap().save().unwrap()), without_time(saved));
+    let restored = twin.state().unwrap().save().unwrap();
+    assert_eq!(difference(&without_time(restored), &without_time(saved)), [""; 0]);
     let handler = KickAt(twin.kick(), Mutex::default());
     assert_eq!(twin.run(&handler).unwrap(), Exit::Kicked);
     assert_eq!(*handler.1.lock().unwrap(), 0x1238_u16.to_le_bytes());
@@ -530,9 +601,10 @@ fn a_reset_after_a_run_is_a_reset_from_power_on() {
     });
     assert_eq!(vcpu.run(&recorder).unwrap(), Exit::Kicked);
     let _heard = stopper.join().unwrap();
-    assert_ne!(without_time(vcpu.state().unwrap().save().unwrap()), fresh, "the guest has changed its APIC at least");
+    let ran = without_time(vcpu.state().unwrap().save().unwrap());
+    assert!(ran.lapic != fresh.lapic && ran.regs != fresh.regs, "the guest has changed something");
     vcpu.reset(&real_mode(&kvm)).unwrap();
-    assert_eq!(without_time(vcpu.state().unwrap().save().unwrap()), fresh);
+    assert_eq!(difference(&without_time(vcpu.state().unwrap().save().unwrap()), &fresh), [""; 0]);
 }
 
 #[test]

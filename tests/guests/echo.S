@@ -6,8 +6,6 @@
 
     .set INTERRUPT_ENABLE, COM1 + 1
     .set LINE_STATUS, COM1 + 5
-    .set IOAPIC_SELECT, 0xfec00000
-    .set IOAPIC_WINDOW, 0xfec00010
     .set SERIAL_PIN, 4
     .set SERIAL_VECTOR, 0x44
 
@@ -23,10 +21,7 @@ main:
 by_interrupt:
     SET_GATE SERIAL_VECTOR, received
     LAPIC_ENABLE
-    movl $(0x11 + 2 * SERIAL_PIN), IOAPIC_SELECT        # to local APIC 0
-    movl $0, IOAPIC_WINDOW
-    movl $(0x10 + 2 * SERIAL_PIN), IOAPIC_SELECT        # edge-triggered, not masked
-    movl $SERIAL_VECTOR, IOAPIC_WINDOW
+    IOAPIC_ROUTE SERIAL_PIN, SERIAL_VECTOR
     mov $INTERRUPT_ENABLE, %dx
     mov $1, %al                                         # received data available
     out %al, %dx

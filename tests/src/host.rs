@@ -399,6 +399,13 @@ impl Console {
 
     fn tail(&self) -> String {
         let text = self.text.lock().unwrap_or_else(PoisonError::into_inner);
-        if text.is_empty() { String::new() } else { format!("\n--- the host's console ends ---\n{}", text.tail()) }
+        if text.is_empty() {
+            return String::new();
+        }
+        // A kernel that dies says why first, and then much else.
+        let all = String::from_utf8_lossy(text.bytes());
+        let why = all.lines().find(|line| ["Kernel panic", "Oops", "BUG:"].iter().any(|sign| line.contains(sign)));
+        let why = why.map_or_else(String::new, |line| format!("\n--- the host's console ---\n{line}"));
+        format!("{why}\n--- the host's console ends ---\n{}", text.tail())
     }
 }

@@ -18,10 +18,11 @@ mod run;
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
-pub use build::guest;
+pub use build::build;
 pub use run::{Run, Running};
 
 /// How long a guest may take, where a test does not say otherwise. Far more than any needs.
@@ -91,29 +92,24 @@ pub fn run_command(command: Command) -> Run {
 fn halyard() -> Command {
     let mut command = Command::new(binary());
     // What a developer's shell may have set changes nothing in a test.
-    command.env_remove("RUST_LOG").stdin(Stdio::piped());
+    command.env_remove("RUST_LOG");
     command
 }
 
-/// The `halyard` program that tests use: `$HALYARD_BIN`, or else the workspace's release build, or else its debug build.
+/// The `halyard` program that tests use; see [`crate::vm::halyard`]. The first call says which.
 pub fn binary() -> PathBuf {
-    static BINARY: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
-    BINARY.get_or_init(find_binary).clone()
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    let find = || {
+        let path = crate::vm::halyard().unwrap_or_else(|error| panic!("{error:#}"));
+        eprintln!("testing {}", path.display());
+        path
+    };
+    BINARY.get_or_init(find).clone()
 }
 
-fn find_binary() -> PathBuf {
-    let target = build::workspace().join("target/x86_64-unknown-linux-gnu");
-    let candidates = match std::env::var_os("HALYARD_BIN") {
-        Some(path) => vec![PathBuf::from(path)],
-        None => ["release", "debug"].map(|profile| target.join(profile).join("halyard")).to_vec(),
-    };
-    let found = candidates.iter().find(|path| path.is_file());
-    let Some(path) = found else {
-        let tried: Vec<_> = candidates.iter().map(|path| path.display().to_string()).collect();
-        panic!("no halyard program at {}: build it with `cargo build --release -p vmm`", tried.join(" or "));
-    };
-    eprintln!("testing {}", path.display());
-    path.clone()
+/// The ELF file of the guest `tests/guests/NAME.S`, for arguments of [`run_halyard`]; see [`build`].
+pub fn guest(name: &str) -> PathBuf {
+    build(name).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// Whether this machine lets a test use KVM; prints the reason where it does not.

@@ -27,6 +27,9 @@ pub struct VmSpec {
 
 impl VmSpec {
     /// A kernel at a path of the host, 1 processor, 256 MiB, the serial port on standard input and output.
+    ///
+    /// The kernel is quiet by default: a line of its log costs two exits a character, and in an emulated host all of
+    /// the log as long as the rest of the boot.
     pub fn kernel(path: impl Into<String>) -> Self {
         Self {
             kernel: path.into(),
@@ -246,6 +249,11 @@ impl Vm<'_> {
         }
         let client = self.open_agent().map_err(|error| self.explain(error))?;
         Ok(self.client.get_or_init(|| client).clone())
+    }
+
+    /// Ends the session with the guest's agent, as after a reboot, which it does not outlive. The next use opens another.
+    pub fn forget_agent(&mut self) {
+        self.client.take();
     }
 
     fn open_agent(&self) -> Result<Client> {

@@ -4,9 +4,9 @@ use api::{Problem, Problems, VmConfig};
 use arch::{BootError, BootSource, LoadedKernel, Platform, Topology};
 use hal::HostCaps;
 
+use crate::Failure;
 use crate::inputs::Inputs;
 use crate::memory::{self, Ram};
-use crate::Failure;
 
 /// A guest ready to be given processors and devices.
 pub struct Loaded {

@@ -6,13 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{DeviceConfig, VmConfig};
+use devices::bus::BusDevice;
 use devices::endpoint::terminal::RawTerminal;
-use devices::endpoint::{ConsoleIo, Endpoint, EndpointHandle, EndpointKind, EndpointOptions};
-use devices::io_thread::{IoThread, Running};
-use devices::legacy::Serial;
+use devices::endpoint::{ConsoleIo, Endpoint, EndpointHandle, EndpointKind, EndpointOptions, InputListener};
+use devices::legacy::{Serial, SerialPeer};
 use devices::seam::Interrupt;
-use event_manager::{EventOps, Events, MutEventSubscriber};
-use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Failure;
@@ -66,18 +64,19 @@ impl Endpoints {
         self.by_id.get(id).map(Endpoint::handle)
     }
 
-    /// A serial port on its endpoint, with what carries its input.
+    /// A serial port on its endpoint.
     ///
     /// # Errors
-    /// [`Failure::Host`] where no thread or event can be made.
-    pub fn serial(&self, line: Arc<dyn Interrupt>) -> Result<SerialPort, Failure> {
-        let handle = self.by_id.get(SERIAL).map(Endpoint::handle);
-        let handle = handle.ok_or_else(|| Failure::Host("the serial port has no endpoint".into()))?;
-        let output = handle.clone();
-        let port = Arc::new(Serial::new(line, Box::new(move |bytes: &[u8]| output.write_over(bytes)))?);
-        let worker = SerialInput { port: port.clone(), endpoint: handle, pending: Vec::new() };
-        let input = IoThread::spawn(SERIAL)?.add(worker)?;
-        Ok(SerialPort { port, _input: input })
+    /// [`Failure::Host`] where the configuration has no serial port.
+    pub fn serial(&self, line: Arc<dyn Interrupt>) -> Result<Arc<SerialPort>, Failure> {
+        let endpoint = self.by_id.get(SERIAL).map(Endpoint::handle);
+        let endpoint = endpoint.ok_or_else(|| Failure::Host("the serial port has no endpoint".into()))?;
+        let port = Arc::new(SerialPort(Serial::new(line, Box::new(Peer(endpoint.clone())))));
+        let listener: Arc<dyn InputListener> = port.clone();
+        endpoint.listen(Arc::downgrade(&listener));
+        // What was typed before there was a port to take it.
+        port.0.fill();
+        Ok(port)
     }
 
     /// Readable when the person at the terminal has asked to quit.
@@ -95,11 +94,36 @@ impl Endpoints {
     }
 }
 
-/// A serial port whose input flows.
-pub struct SerialPort {
-    /// Its registers.
-    pub port: Arc<Serial>,
-    _input: Running<SerialInput>,
+/// The serial port on its endpoint.
+#[derive(Debug)]
+pub struct SerialPort(Serial);
+
+impl InputListener for SerialPort {
+    fn input_waits(&self) {
+        self.0.fill();
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.0.write(offset, data);
+    }
+}
+
+struct Peer(EndpointHandle);
+
+impl SerialPeer for Peer {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0.write_over(bytes);
+    }
+
+    fn read(&mut self, into: &mut [u8]) -> usize {
+        self.0.read(into).unwrap_or(0)
+    }
 }
 
 /// Every endpoint by its id, with whether late readers are to be shown what they missed: not on a named port, where
@@ -107,9 +131,7 @@ pub struct SerialPort {
 fn wanted(config: &VmConfig) -> Vec<(String, api::Endpoint, bool)> {
     let serial = (SERIAL.to_string(), config.serial_endpoint(), true);
     let consoles = config.devices.iter().filter_map(|device| match device {
-        DeviceConfig::Console(console) => {
-            Some((console.id.clone(), console.endpoint.clone(), console.name.is_none()))
-        }
+        DeviceConfig::Console(console) => Some((console.id.clone(), console.endpoint.clone(), console.name.is_none())),
         _ => None,
     });
     std::iter::once(serial).chain(consoles).collect()
@@ -122,54 +144,5 @@ fn kind(endpoint: &api::Endpoint) -> EndpointKind {
         api::Endpoint::Socket { path } => EndpointKind::Socket { path: path.clone() },
         api::Endpoint::Pty {} => EndpointKind::Pty,
         api::Endpoint::Off {} => EndpointKind::Off,
-    }
-}
-
-/// Carries input from an endpoint to the serial port, as fast as the guest reads it.
-struct SerialInput {
-    port: Arc<Serial>,
-    endpoint: EndpointHandle,
-    /// Bytes that the port had no room for.
-    pending: Vec<u8>,
-}
-
-impl SerialInput {
-    fn carry(&mut self) {
-        let mut piece = [0; 256];
-        loop {
-            if self.pending.is_empty() {
-                let Ok(count) = self.endpoint.read(&mut piece) else { return };
-                self.pending.extend_from_slice(piece.get(..count).unwrap_or_default());
-            }
-            match self.port.input(&self.pending) {
-                Ok(taken) => drop(self.pending.drain(..taken)),
-                Err(error) => {
-                    tracing::warn!("serial input is lost: {error}");
-                    self.pending.clear();
-                }
-            }
-            if !self.pending.is_empty() {
-                return;
-            }
-        }
-    }
-}
-
-impl MutEventSubscriber for SerialInput {
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let _ = match events.data() {
-            0 => self.endpoint.input_event().read(),
-            _ => self.port.room().read(),
-        };
-        self.carry();
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        for (data, event) in [(0, self.endpoint.input_event()), (1, self.port.room())] {
-            if let Err(error) = ops.add(Events::with_data(event, data, EventSet::IN)) {
-                tracing::error!("serial input: {error}");
-            }
-        }
-        self.carry();
     }
 }

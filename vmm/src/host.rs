@@ -18,7 +18,7 @@ pub fn facts(caps: &HostCaps) -> HostFacts {
     HostFacts {
         max_vcpus: caps.max_vcpus,
         physical_address_bits: caps.physical_address_bits,
-        max_memory: 1 << 38,
+        max_memory: arch::layout::max_ram(caps.physical_address_bits),
         max_devices: MAX_DEVICES,
         kinds: caps.kinds.iter().copied().map(kind).collect(),
     }
@@ -91,7 +91,8 @@ fn hardware_check() -> Check {
         (_, true) => (true, "AMD-V (svm)"),
         _ => (false, "neither vmx nor svm in /proc/cpuinfo: guests run in software, if at all"),
     };
-    let remedy = if ok { "" } else { "enable virtualization in the firmware, or nested virtualization in the outer host" };
+    let remedy =
+        if ok { "" } else { "enable virtualization in the firmware, or nested virtualization in the outer host" };
     Check { name: "hardware virtualization".into(), ok, required: false, detail: detail.into(), remedy: remedy.into() }
 }
 
@@ -120,7 +121,7 @@ fn huge_pages_check() -> Check {
 }
 
 fn io_uring_check() -> Check {
-    let (ok, detail, remedy) = match Ok::<(), String>(()) {
+    let (ok, detail, remedy) = match devices::disk::io_uring_available() {
         Ok(()) => (true, "disks use it".to_string(), ""),
         Err(error) => (false, format!("{error}: disks fall back to synchronous reads and writes"), "allow its calls"),
     };

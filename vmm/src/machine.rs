@@ -16,7 +16,7 @@ use vm_memory::GuestMemoryAtomic;
 
 use crate::Failure;
 use crate::boot::Loaded;
-use crate::endpoints::{Endpoints, SerialPort};
+use crate::endpoints::Endpoints;
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::memory::Ram;
@@ -50,7 +50,6 @@ pub struct Machine {
 struct PlatformDevices {
     acpi: Arc<AcpiRegisters>,
     ioapic: Arc<IoApic>,
-    _serial: Option<SerialPort>,
 }
 
 impl Machine {
@@ -150,11 +149,9 @@ fn add_platform_devices(
     let events = Arc::new(parts.inbox.clone());
     let acpi = Arc::new(AcpiRegisters::new(events.clone(), connect(layout::GED_PIN)?));
     ports(layout::ACPI_SLEEP_CONTROL_PORT, AcpiRegisters::LEN, acpi.clone())?;
-    let mut serial_port = None;
     if platform.serial {
         let serial = parts.endpoints.serial(connect(layout::COM1_PIN)?)?;
-        ports(layout::COM1_PORT, Serial::LEN, serial.port.clone())?;
-        serial_port = Some(serial);
+        ports(layout::COM1_PORT, Serial::LEN, serial)?;
     }
     if platform.pvpanic {
         ports(layout::PVPANIC_PORT, PvPanic::LEN, Arc::new(PvPanic::new(events.clone())))?;
@@ -162,7 +159,7 @@ fn add_platform_devices(
     if parts.config.platform.debug_exit {
         ports(layout::DEBUG_EXIT_PORT, DebugExit::LEN, Arc::new(DebugExit::new(events)))?;
     }
-    Ok(PlatformDevices { acpi, ioapic: Arc::new(ioapic), _serial: serial_port })
+    Ok(PlatformDevices { acpi, ioapic: Arc::new(ioapic) })
 }
 
 fn create_vcpus(

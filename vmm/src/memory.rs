@@ -85,7 +85,8 @@ fn memory_file(total: u64, pages: Hugepages) -> Result<File, Error> {
         Hugepages::Size2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
         Hugepages::Size1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
     };
-    let hint = if huge.is_empty() { "" } else { "; are huge pages of this size reserved on the host (vm.nr_hugepages)?" };
+    let hint =
+        if huge.is_empty() { "" } else { "; are huge pages of this size reserved on the host (vm.nr_hugepages)?" };
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge;
     let fd = memfd_create(c"guest-memory", flags).map_err(|errno| failed("memfd_create", errno, hint))?;
     let file = File::from(fd);
@@ -103,8 +104,8 @@ fn map(file: Option<FileOffset>, len: u64, config: &api::Memory) -> Result<MmapR
     if config.prefault {
         flags |= libc::MAP_POPULATE;
     }
-    let mut mapping = MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, flags)
-        .map_err(|error| error.to_string())?;
+    let mut mapping =
+        MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, flags).map_err(|error| error.to_string())?;
     mapping.set_hugetlbfs(config.hugepages != Hugepages::Off);
     Ok(mapping)
 }

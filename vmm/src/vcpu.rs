@@ -54,18 +54,14 @@ impl VcpuThreads {
     ///
     /// # Errors
     /// A thread cannot be made; those that were are stopped again.
-    pub fn start(
-        backend: &str,
-        vcpus: Vec<Box<dyn Vcpu>>,
-        buses: &Arc<ExitBuses>,
-        inbox: &Inbox,
-    ) -> io::Result<Self> {
+    pub fn start(backend: &str, vcpus: Vec<Box<dyn Vcpu>>, buses: &Arc<ExitBuses>, inbox: &Inbox) -> io::Result<Self> {
         let mut all = Self { threads: Vec::with_capacity(vcpus.len()), stop: Arc::new(AtomicBool::new(false)) };
         for (number, vcpu) in vcpus.into_iter().enumerate() {
             let kick = vcpu.kick();
             let (buses, inbox, stop) = (buses.clone(), inbox.clone(), all.stop.clone());
-            let handle =
-                Builder::new().name(format!("CPU {number}/{backend}")).spawn(move || run(vcpu, &buses, &inbox, &stop))?;
+            let handle = Builder::new()
+                .name(format!("CPU {number}/{backend}"))
+                .spawn(move || run(vcpu, &buses, &inbox, &stop))?;
             all.threads.push((kick, handle));
         }
         Ok(all)

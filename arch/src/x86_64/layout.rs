@@ -113,6 +113,17 @@ pub fn ram_ranges(bytes: u64) -> Vec<GpaRange> {
     ranges.into_iter().filter(|range| range.len > 0).collect()
 }
 
+/// The most RAM, in bytes, that fits beside the hole and the 64-bit MMIO window.
+pub fn max_ram(physical_address_bits: u8) -> u64 {
+    high_ram_limit(physical_address_bits).saturating_sub(HOLE_END - HOLE_START)
+}
+
+/// The highest address at which RAM may end.
+fn high_ram_limit(physical_address_bits: u8) -> u64 {
+    let end = 1u64.checked_shl(physical_address_bits.into()).unwrap_or(0);
+    end.saturating_sub(MMIO64_GRANULE)
+}
+
 /// The window for 64-bit BARs: from the first GiB boundary above RAM to the end of the address space. It lies as low
 /// as it can, since the IOMMU of a host may reach fewer addresses than its processors.
 ///
@@ -122,12 +133,11 @@ pub fn ram_ranges(bytes: u64) -> Vec<GpaRange> {
 /// [`LayoutError::TooLarge`] where less than [`MMIO64_GRANULE`] remains above RAM.
 pub fn mmio64_window(ram_bytes: u64, physical_address_bits: u8) -> Result<GpaRange, LayoutError> {
     let end = 1u64.checked_shl(physical_address_bits.into()).unwrap_or(0);
-    // What RAM may end at, at the most; the addresses of the hole are no RAM.
-    let limit = end.saturating_sub(MMIO64_GRANULE);
+    let limit = high_ram_limit(physical_address_bits);
     let too_large = || LayoutError::TooLarge {
         ram_mib: ram_bytes >> 20,
         bits: physical_address_bits,
-        max_mib: limit.saturating_sub(HOLE_END - HOLE_START) >> 20,
+        max_mib: max_ram(physical_address_bits) >> 20,
     };
     let high_ram = ram_bytes.saturating_sub(HOLE_START);
     let start = HOLE_END

@@ -29,6 +29,14 @@ pub const SECTOR: u64 = 512;
 /// cannot zero a range by itself.
 pub const MAX_WRITE_ZEROES: u64 = 32 << 20;
 
+/// Whether disks of this process can use io_uring.
+///
+/// # Errors
+/// What the kernel answers where it cannot: it is too old, or its calls are not allowed here.
+pub fn io_uring_available() -> io::Result<()> {
+    io_uring::IoUring::new(1).map(drop)
+}
+
 /// What is done to a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {

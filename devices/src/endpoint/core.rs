@@ -3,13 +3,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Mutex;
+use std::sync::{Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::InputListener;
 use super::arrivals::Arrivals;
 use super::connection::{Connection, Peer};
 use super::escape::{Command, Escape, HELP};
@@ -34,6 +35,8 @@ pub(super) struct Core {
     pub(super) writable_event: EventFd,
     pub(super) connection_event: EventFd,
     quit: Option<EventFd>,
+    /// Told of input, with no lock held.
+    pub(super) listener: Mutex<Option<Weak<dyn InputListener>>>,
 }
 
 #[derive(Debug)]
@@ -78,6 +81,7 @@ impl Core {
             writable_event: EventFd::new(EFD_NONBLOCK)?,
             connection_event: EventFd::new(EFD_NONBLOCK)?,
             quit,
+            listener: Mutex::default(),
         })
     }
 
@@ -368,6 +372,12 @@ impl Source for Core {
             Role::Input => self.pump(&mut state, events),
             Role::Output => self.flush(&mut state, events),
             Role::Arrivals => self.await_next(&mut state),
+        }
+        let waits = !state.input.is_empty();
+        drop(state);
+        if waits {
+            let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
+            listener.iter().for_each(|listener| listener.input_waits());
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod terminal;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
@@ -203,6 +204,12 @@ impl Endpoint {
     }
 }
 
+/// A device that is told of input by a call instead of an event.
+pub trait InputListener: Send + Sync + fmt::Debug {
+    /// Input waits. Called on the thread of [`ConsoleIo`], with no lock held.
+    fn input_waits(&self);
+}
+
 /// A device's way to an [`Endpoint`].
 #[derive(Debug, Clone)]
 pub struct EndpointHandle {
@@ -239,6 +246,11 @@ impl EndpointHandle {
     /// when it starts, and after it had no room for all.
     pub fn input_event(&self) -> &EventFd {
         &self.core.input_event
+    }
+
+    /// Has `listener` told of input from now on, instead of one before. Input that came earlier is not told of.
+    pub fn listen(&self, listener: Weak<dyn InputListener>) {
+        *poller::lock(&self.core.listener) = Some(listener);
     }
 
     /// Whether a reader is connected. The standard streams and a file always are.

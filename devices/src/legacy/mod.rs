@@ -10,7 +10,7 @@ pub use acpi::AcpiRegisters;
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;
 pub use pvpanic::PvPanic;
-pub use serial::{Serial, SerialOutput, SerialState};
+pub use serial::{Serial, SerialPeer, SerialState};
 
 /// What a guest asks of the machine through a platform register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,4 +1,7 @@
 //! A 16550A serial port (registers by vm-superio) with an output that never waits and an input that loses nothing.
+//!
+//! Input needs no thread of its own: whoever has some calls [`Serial::fill`], and the port takes more by itself each
+//! time the guest has emptied the receiver.
 
 use std::fmt;
 use std::io;
@@ -8,21 +11,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::SerialEvents;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
 use crate::seam::Interrupt;
 
-/// Where a serial port's output goes. It is called on a vCPU's thread, so it takes all bytes and never waits.
-pub trait SerialOutput: Send {
-    /// Takes bytes that the guest sent.
-    fn write(&mut self, bytes: &[u8]);
-}
+/// The modem control register, whose bit 4 loops the port's output back to its input.
+const MODEM_CONTROL: u64 = 4;
+const LOOPBACK: u8 = 1 << 4;
+/// Bytes that the receiver holds, at the most.
+const RECEIVER: usize = 64;
 
-impl<F: FnMut(&[u8]) + Send> SerialOutput for F {
-    fn write(&mut self, bytes: &[u8]) {
-        self(bytes);
-    }
+/// The host's side of a serial port. It is called on vCPU threads, so it never waits.
+pub trait SerialPeer: Send {
+    /// Takes all bytes that the guest sent.
+    fn write(&mut self, bytes: &[u8]);
+
+    /// Gives input, as much as there is and as fits, and tells how much.
+    fn read(&mut self, into: &mut [u8]) -> usize;
 }
 
 /// The interrupt line.
@@ -36,30 +41,23 @@ impl Trigger for Line {
     }
 }
 
-/// Tells who has input waiting when the receiver is empty.
-struct Room {
-    event: EventFd,
-    /// Someone was told that there is no room.
-    awaited: AtomicBool,
-}
+/// Notes that the guest has emptied the receiver.
+#[derive(Default)]
+struct Emptied(AtomicBool);
 
-impl SerialEvents for Room {
+impl SerialEvents for Emptied {
     fn buffer_read(&self) {}
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
 
     fn in_buffer_empty(&self) {
-        if self.awaited.swap(false, Ordering::AcqRel)
-            && let Err(e) = self.event.write(1)
-        {
-            tracing::warn!("serial port: telling of room for input: {e}");
-        }
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
-struct Out(Box<dyn SerialOutput>);
+struct Peer(Box<dyn SerialPeer>);
 
-impl io::Write for Out {
+impl io::Write for Peer {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.0.write(data);
         Ok(data.len())
@@ -70,7 +68,7 @@ impl io::Write for Out {
     }
 }
 
-type Registers = vm_superio::Serial<Line, Arc<Room>, Out>;
+type Registers = vm_superio::Serial<Line, Arc<Emptied>, Peer>;
 
 /// A saved serial port.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,7 +90,7 @@ pub struct SerialState {
 /// A serial port: eight byte-wide registers.
 pub struct Serial {
     line: Arc<dyn Interrupt>,
-    room: Arc<Room>,
+    emptied: Arc<Emptied>,
     registers: Mutex<Registers>,
 }
 
@@ -107,47 +105,16 @@ impl Serial {
     pub const LEN: u64 = 8;
 
     /// A serial port whose interrupt is edge-triggered.
-    ///
-    /// # Errors
-    /// No event can be made.
-    pub fn new(line: Arc<dyn Interrupt>, output: Box<dyn SerialOutput>) -> io::Result<Self> {
-        let room = Arc::new(Room { event: EventFd::new(EFD_NONBLOCK)?, awaited: AtomicBool::new(false) });
-        let registers = Registers::with_events(Line(Arc::clone(&line)), Arc::clone(&room), Out(output));
-        Ok(Self { line, room, registers: Mutex::new(registers) })
+    pub fn new(line: Arc<dyn Interrupt>, peer: Box<dyn SerialPeer>) -> Self {
+        let emptied = Arc::new(Emptied::default());
+        let registers = Registers::with_events(Line(Arc::clone(&line)), Arc::clone(&emptied), Peer(peer));
+        Self { line, emptied, registers: Mutex::new(registers) }
     }
 
-    /// Receives bytes, and returns how many there was room for. The rest is to be given again, in order, when
-    /// [`Serial::room`] is signalled.
-    ///
-    /// # Errors
-    /// The interrupt's event cannot be written; the bytes are received nevertheless.
-    pub fn input(&self, bytes: &[u8]) -> io::Result<usize> {
-        let mut registers = self.lock();
-        let taken = match registers.enqueue_raw_bytes(bytes) {
-            Ok(taken) => taken,
-            Err(vm_superio::serial::Error::FullFifo) => 0,
-            Err(vm_superio::serial::Error::Trigger(e) | vm_superio::serial::Error::IOError(e)) => return Err(e),
-        };
-        if taken < bytes.len() {
-            // Under the lock, so that the guest's next read finds it.
-            self.room.awaited.store(true, Ordering::Release);
-        }
-        Ok(taken)
-    }
-
-    /// Signalled when there is room again after [`Serial::input`] took fewer bytes than it was given.
-    pub fn room(&self) -> &EventFd {
-        &self.room.event
-    }
-
-    /// Forgets what the guest set and did not read, as at a reset of the machine.
-    ///
-    /// # Errors
-    /// None that a fresh state can cause; see [`Serial::restore`].
-    pub fn reset(&self) -> io::Result<()> {
-        self.replace(&vm_superio::SerialState::default())?;
-        self.room.in_buffer_empty();
-        Ok(())
+    /// Takes input from the peer, as much as the receiver has room for. To be called when the peer has some; the port
+    /// takes the rest by itself as the guest reads.
+    pub fn fill(&self) {
+        fill(&mut self.lock());
     }
 
     /// What to save.
@@ -187,10 +154,9 @@ impl Serial {
     }
 
     fn replace(&self, state: &vm_superio::SerialState) -> io::Result<()> {
-        let nowhere = Out(Box::new(|_: &[u8]| {}));
         let line = Line(Arc::clone(&self.line));
         let mut registers = self.lock();
-        let mut new = Registers::from_state(state, line, Arc::clone(&self.room), nowhere)
+        let mut new = Registers::from_state(state, line, Arc::clone(&self.emptied), Peer(Box::new(Nobody)))
             .map_err(|e| io::Error::other(format!("serial port: {e}")))?;
         std::mem::swap(new.writer_mut(), registers.writer_mut());
         *registers = new;
@@ -202,25 +168,61 @@ impl Serial {
     }
 }
 
+/// A peer for the moment in which the real one changes hands.
+struct Nobody;
+
+impl SerialPeer for Nobody {
+    fn write(&mut self, _bytes: &[u8]) {}
+
+    fn read(&mut self, _into: &mut [u8]) -> usize {
+        0
+    }
+}
+
+fn fill(registers: &mut Registers) {
+    // In loopback the receiver is the transmitter's; input waits until it is over.
+    if registers.state().modem_control & LOOPBACK != 0 {
+        return;
+    }
+    let mut piece = [0; RECEIVER];
+    loop {
+        let room = registers.fifo_capacity().min(RECEIVER);
+        let Some(part) = piece.get_mut(..room).filter(|part| !part.is_empty()) else { return };
+        let count = registers.writer_mut().0.read(part);
+        let Some(given) = part.get(..count).filter(|given| !given.is_empty()) else { return };
+        if let Err(e) = registers.enqueue_raw_bytes(given) {
+            tracing::warn!("serial port: {e}");
+        }
+    }
+}
+
 impl BusDevice for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
-            *byte = self.lock().read(offset);
+            let mut registers = self.lock();
+            *byte = registers.read(offset);
+            if self.emptied.0.swap(false, Ordering::Relaxed) {
+                fill(&mut registers);
+            }
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let ([byte], Ok(offset)) = (data, u8::try_from(offset))
-            && let Err(e) = self.lock().write(offset, *byte)
-        {
+        let ([byte], Ok(register)) = (data, u8::try_from(offset)) else { return };
+        let mut registers = self.lock();
+        if let Err(e) = registers.write(register, *byte) {
             tracing::warn!("serial port: {e}");
+        }
+        if offset == MODEM_CONTROL {
+            fill(&mut registers);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
     use std::sync::mpsc;
 
     use proptest::prelude::*;
@@ -228,10 +230,37 @@ mod tests {
     use super::*;
     use crate::virtio::testing::FakeInterrupts;
 
-    fn port() -> (mpsc::Receiver<u8>, Serial) {
-        let (sent, output) = mpsc::channel();
-        let write = move |bytes: &[u8]| bytes.iter().for_each(|byte| sent.send(*byte).unwrap());
-        (output, Serial::new(Arc::from(FakeInterrupts::new().line()), Box::new(write)).unwrap())
+    /// A host that keeps what it is sent and gives what it has.
+    struct Host(mpsc::Sender<u8>, Arc<Mutex<VecDeque<u8>>>);
+
+    impl SerialPeer for Host {
+        fn write(&mut self, bytes: &[u8]) {
+            bytes.iter().for_each(|byte| self.0.send(*byte).unwrap());
+        }
+
+        fn read(&mut self, into: &mut [u8]) -> usize {
+            io::Read::read(&mut *self.1.lock().unwrap(), into).unwrap()
+        }
+    }
+
+    struct Port {
+        output: mpsc::Receiver<u8>,
+        input: Arc<Mutex<VecDeque<u8>>>,
+        serial: Serial,
+    }
+
+    impl Port {
+        fn new() -> Self {
+            let (sent, output) = mpsc::channel();
+            let input = Arc::default();
+            let host = Host(sent, Arc::clone(&input));
+            Self { output, input, serial: Serial::new(Arc::from(FakeInterrupts::new().line()), Box::new(host)) }
+        }
+
+        fn give(&self, bytes: &[u8]) {
+            self.input.lock().unwrap().extend(bytes);
+            self.serial.fill();
+        }
     }
 
     fn read(serial: &Serial, offset: u64) -> u8 {
@@ -242,54 +271,62 @@ mod tests {
 
     #[test]
     fn a_mebibyte_of_input_arrives_whole() {
-        let (_, serial) = port();
+        let port = Port::new();
         let input: Vec<u8> = (0..1 << 20).map(|i: u32| (i % 251) as u8).collect();
-        serial.write(1, &[1]);
-        let (mut left, mut got) = (&input[..], Vec::new());
+        port.serial.write(1, &[1]);
+        port.give(&input);
+        let mut got = Vec::new();
         while got.len() < input.len() {
-            let taken = serial.input(left).unwrap();
-            left = &left[taken..];
-            assert!(serial.line.event().read().is_ok(), "an interrupt for each filling");
-            while read(&serial, 5) & 1 != 0 {
-                got.push(read(&serial, 0));
-            }
-            if !left.is_empty() {
-                assert!(serial.room().read().is_ok(), "room is told");
+            assert!(port.serial.line.event().read().is_ok(), "an interrupt for each filling");
+            for _ in 0..RECEIVER {
+                assert_eq!(read(&port.serial, 5) & 1, 1, "input waits");
+                got.push(read(&port.serial, 0));
             }
         }
         assert!(got == input);
-        assert!(serial.room().read().is_err(), "nobody waits any more");
+        assert_eq!(read(&port.serial, 5) & 1, 0);
+    }
+
+    #[test]
+    fn input_waits_while_the_port_loops_back() {
+        let port = Port::new();
+        port.serial.write(4, &[LOOPBACK]);
+        port.give(b"later");
+        port.serial.write(0, b"l");
+        assert_eq!((read(&port.serial, 0), read(&port.serial, 5) & 1), (b'l', 0));
+        assert!(port.output.try_recv().is_err(), "looped output stays inside");
+        port.serial.write(4, &[0]);
+        let got: Vec<u8> = (0..5).map(|_| read(&port.serial, 0)).collect();
+        assert_eq!(got, b"later");
     }
 
     #[test]
     fn output_and_state_survive_a_restore() {
-        let (output, serial) = port();
-        serial.write(0, b"a");
-        serial.write(7, &[0x5a]);
-        serial.input(b"xyz").unwrap();
-        let saved = serde_json::to_vec(&serial.save()).unwrap();
-        serial.reset().unwrap();
-        assert_eq!(read(&serial, 5) & 1, 0);
-        serial.restore(&serde_json::from_slice(&saved).unwrap()).unwrap();
-        assert_eq!((read(&serial, 7), read(&serial, 0)), (0x5a, b'x'));
-        serial.write(0, b"b");
-        assert_eq!(output.try_iter().collect::<Vec<_>>(), b"ab");
-        let mut damaged = serial.save();
+        let (port, other) = (Port::new(), Port::new());
+        port.serial.write(0, b"a");
+        port.serial.write(7, &[0x5a]);
+        port.give(b"xyz");
+        let saved = serde_json::to_vec(&port.serial.save()).unwrap();
+        other.serial.restore(&serde_json::from_slice(&saved).unwrap()).unwrap();
+        assert_eq!((read(&other.serial, 7), read(&other.serial, 0)), (0x5a, b'x'));
+        other.serial.write(0, b"b");
+        assert_eq!(other.output.try_iter().collect::<Vec<_>>(), b"b");
+        let mut damaged = port.serial.save();
         damaged.received = vec![0; 65];
-        assert!(serial.restore(&damaged).is_err());
+        assert!(other.serial.restore(&damaged).is_err());
     }
 
     proptest! {
         #[test]
         fn no_access_panics(accesses in proptest::collection::vec((any::<bool>(), 0..8_u64, 1..9_usize, any::<u8>()), 0..200)) {
-            let (_output, serial) = port();
+            let port = Port::new();
             for (write, offset, len, value) in accesses {
                 let mut data = vec![value; len];
                 match write {
-                    true => serial.write(offset, &data),
-                    false => serial.read(offset, &mut data),
+                    true => port.serial.write(offset, &data),
+                    false => port.serial.read(offset, &mut data),
                 }
-                serial.input(&[value; 3]).unwrap();
+                port.give(&[value; 3]);
             }
         }
     }

@@ -138,6 +138,8 @@ pub struct Tap {
     fd: OwnedFd,
     /// What its kernel can do.
     supported: Offloads,
+    /// False for a socket of frames in its place.
+    is_tap: bool,
 }
 
 impl Tap {
@@ -211,7 +213,7 @@ impl Tap {
             what: "setting the header's size",
             source: e.into(),
         })?;
-        let mut tap = Self { name, fd, supported: Offloads::default() };
+        let mut tap = Self { name, fd, supported: Offloads::default(), is_tap: true };
         let mut supported = Offloads::default();
         for enable in [
             |o: &mut Offloads| o.checksum = true,
@@ -235,11 +237,11 @@ impl Tap {
         Ok(tap)
     }
 
-    /// One end of a datagram socket pair in a tap's place.
+    /// One end of a pair of sockets that keep frames apart, in a tap's place.
     #[cfg(test)]
-    pub(crate) fn fake(fd: OwnedFd) -> Self {
+    pub(crate) fn fake(fd: OwnedFd, supported: Offloads) -> Self {
         set_nonblocking(fd.as_fd()).unwrap();
-        Self { name: "fake".into(), fd, supported: Offloads::default() }
+        Self { name: "fake".into(), fd, supported, is_tap: false }
     }
 
     /// The tap's name, for messages.
@@ -257,7 +259,7 @@ impl Tap {
     /// # Errors
     /// The kernel's answer.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        if self.supported == Offloads::default() && offloads == self.supported {
+        if !self.is_tap {
             return Ok(());
         }
         self.offload(offloads)
@@ -275,7 +277,7 @@ impl Tap {
     /// # Errors
     /// No descriptors are left.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { name: self.name.clone(), fd: self.fd.try_clone()?, supported: self.supported })
+        Ok(Self { name: self.name.clone(), fd: self.fd.try_clone()?, supported: self.supported, is_tap: self.is_tap })
     }
 
     /// Reads a frame into guest memory and, where that is too short, on into `more`. Gives the number of bytes read.

@@ -160,3 +160,99 @@ impl MutEventSubscriber for RngWorker {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Buf, DriverQueue, PciDriver};
+
+    fn bench() -> (PciDriver, DriverQueue, Arc<AtomicU64>) {
+        let device = Rng::new("rng0");
+        let bytes = device.bytes();
+        let mut driver = PciDriver::new(Box::new(device));
+        driver.negotiate(u64::MAX);
+        driver.setup_config_vector();
+        let queue = driver.setup_queue(0, 16);
+        driver.driver_ok();
+        (driver, queue, bytes)
+    }
+
+    #[test]
+    fn buffers_are_filled_with_what_differs_each_time() {
+        let (mut driver, mut queue, bytes) = bench();
+        let mut seen = Vec::new();
+        for _ in 0..4 {
+            let at = driver.alloc(300);
+            queue.add(&[Buf::writable(at, 100), Buf::writable(at + 100, 200)]);
+            driver.kick(0);
+            assert_eq!(driver.wait_used(0, &mut queue).len, 300);
+            let data = driver.bytes(at, 300);
+            // 300 random bytes with a zero run of 32 in them are not to be expected in the life of this test.
+            assert!(!data.windows(32).any(|run| run.iter().all(|byte| *byte == 0)));
+            assert!(!seen.contains(&data));
+            seen.push(data);
+        }
+        assert_eq!(bytes.load(Ordering::Relaxed), 1200);
+    }
+
+    #[test]
+    fn one_request_gets_no_more_than_its_bound() {
+        let (mut driver, mut queue, _) = bench();
+        let at = driver.alloc(1 << 20);
+        queue.add(&[Buf::writable(at, 1 << 20)]);
+        driver.kick(0);
+        let used = driver.wait_used(0, &mut queue);
+        assert_eq!(used.len, 64 << 10);
+        assert_eq!(driver.bytes(at + (64 << 10), 4096), [0; 4096]);
+    }
+
+    #[test]
+    fn stopping_and_starting_answers_every_request_once() {
+        let (mut driver, mut queue, _) = bench();
+        let at = driver.alloc(4096);
+        for _ in 0..20 {
+            for _ in 0..8 {
+                queue.add(&[Buf::writable(at, 4096)]);
+            }
+            driver.kick(0);
+            driver.device.suspend();
+            driver.device.resume();
+            for _ in 0..8 {
+                assert_eq!(driver.wait_used(0, &mut queue).len, 4096);
+            }
+            assert_eq!(queue.used(), None);
+        }
+    }
+
+    #[test]
+    fn rules_broken_need_a_reset_and_nothing_more() {
+        let (mut driver, mut queue, _) = bench();
+        type Break = fn(&mut DriverQueue, u64);
+        let rules: [(&str, Break); 4] = [
+            ("a buffer to read", |queue, at| {
+                queue.add(&[Buf::readable(at, 64)]);
+            }),
+            ("outside memory", |queue, _| {
+                queue.add(&[Buf::writable(0x1000_0000, 64)]);
+            }),
+            ("a huge length", |queue, at| {
+                queue.add(&[Buf::writable(at, u32::MAX)]);
+            }),
+            ("an index that jumps", |queue, _| queue.jump(17)),
+        ];
+        for (faults, (what, break_rule)) in (1..).zip(rules) {
+            let at = driver.alloc(64);
+            break_rule(&mut queue, at);
+            driver.kick(0);
+            driver.wait_needs_reset();
+            assert_eq!(driver.device.faults(), faults, "{what}");
+            driver.negotiate(u64::MAX);
+            driver.setup_config_vector();
+            queue = driver.setup_queue(0, 16);
+            driver.driver_ok();
+            queue.add(&[Buf::writable(at, 64)]);
+            driver.kick(0);
+            assert_eq!(driver.wait_used(0, &mut queue).len, 64, "after {what}");
+        }
+    }
+}

@@ -250,3 +250,52 @@ impl From<&EventState> for kvm_vcpu_events {
         to
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn access_rights_are_the_bits_of_the_manual() {
+        // 64-bit code: type 0xb, S, DPL 3, P, AVL, L, G.
+        let code = Segment { base: 1, limit: 0xffff_ffff, selector: 0x33, access: 0xb0fb };
+        let kvms = kvm_segment::from(&code);
+        assert_eq!((kvms.type_, kvms.s, kvms.dpl, kvms.present), (0xb, 1, 3, 1));
+        assert_eq!((kvms.avl, kvms.l, kvms.db, kvms.g, kvms.unusable), (1, 1, 0, 1, 0));
+        assert_eq!(Segment::from(&kvms), code);
+        let unusable = Segment { access: 0x1_4093, ..code };
+        let kvms = kvm_segment::from(&unusable);
+        assert_eq!((kvms.db, kvms.g, kvms.unusable), (1, 0, 1));
+        assert_eq!(Segment::from(&kvms), unusable);
+    }
+
+    #[test]
+    fn events_come_back_as_they_went() {
+        let all = EventState {
+            exception: Some((14, Some(6), Some(0xdead))),
+            exception_injected: false,
+            interrupt: Some((0x41, true)),
+            interrupt_shadow: 2,
+            nmi_injected: true,
+            nmi_pending: true,
+            nmi_masked: true,
+            sipi_vector: 9,
+            smm: 0b1101,
+            triple_fault: true,
+        };
+        let injected = EventState { exception: Some((13, None, None)), exception_injected: true, ..all };
+        for events in [EventState::default(), all, injected] {
+            assert_eq!(EventState::from(&kvm_vcpu_events::from(&events)), events);
+        }
+        assert_eq!(kvm_vcpu_events::from(&all).exception.pending, 1);
+        assert_eq!(kvm_vcpu_events::from(&injected).exception.pending, 0);
+    }
+
+    #[test]
+    fn leaves_without_an_index_are_told_from_those_with_index_0() {
+        for index in [None, Some(0), Some(3)] {
+            let leaf = CpuidEntry { function: 7, index, eax: 1, ebx: 2, ecx: 3, edx: 4 };
+            assert_eq!(CpuidEntry::from(&kvm_cpuid_entry2::from(&leaf)), leaf);
+        }
+    }
+}

@@ -172,3 +172,27 @@ fn physical_address_bits(cpuid: &[CpuidEntry]) -> u8 {
     let [width, _, mappable, _] = leaf.eax.to_le_bytes();
     if mappable == 0 { width } else { width.min(mappable) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_width_is_what_the_guest_can_use() {
+        let leaf = |eax| CpuidEntry { function: 0x8000_0008, index: None, eax, ebx: 0, ecx: 0, edx: 0 };
+        assert_eq!(physical_address_bits(&[leaf(0x3034)]), 52);
+        // Five-level addresses on a host whose page tables map 48 bits.
+        assert_eq!(physical_address_bits(&[leaf(0x30_3934)]), 48);
+        assert_eq!(physical_address_bits(&[]), 36);
+    }
+
+    #[test]
+    fn the_vendor_is_read_in_the_order_of_the_registers() {
+        let leaf = |vendor: &[u8; 12]| {
+            let word = |at: usize| u32::from_le_bytes([vendor[at], vendor[at + 1], vendor[at + 2], vendor[at + 3]]);
+            [CpuidEntry { function: 0, index: None, eax: 0, ebx: word(0), ecx: word(8), edx: word(4) }]
+        };
+        assert!(vendor_is_intel(&leaf(b"GenuineIntel")));
+        assert!(!vendor_is_intel(&leaf(b"AuthenticAMD")));
+    }
+}

@@ -92,9 +92,11 @@ fn guest() -> Result<()> {
             eprintln!("agent: the power button is not watched: {error:#}");
         }
     });
-    let Some(port) = find_port()? else {
-        loop {
-            thread::park(); // nobody to serve, but the button
+    // The driver learns of its ports one message after the other; a port may also come later.
+    let port = loop {
+        match find_port()? {
+            Some(port) => break port,
+            None => thread::sleep(Duration::from_millis(20)),
         }
     };
     loop {

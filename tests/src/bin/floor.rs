@@ -41,7 +41,9 @@ fn main() -> Result<()> {
     set_registers(&vcpu, entry)?;
     match vcpu.run().context("KVM_RUN")? {
         // A plain file, since standard output's buffer would be one thing more to set up.
-        VcpuExit::IoOut(COM1, byte) => nix::unistd::write(std::io::stdout(), byte).map(drop).context("writing the byte"),
+        VcpuExit::IoOut(COM1, byte) => {
+            nix::unistd::write(std::io::stdout(), byte).map(drop).context("writing the byte")
+        }
         _ => bail!("the guest does not begin with a byte to the serial port"),
     }
 }
@@ -82,16 +84,8 @@ fn load(vm: &VmFd, elf: &[u8]) -> Result<u64> {
 /// 32-bit protected mode with flat segments, as the PVH protocol prescribes, at `entry`.
 fn set_registers(vcpu: &VcpuFd, entry: u64) -> Result<()> {
     let mut sregs = vcpu.get_sregs().context("KVM_GET_SREGS")?;
-    let data = kvm_segment {
-        limit: u32::MAX,
-        selector: 0x10,
-        type_: 3,
-        present: 1,
-        db: 1,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    };
+    let data =
+        kvm_segment { limit: u32::MAX, selector: 0x10, type_: 3, present: 1, db: 1, s: 1, g: 1, ..Default::default() };
     sregs.cs = kvm_segment { selector: 8, type_: 11, ..data };
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
     sregs.cr0 |= 1;

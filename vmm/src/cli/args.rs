@@ -177,8 +177,8 @@ pub struct RunArgs {
 
     /// Add a source of random numbers
     ///
-    /// It reads the host's /dev/urandom, or, as in "--rng=/dev/hwrng", another file. A further key: id=ID.
-    #[arg(long, value_name = "SOURCE", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    /// They are the host kernel's. "--rng=id=ID" gives the device a name.
+    #[arg(long, value_name = "id=ID", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     #[arg(help_heading = "Devices")]
     pub rng: Option<String>,
 

@@ -191,12 +191,8 @@ impl Flags {
         if text.is_empty() {
             return DeviceConfig::Rng(rng);
         }
-        for Pair { key, value } in self.list(at, text, Some("source"), &["source", "id"]) {
-            match (key.as_str(), self.given(at, &key, value)) {
-                ("source", Some(value)) => rng.source = value.into(),
-                (_, Some(value)) => rng.id = value,
-                _ => {}
-            }
+        for Pair { key, value } in self.list(at, text, None, &["id"]) {
+            rng.id = self.given(at, &key, value).unwrap_or_default();
         }
         DeviceConfig::Rng(rng)
     }

@@ -89,9 +89,9 @@ fn flags_mean_what_the_file_says() {
             "kernel: {path: k}\nserial: {type: off}\ndevices: [{type: console, endpoint: {type: pty}}, {type: rng}]",
         ),
         (
-            &["--kernel", "k", "--rng=/dev/hwrng,id=r", "--kind", "software-protected", "--debug-exit"],
+            &["--kernel", "k", "--rng=id=r", "--kind", "software-protected", "--debug-exit"],
             "kernel: {path: k}\nkind: {type: software-protected}\nplatform: {debug_exit: true}\ndevices: [{type: rng, \
-             source: /dev/hwrng, id: r}]",
+             id: r}]",
         ),
         (
             &["--kernel", "k", "--on-reset", "exit", "--on-panic", "ignore", "--pvpanic", "off"],

@@ -2,6 +2,7 @@
 //!
 //! Each queue has a thread and a disk backend of its own.
 
+mod on_thread;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use super::{
 };
 use crate::disk::{DiskBackend, MAX_WRITE_ZEROES, RawDisk, SECTOR, Topology};
 use crate::io_thread::{IoThread, Running};
+use on_thread::run_on;
 use worker::BlkWorker;
 
 /// Length in bytes of a disk's serial number (virtio 1.2 §5.2.6).
@@ -123,12 +125,12 @@ struct Shared {
 }
 
 /// Makes the backend of a queue, with its depth.
-type MakeBackend = dyn Fn(u16) -> std::io::Result<Box<dyn DiskBackend>> + Send;
+type MakeBackend = dyn Fn(u16) -> std::io::Result<Box<dyn DiskBackend>> + Send + Sync;
 
 /// A virtio block device.
 pub struct Blk {
     shared: Arc<Shared>,
-    make_backend: Box<MakeBackend>,
+    make_backend: Arc<MakeBackend>,
     queue_size: u16,
     queues: Vec<QueueSlot>,
 }
@@ -143,11 +145,11 @@ impl Blk {
     /// A device that shows `disk`. The disk stays open, and locked, while any copy of the `Arc` lives.
     pub fn new(disk: Arc<RawDisk>, options: &BlkOptions) -> Self {
         let backend_disk = Arc::clone(&disk);
-        Self::with_backend(disk, options, Box::new(move |depth| backend_disk.backend(depth)))
+        Self::with_backend(disk, options, Arc::new(move |depth| backend_disk.backend(depth)))
     }
 
     /// A device whose requests go to backends that `make_backend` makes.
-    pub(crate) fn with_backend(disk: Arc<RawDisk>, options: &BlkOptions, make_backend: Box<MakeBackend>) -> Self {
+    pub(crate) fn with_backend(disk: Arc<RawDisk>, options: &BlkOptions, make_backend: Arc<MakeBackend>) -> Self {
         let mut serial = [0; SERIAL_LEN];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
             *to = from;
@@ -242,7 +244,6 @@ impl VirtioDevice for Blk {
             .get_mut(usize::from(index))
             .ok_or_else(|| Error::Driver(format!("{id}: there is no queue {index}")))?;
         let host = |what| move |source| Error::Host { what, source };
-        let backend = (self.make_backend)(queue.size()).map_err(host("disk backend"))?;
         let thread = match &slot.thread {
             Some(thread) => Arc::clone(thread),
             None => {
@@ -250,6 +251,9 @@ impl VirtioDevice for Blk {
                 Arc::clone(slot.thread.insert(thread))
             }
         };
+        let (make, depth) = (Arc::clone(&self.make_backend), queue.size());
+        let backend =
+            run_on(&thread, move || make(depth)).map_err(host("disk thread"))?.map_err(host("disk backend"))?;
         let worker = BlkWorker::new(queue, backend, Arc::clone(&self.shared));
         slot.running = Some(thread.add(worker).map_err(host("disk thread"))?);
         Ok(())
@@ -259,8 +263,10 @@ impl VirtioDevice for Blk {
         let Some(running) = self.queues.get_mut(usize::from(index)).and_then(|slot| slot.running.take()) else {
             return Ok(None);
         };
-        let worker = running.remove().map_err(|source| Error::Host { what: "disk thread", source })?;
-        Ok(Some(worker.stop()))
+        let error = |source| Error::Host { what: "disk thread", source };
+        let thread = Arc::clone(running.thread());
+        let worker = running.remove().map_err(error)?;
+        run_on(&thread, move || worker.stop()).map(Some).map_err(error)
     }
 
     fn reset(&mut self) {

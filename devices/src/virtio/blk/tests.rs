@@ -149,7 +149,7 @@ impl Recorder {
         Blk::with_backend(
             disk,
             &options,
-            Box::new(move |_| {
+            Arc::new(move |_| {
                 let inner = SyncBackend::new(Arc::clone(&inner))?;
                 let log = Arc::clone(&log);
                 *log.event.lock().unwrap() = Some(inner.event().try_clone()?);
@@ -552,7 +552,9 @@ fn the_cache_mode_is_saved() {
     let mut writeback = [9];
     copy.read_config(WRITEBACK_OFFSET, &mut writeback);
     assert_eq!(writeback, [0]);
-    for damaged in [Sections(vec![]), Sections(vec![("blk".into(), 2, vec![])]), Sections(vec![("blk".into(), 1, b"{".into())])] {
+    for damaged in
+        [Sections(vec![]), Sections(vec![("blk".into(), 2, vec![])]), Sections(vec![("blk".into(), 1, b"{".into())])]
+    {
         let mut damaged = damaged;
         assert!(matches!(copy.restore(&mut damaged), Err(Error::State(_))));
     }

@@ -1,0 +1,271 @@
+//! Guest stories: stock Debian kernels boot to user space in Halyard, on a host with hardware virtualization or in the
+//! lab's emulated one, and a test asks the guest and the host what they see.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use halyard_tests::{Cmd, Host, Kernel, Status, Vm, VmSpec};
+
+const KERNELS: [Kernel; 2] = [Kernel::Debian6_1Cloud, Kernel::Debian6_12Cloud];
+
+/// Boots a guest to user space.
+fn boot<'a>(host: &'a Host, spec: &VmSpec) -> Result<Vm<'a>> {
+    let vm = host.halyard(spec)?;
+    vm.wait_line("HALYARD-GUEST ready")?;
+    Ok(vm)
+}
+
+/// What a command in the guest says.
+fn ask(vm: &Vm, command: &str) -> Result<String> {
+    vm.run(command)?.ok().with_context(|| command.to_owned())
+}
+
+/// Powers a guest off and checks that Halyard says so.
+fn power_off(vm: &Vm) -> Result<()> {
+    // The guest may be gone before its agent can answer.
+    let _ = vm.spawn("poweroff -f")?;
+    ensure!(vm.exit_status()? == Status::Exited(0), "power-off must end Halyard with code 0");
+    Ok(())
+}
+
+fn processors(count: u32) -> Result<()> {
+    let vm = boot(Host::shared()?, &VmSpec::guest(Kernel::Debian6_12Cloud)?.cpus(count))?;
+    assert_eq!(ask(&vm, "grep -c ^processor /proc/cpuinfo")?, count.to_string());
+    assert_eq!(ask(&vm, "sed -n 's/^cpu cores.*: //p' /proc/cpuinfo | sort -u")?, count.to_string());
+    assert_eq!(ask(&vm, "sed -n 's/^physical id.*: //p' /proc/cpuinfo | sort -u")?, "0", "one package");
+    let ids = ask(&vm, "sed -n 's/^apicid.*: //p' /proc/cpuinfo | sort -n | tr '\\n' ' '")?;
+    let expected: Vec<String> = (0..count).map(|id| id.to_string()).collect();
+    assert_eq!(ids.trim(), expected.join(" "));
+    power_off(&vm)
+}
+
+#[test]
+fn story_one_processor() -> Result<()> {
+    processors(1)
+}
+
+#[test]
+fn story_two_processors() -> Result<()> {
+    processors(2)
+}
+
+#[test]
+fn story_eight_processors() -> Result<()> {
+    processors(8)
+}
+
+#[test]
+fn story_sockets_cores_and_threads_are_as_configured() -> Result<()> {
+    let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.args(["--cpus", "6,sockets=1,cores=3,threads=2"]);
+    let vm = boot(Host::shared()?, &spec)?;
+    assert_eq!(ask(&vm, "grep -c ^processor /proc/cpuinfo")?, "6");
+    assert_eq!(ask(&vm, "sed -n 's/^siblings.*: //p' /proc/cpuinfo | sort -u")?, "6");
+    assert_eq!(ask(&vm, "sed -n 's/^cpu cores.*: //p' /proc/cpuinfo | sort -u")?, "3");
+    power_off(&vm)
+}
+
+#[test]
+fn story_bzimage_and_elf_of_both_kernels() -> Result<()> {
+    let host = Host::shared()?;
+    for kernel in KERNELS {
+        for spec in [VmSpec::guest(kernel)?, VmSpec::elf_guest(kernel)?] {
+            let vm = boot(host, &spec)?;
+            let release = ask(&vm, "uname -r")?;
+            assert_eq!(release, kernel.version()?);
+            power_off(&vm)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn story_memory_below_and_across_the_32_bit_hole() -> Result<()> {
+    let host = Host::shared()?;
+    for (size, mib) in [("256M", 256_u64), ("6G", 6144)] {
+        let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.memory(size))?;
+        let total: u64 = ask(&vm, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?.parse()?;
+        // The kernel keeps some for itself; what E820 says is exact.
+        ensure!((mib * 1024 * 3 / 4..=mib * 1024).contains(&total), "{size}: the guest has {total} KiB");
+        let ranges = ask(&vm, "dmesg | sed -n 's/.*BIOS-e820: \\[mem \\(0x[0-9a-f]*\\)-\\(0x[0-9a-f]*\\)\\] usable/\\1 \\2/p'")?;
+        let bytes: u64 = ranges.lines().map(range_length).sum::<Result<u64>>()?;
+        let hole = 0x10_0000 - 0xa_0000;
+        ensure!(((mib << 20) - hole - 4096..=mib << 20).contains(&bytes), "{size}: {bytes} bytes usable in\n{ranges}");
+        power_off(&vm)?;
+    }
+    Ok(())
+}
+
+fn range_length(line: &str) -> Result<u64> {
+    let (first, last) = line.split_once(' ').context("a range")?;
+    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16);
+    Ok(number(last)? - number(first)? + 1)
+}
+
+/// A disk image of `mib` MiB in a folder of the host.
+fn image(host: &Host, mib: u32) -> Result<String> {
+    let path = format!("{}/disk.img", host.folder()?);
+    host.run(format!("truncate -s {mib}M {path}"))?.ok()?;
+    Ok(path)
+}
+
+#[test]
+fn story_a_disk_reads_back_on_the_host_as_the_guest_wrote_it() -> Result<()> {
+    let host = Host::shared()?;
+    let path = image(host, 64)?;
+    let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path}")))?;
+    assert_eq!(ask(&vm, "cat /sys/block/vda/size")?, (64 * 2048).to_string());
+    let written = ask(
+        &vm,
+        "head -c 33554432 /dev/urandom >/file && dd if=/file of=/dev/vda bs=1M seek=16 conv=fsync 2>/dev/null && \
+         sha256sum </file",
+    )?;
+    power_off(&vm)?;
+    let read = host.run(format!("dd if={path} bs=1M skip=16 count=32 2>/dev/null | sha256sum"))?.ok()?;
+    assert_eq!(written, read);
+    Ok(())
+}
+
+#[test]
+fn story_what_was_flushed_survives_a_killed_monitor() -> Result<()> {
+    let host = Host::shared()?;
+    let path = image(host, 64)?;
+    let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path}"));
+    let vm = boot(host, &spec)?;
+    // Each block is flushed before its number is told; then the monitor dies in the middle of the next ones.
+    let writer = vm.spawn(
+        "i=1; while :; do head -c 4096 /dev/zero | tr '\\0' \"\\$(printf %03o $((i % 128 + 64)))\" | \
+         dd of=/dev/vda bs=4096 seek=$i conv=fsync,notrunc 2>/dev/null && echo flushed $i; i=$((i + 1)); done",
+    )?;
+    writer.wait_line("flushed 20")?;
+    vm.kill(9)?;
+    ensure!(vm.exit_status()? == Status::Killed(9), "the monitor was to die");
+    let told = writer.output().lines().filter_map(|line| line.strip_prefix("flushed ")?.parse().ok()).max();
+    let told: u64 = told.context("nothing was flushed")?;
+    ensure!(told >= 20, "only {told} blocks were told of");
+    let disk = host.run(format!("dd if={path} bs=4096 count={} 2>/dev/null", told + 1))?.stdout;
+    for number in 1..=told {
+        let block = disk.chunks(4096).nth(usize::try_from(number)?).context("the image is too short")?;
+        let expected = u8::try_from(number % 128 + 64)?;
+        ensure!(block.iter().all(|byte| *byte == expected), "block {number} of {told} was flushed and is not there");
+    }
+    // The lock went with the monitor: another one can have the disk.
+    let next = boot(host, &spec)?;
+    power_off(&next)
+}
+
+#[test]
+fn story_a_read_only_disk_refuses_writes_and_is_shared() -> Result<()> {
+    let host = Host::shared()?;
+    let path = image(host, 8)?;
+    host.run(format!("printf shared >{path}.tmp && dd if={path}.tmp of={path} conv=notrunc 2>/dev/null"))?.ok()?;
+    let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path},readonly"));
+    let (first, second) = (host.halyard(&spec)?, host.halyard(&spec)?);
+    for vm in [&first, &second] {
+        vm.wait_line("HALYARD-GUEST ready")?;
+        assert_eq!(ask(vm, "head -c 6 /dev/vda")?, "shared");
+        assert_eq!(ask(vm, "cat /sys/block/vda/ro")?, "1");
+        ensure!(!vm.run("echo no | dd of=/dev/vda bs=512 conv=fsync")?.status.success(), "a write went through");
+    }
+    power_off(&first)?;
+    power_off(&second)
+}
+
+#[test]
+fn story_two_guests_talk_over_a_bridge() -> Result<()> {
+    let host = Host::shared()?;
+    let bridge = host.bridge()?;
+    let (left, right) = (host.tap(Some(&bridge))?, host.tap(Some(&bridge))?);
+    let guest = |tap: &str, mac: &str| anyhow::Ok(VmSpec::guest(Kernel::Debian6_12Cloud)?.network(tap, mac).memory("512M"));
+    let server = host.halyard(&guest(left.name(), "52:54:00:00:00:01")?)?;
+    let client = host.halyard(&guest(right.name(), "52:54:00:00:00:02")?)?;
+    for (vm, number) in [(&server, 1), (&client, 2)] {
+        vm.wait_line("HALYARD-GUEST ready")?;
+        assert_eq!(ask(vm, "cat /sys/class/net/eth0/address")?, format!("52:54:00:00:00:0{number}"));
+        ask(vm, &format!("ip addr add 10.0.0.{number}/24 dev eth0 && ip link set eth0 up"))?;
+    }
+    let ping = ask(&client, "ping -c 3 -w 30 10.0.0.1")?;
+    ensure!(ping.contains("3 packets received"), "{ping}");
+
+    let receiver = server.spawn("nc -l -p 5000 | sha256sum")?;
+    ask(&server, "until netstat -ltn | grep -q :5000; do :; done")?;
+    let send = "head -c 268435456 /dev/urandom >/big && nc 10.0.0.1 5000 </big && sha256sum </big";
+    let sent = client.run(Cmd::shell(send).patience(Duration::from_secs(300)))?.ok()?;
+    receiver.wait_line(&sent).context("both sums must be equal")?;
+    power_off(&server)?;
+    power_off(&client)
+}
+
+#[test]
+fn story_reboot_boots_again_in_the_same_process() -> Result<()> {
+    let host = Host::shared()?;
+    let path = image(host, 8)?;
+    let mut vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path}")))?;
+    ask(&vm, "echo before >/dev/vda && sync")?;
+    let _ = vm.spawn("reboot -f")?;
+    vm.wait_line("HALYARD-GUEST ready").context("the guest must come up a second time")?;
+    vm.forget_agent();
+    assert_eq!(ask(&vm, "head -n 1 /dev/vda")?, "before");
+    power_off(&vm)
+}
+
+#[test]
+fn story_reboot_ends_the_run_where_that_is_asked_for() -> Result<()> {
+    let vm = boot(Host::shared()?, &VmSpec::guest(Kernel::Debian6_1Cloud)?.args(["--on-reset", "exit"]))?;
+    let _ = vm.spawn("reboot -f")?;
+    assert_eq!(vm.exit_status()?, Status::Exited(3));
+    Ok(())
+}
+
+#[test]
+fn story_the_power_button_shuts_the_guest_down() -> Result<()> {
+    let vm = boot(Host::shared()?, &VmSpec::guest(Kernel::Debian6_12Cloud)?)?;
+    // The agent answers, so its power-button handler runs.
+    ask(&vm, "true")?;
+    vm.kill(15)?;
+    assert_eq!(vm.exit_status()?, Status::Exited(0));
+    Ok(())
+}
+
+#[test]
+fn story_a_panic_of_the_guest_has_its_own_exit_code() -> Result<()> {
+    for kernel in KERNELS {
+        let vm = boot(Host::shared()?, &VmSpec::guest(kernel)?)?;
+        let _ = vm.spawn("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger")?;
+        assert_eq!(vm.exit_status()?, Status::Exited(4), "{}", kernel.label());
+    }
+    Ok(())
+}
+
+/// 1 MiB that no text conversion leaves alone.
+fn mebibyte() -> Vec<u8> {
+    (0..1_u32 << 20).map(|index| u8::try_from(index.wrapping_mul(2_654_435_761) >> 24).unwrap_or(0)).collect()
+}
+
+#[test]
+fn story_a_mebibyte_of_console_input_arrives_whole() -> Result<()> {
+    let host = Host::shared()?;
+    let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?
+        .serial(Some("off"))
+        .cmdline("console=hvc0 quiet panic=-1")
+        .args(["--console", "stdio"]);
+    let vm = boot(host, &spec)?;
+    let reader = vm.spawn("stty -F /dev/hvc0 raw -echo && echo go && head -c 1048576 /dev/hvc0 | sha256sum")?;
+    reader.wait_line("go")?;
+    vm.write_serial(&mebibyte())?;
+    let expected = host.run(Cmd::new("sha256sum").input(mebibyte()))?.ok()?;
+    reader.wait_line(&expected)?;
+    power_off(&vm)
+}
+
+#[test]
+fn story_serial_input_arrives_whole() -> Result<()> {
+    let host = Host::shared()?;
+    let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?)?;
+    let input = mebibyte()[..32 << 10].to_vec();
+    let reader = vm.spawn("stty -F /dev/ttyS0 raw -echo && echo go && head -c 32768 /dev/ttyS0 | sha256sum")?;
+    reader.wait_line("go")?;
+    vm.write_serial(&input)?;
+    let expected = host.run(Cmd::new("sha256sum").input(input))?.ok()?;
+    reader.wait_line(&expected)?;
+    power_off(&vm)
+}
