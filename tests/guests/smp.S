@@ -26,10 +26,10 @@ main:
     mov $TRAMPOLINE, %edi
     mov $(trampoline_end - trampoline), %ecx
     rep movsb
+    call here                           # first, so that the others come behind it
     movl $INIT_ALL, LAPIC_COMMAND
     movl $START_ALL, LAPIC_COMMAND
     movl $START_ALL, LAPIC_COMMAND      # ignored by those that run already
-    call here
 2:  pause
     mov arrived, %eax
     cmp wanted, %eax

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -136,10 +138,53 @@ impl Output {
 /// Says what else is known where something went wrong, such as the end of a machine's console.
 pub type Witness = Arc<dyn Fn() -> String + Send + Sync>;
 
-/// A session with an agent. Clones share it.
+/// A byte stream that leads to an agent.
+pub trait Line: Send + Sync + 'static {
+    /// Its two halves, each with the stream kept open by it alone.
+    ///
+    /// # Errors
+    /// Where they cannot be made.
+    fn halves(&self) -> io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)>;
+
+    /// Ends it, and every read of it that waits.
+    fn close(&self);
+}
+
+impl Line for UnixStream {
+    fn halves(&self) -> io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)> {
+        Ok((Box::new(self.try_clone()?), Box::new(self.try_clone()?)))
+    }
+
+    fn close(&self) {
+        // It may have been closed at the other end already.
+        let _ = self.shutdown(Shutdown::Both);
+    }
+}
+
+impl Line for Socket {
+    fn halves(&self) -> io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)> {
+        Ok((Box::new(self.clone()), Box::new(self.clone())))
+    }
+
+    fn close(&self) {
+        self.channel.close();
+    }
+}
+
+/// A session with an agent. Clones share it, as do its processes and sockets; it ends with the last of them.
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
+    _end: Arc<End>,
+}
+
+/// Ends the stream under a session, and with it the thread that listens.
+struct End(Box<dyn Line>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 struct Shared {
@@ -176,22 +221,16 @@ struct Inbox {
 }
 
 impl Client {
-    /// Opens a session over a byte stream. `name` and `witness` are for messages. `session` is a number that no
-    /// other session with this agent has.
+    /// Opens a session over a byte stream. `name` and `witness` are for messages.
     ///
     /// # Errors
     /// Where the agent does not answer in time, or the stream ends.
-    pub fn open(
-        name: impl Into<String>,
-        reader: impl Read + Send + 'static,
-        writer: impl Write + Send + 'static,
-        patience: Duration,
-        witness: Witness,
-    ) -> Result<Self> {
+    pub fn open(name: impl Into<String>, line: impl Line, patience: Duration, witness: Witness) -> Result<Self> {
+        let (reader, writer) = line.halves().context("the way to an agent")?;
         let shared = Arc::new(Shared {
             name: name.into(),
             witness,
-            line: Mutex::new(Box::new(writer)),
+            line: Mutex::new(writer),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -201,7 +240,7 @@ impl Client {
             .name(format!("agent of {}", shared.name))
             .spawn(move || listener.listen(reader, session))
             .context("no thread for the agent's answers")?;
-        let client = Self { shared };
+        let client = Self { shared, _end: Arc::new(End(Box::new(line))) };
         let deadline = Instant::now() + patience;
         loop {
             // An agent that is not there yet loses this: it is said again, and the agent's own start is answered too.
@@ -271,7 +310,7 @@ impl Client {
         let inbox = || Inbox { text: Text::with_limit(limit), on_demand };
         let remote = Remote { credit: WINDOW, output: inbox(), error: inbox(), ..Remote::default() };
         state.channels.insert(number, remote);
-        Ok(Channel { shared: self.shared.clone(), number })
+        Ok(Channel { client: self.clone(), number })
     }
 }
 
@@ -423,30 +462,40 @@ impl Remote {
 }
 
 struct Channel {
-    shared: Arc<Shared>,
+    client: Client,
     number: u32,
 }
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        self.shared.lock().channels.remove(&self.number);
-        let _ = self.shared.send(&Message::Close(self.number));
+        self.client.shared.lock().channels.remove(&self.number);
+        let _ = self.client.shared.send(&Message::Close(self.number));
     }
 }
 
 impl Channel {
+    /// Ends it here and there: whoever reads it finds its end.
+    fn close(&self) {
+        if let Some(remote) = self.client.shared.lock().channels.get_mut(&self.number) {
+            remote.output.text.end();
+        }
+        self.client.shared.changed.notify_all();
+        let _ = self.client.shared.send(&Message::Close(self.number));
+    }
+
     fn open(&self, request: Request) -> Result<u32> {
-        self.shared.send(&Message::Open(self.number, request))?;
+        self.client.shared.send(&Message::Open(self.number, request))?;
         self.wait("an answer", PATIENCE, |remote| remote.opened.take())?.map_err(anyhow::Error::msg)
     }
 
     fn wait<T>(&self, what: &str, patience: Duration, mut ready: impl FnMut(&mut Remote) -> Option<T>) -> Result<T> {
         let found = self
+            .client
             .shared
             .wait(Instant::now() + patience, |state| state.channels.get_mut(&self.number).and_then(&mut ready))?;
         found.ok_or_else(|| {
-            let heard = self.shared.lock().channels.get(&self.number).map(Remote::heard).unwrap_or_default();
-            anyhow!(self.shared.late(what, patience, &heard))
+            let heard = self.client.shared.lock().channels.get(&self.number).map(Remote::heard).unwrap_or_default();
+            anyhow!(self.client.shared.late(what, patience, &heard))
         })
     }
 
@@ -458,7 +507,7 @@ impl Channel {
                 (length > 0).then_some(length)
             })?;
             let (now, later) = bytes.split_at(length);
-            self.shared.send(&Message::Data(self.number, Stream::Input, now.to_vec()))?;
+            self.client.shared.send(&Message::Data(self.number, Stream::Input, now.to_vec()))?;
             bytes = later;
         }
         Ok(())
@@ -491,7 +540,7 @@ impl Process {
     /// # Errors
     /// Where the agent is gone.
     pub fn close_input(&self) -> Result<()> {
-        self.channel.shared.send(&Message::End(self.channel.number, Stream::Input))
+        self.channel.client.shared.send(&Message::End(self.channel.number, Stream::Input))
     }
 
     /// Sends it a signal, by number.
@@ -499,7 +548,7 @@ impl Process {
     /// # Errors
     /// Where the agent is gone.
     pub fn kill(&self, signal: i32) -> Result<()> {
-        self.channel.shared.send(&Message::Signal(self.channel.number, signal))
+        self.channel.client.shared.send(&Message::Signal(self.channel.number, signal))
     }
 
     /// Waits for a line of its output that contains `part`, after the last one that was waited for, and returns it.
@@ -540,7 +589,7 @@ impl Process {
             // The exit status follows the end of its output at once, unless a child holds on.
             let status = self.wait_for(Duration::from_secs(2));
             let status = status.map_or_else(|_| "still runs".to_owned(), |status| format!("ended with {status}"));
-            anyhow!("`{}` never wrote \"{part}\", and {status}{heard}{}", self.line, (self.channel.shared.witness)())
+            anyhow!("`{}` never wrote \"{part}\", and {status}{heard}{}", self.line, (self.channel.client.shared.witness)())
         })
     }
 
@@ -562,26 +611,26 @@ impl Process {
 
     /// Has it ended, and how?
     pub fn status(&self) -> Option<Status> {
-        self.channel.shared.lock().channels.get(&self.channel.number).and_then(|remote| remote.status)
+        self.channel.client.shared.lock().channels.get(&self.channel.number).and_then(|remote| remote.status)
     }
 
     /// All of its output that is remembered so far.
     pub fn output(&self) -> String {
-        let state = self.channel.shared.lock();
+        let state = self.channel.client.shared.lock();
         let bytes = state.channels.get(&self.channel.number).map(|remote| remote.output.text.bytes());
         String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned()
     }
 
     /// All of its error output that is remembered so far.
     pub fn error_output(&self) -> String {
-        let state = self.channel.shared.lock();
+        let state = self.channel.client.shared.lock();
         let bytes = state.channels.get(&self.channel.number).map(|remote| remote.error.text.bytes());
         String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned()
     }
 
     /// The ends of both outputs, for messages.
     pub fn last_words(&self) -> String {
-        self.channel.shared.lock().channels.get(&self.channel.number).map(Remote::heard).unwrap_or_default()
+        self.channel.client.shared.lock().channels.get(&self.channel.number).map(Remote::heard).unwrap_or_default()
     }
 
     /// Waits for its end and that of its output, and returns all of it.
@@ -637,7 +686,7 @@ impl Socket {
     /// # Errors
     /// Where the agent is gone.
     pub fn close_input(&self) -> Result<()> {
-        self.channel.shared.send(&Message::End(self.channel.number, Stream::Input))
+        self.channel.client.shared.send(&Message::End(self.channel.number, Stream::Input))
     }
 }
 
@@ -653,7 +702,7 @@ impl Read for Socket {
         if !bytes.is_empty() {
             let granted = u32::try_from(bytes.len()).unwrap_or(0);
             let credit = Message::Credit(self.channel.number, Stream::Output, granted);
-            self.channel.shared.send(&credit).map_err(io::Error::other)?;
+            self.channel.client.shared.send(&credit).map_err(io::Error::other)?;
         }
         Ok(bytes.len())
     }

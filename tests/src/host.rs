@@ -302,7 +302,7 @@ impl Host {
         let child = machine.spawn().with_context(|| agent.display().to_string())?;
         drop(machine); // it holds the other end
         let witness: Witness = Arc::new(String::new);
-        let client = Client::open("this machine", ours.try_clone()?, ours, START, witness)?;
+        let client = Client::open("this machine", ours, START, witness)?;
         let files = tempfile::Builder::new().prefix("halyard-").tempdir_in("/tmp")?;
         let (next, console) = (AtomicU32::new(0), Console::default());
         Ok(Self { client, kind: Kind::Direct, console, machine: Mutex::new(child), next, files })
@@ -337,7 +337,7 @@ impl Host {
         };
         let told = console.clone();
         let witness: Witness = Arc::new(move || told.tail());
-        let client = Client::open("lab host", stream.try_clone()?, stream, START, witness)?;
+        let client = Client::open("lab host", stream, START, witness)?;
         let next = AtomicU32::new(0);
         Ok(Self { client, kind: Kind::Emulated, console, machine: Mutex::new(child), next, files })
     }

@@ -13,6 +13,7 @@
 //! ```
 
 pub mod agent;
+pub mod bench;
 pub mod cache;
 pub mod client;
 pub mod cpio;

@@ -272,7 +272,7 @@ impl Vm<'_> {
         };
         let witness: Witness = std::sync::Arc::new(String::new);
         let left = deadline.saturating_duration_since(Instant::now());
-        Client::open("guest", socket.clone(), socket, left, witness)
+        Client::open("guest", socket, left, witness)
     }
 
     /// Adds to an error what `halyard` and the guest said last.

@@ -71,32 +71,29 @@ fn bad_config(files: &Files, text: &str, texts: &[&str]) -> Run {
     run.expect_messages(&["vm.yaml"]).expect_messages(texts)
 }
 
-/// A loadable part of an ELF file: its address and its length in memory. The file has that many zeros for it.
+/// A loadable part of an ELF file: its address and its length in memory.
 struct Segment(u64, u64);
 
-/// An ELF file for a machine, which begins at the first segment.
+/// An ELF file for a machine, whose code begins with the first segment. The segments share a page of zeros.
 fn elf(machine: u16, segments: &[Segment]) -> Vec<u8> {
-    const HEADER: usize = 64;
-    const PROGRAM_HEADER: usize = 56;
-    let data = HEADER + PROGRAM_HEADER * segments.len();
+    const HEADER: u16 = 64;
+    const PROGRAM_HEADER: u16 = 56;
+    let count = u16::try_from(segments.len()).unwrap();
+    let data = u64::from(HEADER + PROGRAM_HEADER * count);
     let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     file.extend(2_u16.to_le_bytes()); // ET_EXEC
     file.extend(machine.to_le_bytes());
     file.extend(1_u32.to_le_bytes());
-    file.extend(segments[0].0.to_le_bytes()); // e_entry
-    file.extend((HEADER as u64).to_le_bytes()); // e_phoff
-    file.extend(0_u64.to_le_bytes());
+    let (entry, program_headers, section_headers) = (segments[0].0, u64::from(HEADER), 0);
+    file.extend([entry, program_headers, section_headers].into_iter().flat_map(u64::to_le_bytes));
     file.extend(0_u32.to_le_bytes());
-    file.extend(
-        [HEADER, PROGRAM_HEADER, segments.len(), 0, 0, 0].into_iter().flat_map(|value| (value as u16).to_le_bytes()),
-    );
+    file.extend([HEADER, PROGRAM_HEADER, count, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes));
     for Segment(address, length) in segments {
         file.extend([1_u32, 7].into_iter().flat_map(u32::to_le_bytes)); // PT_LOAD, all rights
-        let in_file = (*length).min(0x1000);
-        let words = [data as u64, *address, *address, in_file, *length, 0x1000];
-        file.extend(words.into_iter().flat_map(u64::to_le_bytes));
+        let (in_file, alignment) = ((*length).min(0x1000), 0x1000);
+        file.extend([data, *address, *address, in_file, *length, alignment].into_iter().flat_map(u64::to_le_bytes));
     }
-    file.resize(data + 0x1000, 0);
+    file.extend([0; 0x1000]);
     file
 }
 
@@ -146,15 +143,26 @@ fn kernel_that_is_truncated() {
     for length in [40, 100, 4100] {
         bad_kernel(&files.file("vmlinux", &whole[..length]), &["the file is truncated"]);
     }
-    // A bzImage that ends right behind its setup header.
+    bad_kernel(&files.file("vmlinuz", &bzimage_head()), &["truncated"]);
+}
+
+/// The first KiB of a bzImage (Documentation/arch/x86/boot.rst): its setup header, and nothing of the kernel.
+fn bzimage_head() -> Vec<u8> {
     let mut image = vec![0; 0x400];
-    image[0x1f1] = 4;
-    image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
-    image[0x202..0x206].copy_from_slice(b"HdrS");
-    image[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
-    image[0x211] = 1;
-    image[0x236] = 1;
-    bad_kernel(&files.file("vmlinuz", &image), &["truncated"]);
+    let fields: [(usize, &[u8]); 8] = [
+        (0x1f1, &[4]),                         // setup_sects
+        (0x1f4, &0x10_0000_u32.to_le_bytes()), // syssize
+        (0x1fe, &[0x55, 0xaa]),                // boot_flag
+        (0x200, &[0xeb, 0x66]),                // jump, which tells the header's length
+        (0x202, b"HdrS"),
+        (0x206, &0x20f_u16.to_le_bytes()), // version
+        (0x211, &[1]),                     // loadflags: LOADED_HIGH
+        (0x236, &[1]),                     // xloadflags: XLF_KERNEL_64
+    ];
+    for (at, bytes) in fields {
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    image
 }
 
 #[test]
@@ -438,9 +446,9 @@ fn as_another_user(files: &Files, args: &[OsString]) -> Command {
 /// A copy of the program where every user can run it: the workspace may lie in a closed directory.
 fn program_for_all(files: &Files) -> PathBuf {
     let copy = files.path("halyard");
-    if !copy.exists() {
-        fs::copy(binary(), &copy).unwrap();
-        fs::set_permissions(&copy, Permissions::from_mode(0o755)).unwrap();
-    }
+    // By another process: a program cannot be run while it is open for writing, which a copy made here would be in
+    // every child that another test starts at that moment.
+    let status = Command::new("install").args(["-m", "755"]).arg(binary()).arg(&copy).status().unwrap();
+    assert!(status.success(), "install: {status}");
     copy
 }

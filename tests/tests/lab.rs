@@ -128,6 +128,28 @@ fn a_socket_is_carried_both_ways_and_waits_for_its_reader() {
     assert!(missing.contains("/no/such/socket") && missing.contains("No such file"), "{missing}");
 }
 
+/// As a guest's agent is reached: through a socket that its host's agent carries.
+#[test]
+fn a_session_runs_inside_of_another() {
+    let host = here();
+    let path = format!("{}/socket", host.folder().unwrap());
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let socket = host.connect(&path).unwrap();
+    let (far, _) = listener.accept().unwrap();
+    let mut agent = std::process::Command::new(env!("CARGO_BIN_EXE_agent"))
+        .arg("socket")
+        .stdin(std::os::fd::OwnedFd::from(far))
+        .spawn()
+        .unwrap();
+    let inner = Client::open("inner", socket, Duration::from_secs(20), Arc::new(String::new)).unwrap();
+    assert_eq!(inner.run("echo here").unwrap().ok().unwrap(), "here");
+    let sent = noise(MIB);
+    assert!(inner.run(Cmd::new("cat").input(sent.clone())).unwrap().stdout == sent);
+    // With the session ends the connection, and with that the agent at its other end.
+    drop(inner);
+    assert!(agent.wait().unwrap().success());
+}
+
 #[test]
 fn an_agent_that_dies_is_reported_at_once() {
     let host = here();
@@ -216,14 +238,15 @@ fn guest_answers(kernel: Kernel) {
     for session in 1..=2 {
         let socket = host.connect(&agent).unwrap();
         let patience = Duration::from_secs(60);
-        let guest = Client::open("guest", socket.clone(), socket, patience, Arc::new(String::new)).unwrap();
+        let guest = Client::open("guest", socket, patience, Arc::new(String::new)).unwrap();
         assert_eq!(guest.run("uname -r").unwrap().ok().unwrap(), kernel.version().unwrap(), "session {session}");
         let sent = noise(100_000);
         assert!(guest.run(Cmd::new("cat").input(sent.clone())).unwrap().stdout == sent);
         let modules = guest.run("lsmod; ls /dev/hwrng /dev/vda").unwrap().ok().unwrap();
         assert!(modules.contains("virtio_net"), "{modules}");
     }
-    host.connect(&monitor).unwrap().write_all(b"system_powerdown\n").unwrap();
+    let mut monitor = host.connect(&monitor).unwrap();
+    monitor.write_all(b"system_powerdown\n").unwrap();
     qemu.wait_line("HALYARD-GUEST power button").unwrap();
     assert_eq!(qemu.wait().unwrap(), Status::Exited(0));
 }

@@ -22,8 +22,8 @@ fn ask(vm: &Vm, command: &str) -> Result<String> {
 
 /// Powers a guest off and checks that Halyard says so.
 fn power_off(vm: &Vm) -> Result<()> {
-    // The guest may be gone before its agent can answer.
-    let _ = vm.spawn("poweroff -f")?;
+    // The guest is gone before its agent can answer.
+    let _last = vm.spawn("poweroff -f")?;
     ensure!(vm.exit_status()? == Status::Exited(0), "power-off must end Halyard with code 0");
     Ok(())
 }
@@ -201,7 +201,7 @@ fn story_reboot_boots_again_in_the_same_process() -> Result<()> {
     let path = image(host, 8)?;
     let mut vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path}")))?;
     ask(&vm, "echo before >/dev/vda && sync")?;
-    let _ = vm.spawn("reboot -f")?;
+    let _last = vm.spawn("reboot -f")?;
     vm.wait_line("HALYARD-GUEST ready").context("the guest must come up a second time")?;
     vm.forget_agent();
     assert_eq!(ask(&vm, "head -n 1 /dev/vda")?, "before");
@@ -211,7 +211,7 @@ fn story_reboot_boots_again_in_the_same_process() -> Result<()> {
 #[test]
 fn story_reboot_ends_the_run_where_that_is_asked_for() -> Result<()> {
     let vm = boot(Host::shared()?, &VmSpec::guest(Kernel::Debian6_1Cloud)?.args(["--on-reset", "exit"]))?;
-    let _ = vm.spawn("reboot -f")?;
+    let _last = vm.spawn("reboot -f")?;
     assert_eq!(vm.exit_status()?, Status::Exited(3));
     Ok(())
 }
@@ -230,7 +230,7 @@ fn story_the_power_button_shuts_the_guest_down() -> Result<()> {
 fn story_a_panic_of_the_guest_has_its_own_exit_code() -> Result<()> {
     for kernel in KERNELS {
         let vm = boot(Host::shared()?, &VmSpec::guest(kernel)?)?;
-        let _ = vm.spawn("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger")?;
+        let _last = vm.spawn("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger")?;
         assert_eq!(vm.exit_status()?, Status::Exited(4), "{}", kernel.label());
     }
     Ok(())

@@ -48,6 +48,12 @@ struct State {
     escape: Option<Escape>,
     /// A device had output that was not taken.
     wants_room: bool,
+    /// How long a device is held back by a reader who takes nothing; `None` is for ever.
+    patience: Option<Duration>,
+    /// Since when a device has been held back without the reader taking anything.
+    stalled: Option<Instant>,
+    /// Patience is at an end: the oldest output is given up, until the reader takes some again.
+    impatient: bool,
     /// An error of a file was told of.
     complained: bool,
     /// Keeps the descriptors' events coming. `None` for what is never waited for.
@@ -64,7 +70,12 @@ pub(super) enum Excess {
 }
 
 impl Core {
-    pub(super) fn new(name: String, history: usize, quit: Option<EventFd>) -> io::Result<Self> {
+    pub(super) fn new(
+        name: String,
+        history: usize,
+        patience: Option<Duration>,
+        quit: Option<EventFd>,
+    ) -> io::Result<Self> {
         Ok(Self {
             name,
             state: Mutex::new(State {
@@ -74,6 +85,9 @@ impl Core {
                 arrivals: None,
                 escape: None,
                 wants_room: false,
+                patience,
+                stalled: None,
+                impatient: false,
                 complained: false,
                 registration: None,
             }),
@@ -154,7 +168,7 @@ impl Core {
     }
 
     fn emit(&self, state: &mut State, data: &[u8], excess: Excess) -> usize {
-        let State { ring, connection, .. } = state;
+        let State { ring, connection, impatient, .. } = state;
         let Some(output) = connection.as_mut().and_then(|c| c.output.as_mut()) else {
             ring.remember(data);
             return data.len();
@@ -174,15 +188,26 @@ impl Core {
         }
         let rest = data.get(sent..).unwrap_or_default();
         match excess {
-            Excess::Refuse => sent += ring.push(rest),
-            Excess::Overwrite => {
+            Excess::Refuse if !*impatient => sent += ring.push(rest),
+            _ => {
                 ring.push_over(rest);
                 sent = data.len();
             }
         }
         output.wait_for_room(ring.unsent() > 0);
-        state.wants_room |= sent < data.len();
+        if sent < data.len() {
+            state.wants_room = true;
+            self.mind_the_time(state);
+        }
         sent
+    }
+
+    /// A device is held back: notes since when, where that matters.
+    fn mind_the_time(&self, state: &mut State) {
+        if let (Some(_), None, Some(registration)) = (state.patience, state.stalled, &state.registration) {
+            state.stalled = Some(Instant::now());
+            registration.ask_for_ticks();
+        }
     }
 
     /// Sends what waits, as much as can be.
@@ -191,6 +216,7 @@ impl Core {
         let Some(output) = connection.as_mut().and_then(|c| c.output.as_mut()) else {
             return;
         };
+        let before = ring.unsent();
         let failed = loop {
             if ring.next().is_empty() {
                 break None;
@@ -203,6 +229,10 @@ impl Core {
             }
         };
         output.wait_for_room(ring.unsent() > 0);
+        if ring.unsent() < before {
+            state.impatient = false;
+            state.stalled = state.stalled.map(|_| Instant::now());
+        }
         if let Some(e) = failed {
             self.output_failed(state, &e);
         }
@@ -212,6 +242,7 @@ impl Core {
     fn tell_of_room(&self, state: &mut State) {
         if state.wants_room && state.ring.room() >= OUTPUT_CAPACITY / 2 {
             state.wants_room = false;
+            state.stalled = None;
             signal(&self.writable_event);
         }
     }
@@ -251,6 +282,7 @@ impl Core {
             return;
         }
         state.ring.forget_reader();
+        (state.stalled, state.impatient) = (None, false);
         signal(&self.connection_event);
         self.tell_of_room(state);
         self.await_next(state);
@@ -379,6 +411,22 @@ impl Source for Core {
             let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
             listener.iter().for_each(|listener| listener.input_waits());
         }
+    }
+
+    fn tick(&self) -> bool {
+        let mut state = lock(&self.state);
+        let (Some(patience), Some(since)) = (state.patience, state.stalled) else {
+            return false;
+        };
+        if since.elapsed() < patience {
+            return true;
+        }
+        tracing::warn!("{}: its reader has taken nothing for {} s; output is lost", self.name, patience.as_secs());
+        state.impatient = true;
+        state.stalled = None;
+        state.wants_room = false;
+        signal(&self.writable_event);
+        false
     }
 }
 

@@ -3,8 +3,8 @@
 //!
 //! An [`Endpoint`] belongs to the machine and lives across resets of the guest; devices hold an [`EndpointHandle`].
 //! The guest never waits for the host here. Output waits for its reader in a ring of 64 KiB; a device that can hold
-//! its guest back does so when the ring is full ([`EndpointHandle::write`]), one that cannot gives up the oldest
-//! output ([`EndpointHandle::write_over`]). With no reader connected all output is taken, and the last of it is
+//! its guest back does so when the ring is full ([`EndpointHandle::write`]), for a limited time where it is a console;
+//! one that cannot gives up the oldest output ([`EndpointHandle::write_over`]). With no reader connected all output is taken, and the last of it is
 //! kept for the next reader. Input is read from the host only as the device takes it.
 
 mod arrivals;
@@ -34,6 +34,9 @@ use self::core::{Core, Excess, OUTPUT_CAPACITY};
 use self::poller::Source;
 
 pub use self::poller::ConsoleIo;
+
+/// How long a console waits for its reader: well below the 20 s after which Linux takes a processor for locked up.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where an endpoint leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,14 +72,18 @@ pub struct EndpointOptions {
     /// How much of the last output, in bytes, is kept for a reader who comes later, 64 KiB at most. 0 for a port
     /// with a protocol of its own.
     pub history: usize,
+    /// How long a device is held back by a connected reader who takes nothing, before the oldest output is given up;
+    /// `None` is for ever. Linux holds a whole processor still while its console (`hvc0`) is held back, so a console
+    /// needs a limit; a port that programs write to needs none.
+    pub patience: Option<Duration>,
     /// Signalled when `Ctrl-a x` is typed at a terminal. Without it, no key is special.
     pub quit: Option<EventFd>,
 }
 
 impl EndpointOptions {
-    /// A console of this kind: it keeps 64 KiB of history, and no key is special.
+    /// A console of this kind: it keeps 64 KiB of history, waits 10 s for its reader, and no key is special.
     pub fn new(name: &str, kind: EndpointKind) -> Self {
-        Self { name: name.to_owned(), kind, history: OUTPUT_CAPACITY, quit: None }
+        Self { name: name.to_owned(), kind, history: OUTPUT_CAPACITY, patience: Some(PATIENCE), quit: None }
     }
 }
 
@@ -140,7 +147,7 @@ impl Endpoint {
     /// # Errors
     /// [`EndpointError`] names the endpoint, and what was tried.
     pub fn open(options: EndpointOptions, io: &ConsoleIo) -> Result<Self, EndpointError> {
-        let EndpointOptions { name, kind, history, quit } = options;
+        let EndpointOptions { name, kind, history, patience, quit } = options;
         let host = |what| {
             let name = name.clone();
             move |source| EndpointError::Host { name, what, source }
@@ -149,7 +156,7 @@ impl Endpoint {
             EndpointKind::Socket { .. } | EndpointKind::Pty => history,
             _ => 0,
         };
-        let core = Arc::new(Core::new(name.clone(), history, quit).map_err(host("events"))?);
+        let core = Arc::new(Core::new(name.clone(), history, patience, quit).map_err(host("events"))?);
         let register = || {
             let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&core) as Arc<dyn Source>));
             io.add(source).map_err(host("console thread"))

@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -12,10 +14,19 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// The token of the event that ends the thread. Sources' tokens start above it.
 const STOP: u64 = 0;
 
+/// The token of the event that has the thread look at [`Poller::ticking`] again.
+const WAKE: u64 = 1;
+
+/// How often sources that asked for it are told of the time.
+const TICK: Duration = Duration::from_millis(250);
+
 /// What the thread tells of a descriptor that is ready.
 pub(super) trait Source: Send + Sync {
     /// `role` is the one that the descriptor was watched under.
     fn ready(&self, role: Role, events: EventSet);
+
+    /// Time has passed, after [`Registration::ask_for_ticks`]. False where no more of it is asked for.
+    fn tick(&self) -> bool;
 }
 
 /// What a descriptor is to its source.
@@ -55,7 +66,10 @@ impl ConsoleIo {
         let epoll = Epoll::new()?;
         let stop = EventFd::new(EFD_NONBLOCK)?;
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
-        Ok(Self { poller: Arc::new(Poller { epoll, sources: Mutex::default() }), stop, thread: Mutex::default() })
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
+        let poller = Poller { epoll, sources: Mutex::default(), wake, ticking: AtomicBool::new(false) };
+        Ok(Self { poller: Arc::new(poller), stop, thread: Mutex::default() })
     }
 
     /// Adds a source, whose descriptors may be watched from then on.
@@ -98,6 +112,9 @@ struct Sources {
 struct Poller {
     epoll: Epoll,
     sources: Mutex<Sources>,
+    wake: EventFd,
+    /// A source wants to know of the time.
+    ticking: AtomicBool,
 }
 
 impl std::fmt::Debug for Poller {
@@ -109,8 +126,10 @@ impl std::fmt::Debug for Poller {
 impl Poller {
     fn run(&self) {
         let mut events = [EpollEvent::default(); 8];
+        let mut ticked = Instant::now();
         loop {
-            let count = match self.epoll.wait(-1, &mut events) {
+            let timeout = if self.ticking.load(Ordering::Acquire) { TICK.as_millis() } else { u128::MAX };
+            let count = match self.epoll.wait(i32::try_from(timeout).unwrap_or(-1), &mut events) {
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => {
@@ -119,15 +138,38 @@ impl Poller {
                 }
             };
             for event in events.iter().take(count) {
-                let token = event.data();
-                if token == STOP {
-                    return;
+                match event.data() {
+                    STOP => return,
+                    WAKE => {
+                        let _ = self.wake.read();
+                    }
+                    token => self.tell(token, event.event_set()),
                 }
-                let source = lock(&self.sources).by_id.get(&(token >> 2)).cloned();
-                // A source that has gone since is not told.
-                if let Some(source) = source.and_then(|source| source.upgrade()) {
-                    source.ready(Role::of(token & 3), event.event_set());
-                }
+            }
+            if ticked.elapsed() >= TICK {
+                ticked = Instant::now();
+                self.tick();
+            }
+        }
+    }
+
+    fn tell(&self, token: u64, events: EventSet) {
+        let source = lock(&self.sources).by_id.get(&(token >> 2)).cloned();
+        // A source that has gone since is not told.
+        if let Some(source) = source.and_then(|source| source.upgrade()) {
+            source.ready(Role::of(token & 3), events);
+        }
+    }
+
+    fn tick(&self) {
+        // Taken first, so that what is asked for meanwhile is not forgotten.
+        if !self.ticking.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let sources: Vec<_> = lock(&self.sources).by_id.values().filter_map(Weak::upgrade).collect();
+        for source in sources {
+            if source.tick() {
+                self.ticking.store(true, Ordering::Release);
             }
         }
     }
@@ -141,6 +183,14 @@ pub(super) struct Registration {
 }
 
 impl Registration {
+    /// Has the source told of the time, until it wants no more.
+    pub(super) fn ask_for_ticks(&self) {
+        if !self.poller.ticking.swap(true, Ordering::AcqRel) {
+            // The only error is a counter at its limit, and then the event is signalled all the same.
+            let _ = self.poller.wake.write(1);
+        }
+    }
+
     /// Takes a descriptor, not waited for yet.
     pub(super) fn watch(&self, fd: OwnedFd, role: Role) -> Watched {
         Watched { poller: Some(Arc::clone(&self.poller)), fd, token: self.id << 2 | role as u64, interest: None }

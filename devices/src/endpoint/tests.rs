@@ -187,6 +187,35 @@ fn a_device_that_cannot_wait_loses_the_oldest() {
 }
 
 #[test]
+fn a_console_waits_for_its_reader_only_so_long() {
+    let bench = Bench::new();
+    let options = EndpointOptions {
+        history: 0,
+        patience: Some(Duration::from_millis(300)),
+        ..EndpointOptions::new("test", EndpointKind::Socket { path: bench.path() })
+    };
+    let endpoint = Endpoint::open(options, &bench.io).unwrap();
+    let handle = endpoint.handle();
+    let mut client = bench.client();
+    wait_connected(&handle, true);
+    let data = pattern(2 * MIB);
+    let taken = handle.write(&data);
+    assert!(taken < data.len());
+    assert!(wait(handle.writable_event(), TIMEOUT), "the guest is held back for ever");
+    assert_eq!(handle.write(&data[taken..]), data.len() - taken);
+    let lost = usize::try_from(endpoint.lost()).unwrap();
+    assert!(lost > 0);
+    // A reader who is back gets what is left, and everything from then on.
+    let got = read_exact(&mut client, data.len() - lost);
+    assert!(got.ends_with(&data[data.len() - OUTPUT_CAPACITY..]));
+    assert!(endpoint.drain(TIMEOUT));
+    let reader = thread::spawn(move || read_exact(&mut client, 64 << 10));
+    write_all(&handle, &data[..64 << 10]);
+    assert!(reader.join().unwrap() == data[..64 << 10]);
+    assert_eq!(usize::try_from(endpoint.lost()).unwrap(), lost);
+}
+
+#[test]
 fn clients_are_served_one_after_the_other() {
     let bench = Bench::new();
     let endpoint = bench.socket(0);
@@ -383,9 +412,62 @@ fn signals_and_exit_put_the_terminal_back() {
     assert!(is_cooked(&pty.slave), "after exit");
 }
 
+/// The processor time that this process's console thread has used, in clock ticks (10 ms).
+fn console_thread_ticks() -> u64 {
+    let mut ticks = 0;
+    for task in fs::read_dir("/proc/self/task").unwrap() {
+        let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+        let (name, rest) = stat.split_once(')').unwrap();
+        if name.ends_with("(console-io") {
+            let fields: Vec<&str> = rest.split_whitespace().collect();
+            ticks += fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+        }
+    }
+    ticks
+}
+
+#[test]
+fn ends_and_hang_ups_leave_the_thread_asleep() {
+    if std::env::var(CHILD).is_ok() {
+        // Input of this process is a closed pipe, output one that nobody reads.
+        let bench = Bench::new();
+        let stdio = bench.open(EndpointKind::Stdio, 0);
+        let pty = bench.open(EndpointKind::Pty, 0);
+        let socket = bench.socket(0);
+        drop(open_pty(&pty));
+        wait_connected(&pty.handle(), false);
+        // A client that has said all, and more than is taken of it.
+        let mut client = bench.client();
+        client.write_all(&pattern(100_000)).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        stdio.handle().write_over(&pattern(200_000));
+        let quiet = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        assert!(!wait(&quiet, Duration::from_millis(300)));
+        assert_eq!(read_input(&socket.handle(), 100_000).len(), 100_000);
+        assert!(!wait(&quiet, Duration::from_millis(300)));
+        drop(client);
+        wait_connected(&socket.handle(), false);
+        assert!(!wait(&quiet, Duration::from_millis(300)));
+        std::process::exit(if console_thread_ticks() < 10 { 0 } else { 1 });
+    }
+    let (input, to_child) = pipe().unwrap();
+    drop(to_child);
+    // Not closed at its other end, since the test's own frame writes to it.
+    let (_from_child, output) = pipe().unwrap();
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "endpoint::tests::ends_and_hang_ups_leave_the_thread_asleep", "--nocapture"])
+        .env(CHILD, "idle")
+        .stdin(Stdio::from(input))
+        .stdout(Stdio::from(output))
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(0), "1: the thread is busy; else the child failed");
+}
+
 /// An endpoint on other streams than this process's own.
 fn streams(bench: &Bench, input: (OwnedFd, Waiting), output: (OwnedFd, Waiting), quit: Option<EventFd>) -> Endpoint {
-    let core = Arc::new(Core::new("streams".into(), 0, quit).unwrap());
+    let core = Arc::new(Core::new("streams".into(), 0, None, quit).unwrap());
     let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&core) as Arc<dyn Source>));
     let registration = bench.io.add(source).unwrap();
     let with_escape = nix::unistd::isatty(&input.0).unwrap();

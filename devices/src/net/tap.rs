@@ -237,11 +237,13 @@ impl Tap {
         Ok(tap)
     }
 
-    /// One end of a pair of sockets that keep frames apart, in a tap's place.
-    #[cfg(test)]
-    pub(crate) fn fake(fd: OwnedFd, supported: Offloads) -> Self {
-        set_nonblocking(fd.as_fd()).unwrap();
-        Self { name: "fake".into(), fd, supported, is_tap: false }
+    /// One end of a pair of sockets that keep frames apart, in a tap's place: for tests and fuzz targets.
+    ///
+    /// # Errors
+    /// The socket cannot be made non-blocking.
+    pub fn fake(fd: OwnedFd, supported: Offloads) -> io::Result<Self> {
+        set_nonblocking(fd.as_fd())?;
+        Ok(Self { name: "fake".into(), fd, supported, is_tap: false })
     }
 
     /// The tap's name, for messages.

@@ -117,7 +117,7 @@ impl Control {
                     self.send(index, PORT_ADD, 1, &[]);
                 }
             } else {
-                tracing::warn!("console: the driver could not set the device up");
+                tracing::debug!("console: the driver could not set the device up");
             }
             return Effect::None;
         }
@@ -140,7 +140,7 @@ impl Control {
                 Effect::PortReady(index)
             }
             PORT_READY => {
-                tracing::warn!("console: the driver could not set up port {index}");
+                tracing::debug!("console: the driver could not set up port {index}");
                 port.ready = false;
                 Effect::None
             }

@@ -44,6 +44,8 @@ pub(super) struct RxWorker {
     waiting_frame: usize,
     /// Whether the tap is waited on; not while there are no buffers.
     armed: bool,
+    /// That the tap cannot be read was told of.
+    complained: bool,
 }
 
 /// Chains taken from the ring, in order, for the next frames.
@@ -89,6 +91,7 @@ impl RxWorker {
             spare: vec![0; MAX_FRAME].into_boxed_slice(),
             waiting_frame: 0,
             armed: true,
+            complained: false,
         }
     }
 
@@ -146,7 +149,7 @@ impl RxWorker {
         }
         let room = self.buffers.room();
         let direct = room >= self.buffers.wanted;
-        let Self { buffers, tap, spare, counters, .. } = self;
+        let Self { buffers, tap, spare, counters, complained, .. } = self;
         if !direct {
             buffers.vectors.clear();
         }
@@ -157,7 +160,9 @@ impl RxWorker {
             Err(e) => {
                 // As when the interface was removed: its descriptor is ready for ever. The guest's next buffers are
                 // the occasion to try again.
-                tracing::warn!("tap {}: {e}", tap.name());
+                if !std::mem::replace(complained, true) {
+                    tracing::warn!("tap {}: {e}", tap.name());
+                }
                 return Ok(Received::TapFailed);
             }
         };

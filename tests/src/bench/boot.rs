@@ -1,0 +1,67 @@
+//! From exec to user space of a stock Debian kernel, beside QEMU's machines, in one host.
+//!
+//! The first program in user space is busybox's `echo` as `init`, so nothing is measured but the way there. Each monitor
+//! gets the same kernel, initramfs, command line and one vCPU with 256 MiB, and its best machine for that.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::{Finding, Series};
+use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
+
+/// The most that Halyard may take, as a multiple of the faster QEMU machine.
+const LIMIT: f64 = 0.8;
+/// What user space says.
+const MARKER: &str = "HALYARD-USER-SPACE";
+/// How long a boot may take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Measures Halyard and QEMU's `microvm` and `q35`, in turn, in a host of their own. Says each boot as it is done.
+///
+/// # Errors
+/// Where the host does not start, or a guest does not get to user space.
+pub fn measure(rounds: usize) -> Result<Finding> {
+    let kernel = Kernel::Debian6_12Cloud;
+    let image = kernel.bzimage()?.display().to_string();
+    let initramfs = images::guest(kernel)?.display().to_string();
+    // The kernel hands what stands behind "--" to init. When it ends, the kernel panics and the monitor exits.
+    let words = format!("console=ttyS0 quiet panic=-1 rdinit=/bin/echo -- {MARKER}");
+    let host = Host::start(&HostSpec::new())?;
+    let halyard = vm::halyard()?.display().to_string();
+    let own = ["run", "--cpus", "1", "--memory", "256M", "--on-reset", "exit", "--on-panic", "exit"];
+    let files = ["--kernel", &image, "--initramfs", &initramfs, "--cmdline", &words];
+    let monitors = [
+        ("halyard", Cmd::new(halyard).args(own).args(files)),
+        ("qemu microvm", qemu(&["-M", "microvm,pit=off,pic=off,rtc=off"], &image, &initramfs, &words)),
+        ("qemu q35", qemu(&["-M", "q35,usb=off,vmport=off,smbus=off,sata=off,hpet=off"], &image, &initramfs, &words)),
+    ];
+    let mut times = monitors.each_ref().map(|_| Vec::new());
+    for round in 0..rounds {
+        for ((name, command), times) in monitors.iter().zip(&mut times) {
+            let took = boot(&host, command).with_context(|| (*name).to_owned())?;
+            eprintln!("  boot {} of {rounds}: {name} {took:.2} s", round + 1);
+            times.push(took);
+        }
+    }
+    let series = monitors.iter().zip(times).map(|((name, _), times)| Series::new(*name, times)).collect();
+    let what = format!("From exec to user space, Debian's {}, 1 vCPU, 256 MiB", kernel.version()?);
+    Ok(Finding::ratio(what, "s", series, LIMIT))
+}
+
+fn qemu(machine: &[&str], kernel: &str, initramfs: &str, words: &str) -> Cmd {
+    let common = ["-enable-kvm", "-cpu", "host", "-m", "256", "-nodefaults", "-no-user-config", "-display", "none"];
+    let guest = ["-no-reboot", "-serial", "stdio", "-kernel", kernel, "-initrd", initramfs, "-append", words];
+    Cmd::new("qemu-system-x86_64").args(machine.iter().copied()).args(common).args(guest)
+}
+
+/// Seconds from right before the start to the first words from user space.
+fn boot(host: &Host, command: &Cmd) -> Result<f64> {
+    let started = Instant::now();
+    let process = host.spawn(command.clone())?;
+    process.wait_line_for(MARKER, PATIENCE)?;
+    let took = started.elapsed().as_secs_f64();
+    // The next one has the host for itself.
+    process.wait()?;
+    Ok(took)
+}

@@ -1,0 +1,85 @@
+//! Measures Halyard's speed and memory beside others, prints a table and writes it as JSON.
+//!
+//! Usage: `bench [startup] [memory] [boot]`, all of them where none is named. A missed limit is said, but is no failure:
+//! the exit code is 1 only where something could not be measured.
+//!
+//! Environment: `HALYARD_BIN` names the program (else what lies beside this one), `HALYARD_BENCH_ROUNDS` and
+//! `HALYARD_BENCH_BOOTS` say how often (31 and 5), `HALYARD_BENCH_JSON` names the file (`bench-results.json`).
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use halyard_tests::bench::{Finding, boot, memory, startup};
+use halyard_tests::vm;
+use serde::Serialize;
+
+/// What can be measured, by name.
+const ALL: [&str; 3] = ["startup", "memory", "boot"];
+
+#[derive(Serialize)]
+struct Report {
+    /// The program that was measured.
+    program: String,
+    /// The host's kernel.
+    host: String,
+    /// The host's processor.
+    processor: String,
+    findings: Vec<Finding>,
+}
+
+fn main() -> Result<()> {
+    let mut wanted: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(unknown) = wanted.iter().find(|name| !ALL.contains(&name.as_str())) {
+        anyhow::bail!("{unknown} cannot be measured; {} can", ALL.join(", "));
+    }
+    if wanted.is_empty() {
+        wanted = ALL.map(str::to_owned).to_vec();
+    }
+    let wants = |name: &str| wanted.iter().any(|wanted| wanted == name);
+    let program = vm::halyard()?;
+    ensure!(memory::is_stripped(&program)?, "{} is no release build: it has a symbol table", program.display());
+    println!("Measuring {}\n", program.display());
+
+    let mut findings = Vec::new();
+    let mut found = |finding: Finding| {
+        println!("{finding}");
+        findings.push(finding);
+    };
+    if wants("startup") {
+        found(startup::measure(count("HALYARD_BENCH_ROUNDS", 31)?)?);
+    }
+    if wants("memory") {
+        found(memory::private()?);
+        found(memory::size()?);
+    }
+    if wants("boot") {
+        found(boot::measure(count("HALYARD_BENCH_BOOTS", 5)?)?);
+    }
+    write(&Report { program: program.display().to_string(), host: host()?, processor: processor()?, findings })
+}
+
+/// A number from the environment, at least 1.
+fn count(name: &str, default: usize) -> Result<usize> {
+    let Ok(text) = std::env::var(name) else { return Ok(default) };
+    text.parse().ok().filter(|count| *count > 0).with_context(|| format!("{name} is {text:?}, and no number from 1 on"))
+}
+
+fn host() -> Result<String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").context("/proc/sys/kernel/osrelease")?;
+    Ok(format!("Linux {}", release.trim_end()))
+}
+
+fn processor() -> Result<String> {
+    let facts = std::fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?;
+    let name = facts.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or(": unknown");
+    Ok(name.trim_start_matches([' ', '\t', ':']).to_owned())
+}
+
+fn write(report: &Report) -> Result<()> {
+    let path = std::env::var_os("HALYARD_BENCH_JSON").map_or_else(|| "bench-results.json".into(), PathBuf::from);
+    let json = serde_json::to_string_pretty(report)? + "\n";
+    std::fs::write(&path, json).with_context(|| path.display().to_string())?;
+    let missed = report.findings.iter().filter(|finding| !finding.met).count();
+    println!("{} limits missed of {}; written to {}", missed, report.findings.len(), path.display());
+    Ok(())
+}
