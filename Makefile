@@ -19,12 +19,24 @@ deps:
 build: deps
 	$(CARGO) build --release --quiet -p vmm
 
-demo: deps
+demo:
 	@scripts/demo
 
 test: deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	$(CARGO) build --release --quiet -p vmm
-	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test --workspace --quiet -- --skip story
-	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests --test stories
+	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test --workspace
+
+# Only the stories; FILTER chooses some of them.
+stories: build
+	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests --test stories $(FILTER)
+
+soak: build
+	@HALYARD_BIN=$(CURDIR)/$(BIN) scripts/soak
+
+bench: build
+	@HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) run --release --quiet -p halyard-tests --bin bench
+
+clean:
+	$(CARGO) clean

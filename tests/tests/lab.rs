@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use halyard_tests::{Client, Cmd, Host, HostSpec, Kernel, Kind, Status, images};
+use halyard_tests::{Client, Cmd, Host, HostSpec, Kernel, Kind, Status, VmSpec, images};
 
 const MIB: usize = 1 << 20;
 
@@ -252,11 +252,38 @@ fn guest_answers(kernel: Kernel) {
 }
 
 #[test]
-fn a_guest_of_6_12_answers() {
-    guest_answers(Kernel::Debian6_12Cloud);
+fn a_guest_of_another_monitor_answers() {
+    guest_answers(Kernel::Debian6_1Cloud);
 }
 
 #[test]
-fn a_guest_of_6_1_answers() {
-    guest_answers(Kernel::Debian6_1Cloud);
+fn a_guest_of_halyard_answers() {
+    let host = Host::shared().unwrap();
+    let kernel = Kernel::Debian6_12Cloud;
+    let spec = VmSpec::elf_guest(kernel).unwrap();
+    let vm = host.halyard(&spec).unwrap();
+    vm.wait_line("HALYARD-GUEST up").unwrap();
+    assert_eq!(vm.run("uname -r").unwrap().ok().unwrap(), kernel.version().unwrap());
+    let sent = noise(MIB);
+    assert!(vm.run(Cmd::new("cat").input(sent.clone())).unwrap().stdout == sent);
+    let failure = vm.run("echo why >&2; exit 5").unwrap();
+    assert_eq!((failure.status, failure.stderr.as_slice()), (Status::Exited(5), b"why\n".as_slice()));
+
+    // One that is killed takes its guest with it, and whoever waits for that is told.
+    let waiting = vm.spawn("sleep 1000").unwrap();
+    assert!(host.run(format!("kill -9 {}", vm.pid())).unwrap().status.success());
+    assert_eq!(vm.exit_status().unwrap(), Status::Killed(9));
+    let error = waiting.wait().unwrap_err().to_string();
+    assert!(error.contains("guest"), "{error}");
+    let error = vm.run("true").unwrap_err().to_string();
+    assert!(error.contains("signal 9"), "{error}");
+}
+
+#[test]
+fn a_halyard_that_does_not_start_says_why() {
+    let vm = Host::shared().unwrap().halyard(&VmSpec::kernel("/no/such/kernel")).unwrap();
+    assert_eq!(vm.exit_status().unwrap(), Status::Exited(2));
+    assert!(vm.process().last_words().contains("/no/such/kernel"), "{}", vm.process().last_words());
+    let error = vm.wait_line("HALYARD-GUEST up").unwrap_err().to_string();
+    assert!(error.contains("exit code 2") && error.contains("/no/such/kernel"), "{error}");
 }

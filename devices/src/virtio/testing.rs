@@ -8,6 +8,7 @@ mod driver;
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -37,14 +38,16 @@ pub fn guest_memory(len: usize) -> GuestMemoryAtomic<GuestMemoryMmap> {
 
 /// Waits until an event is signalled, and takes the signal. False after `timeout`.
 pub fn wait(event: &EventFd, timeout: Duration) -> bool {
-    use std::os::fd::AsRawFd;
-
     let epoll = Epoll::new().expect("epoll");
-    let added = epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, 0));
-    added.expect("waiting for an event");
+    watch(&epoll, event);
     let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
     let mut ready = [EpollEvent::default()];
     epoll.wait(timeout, &mut ready).is_ok_and(|count| count > 0) && event.read().is_ok()
+}
+
+fn watch(epoll: &Epoll, event: &EventFd) {
+    let added = epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, 0));
+    added.expect("waiting for an event");
 }
 
 struct FakeLine {
@@ -152,6 +155,16 @@ impl FakeDoorbells {
     /// A guest's write to `at`. False where no doorbell is there.
     pub fn write(&self, at: u64) -> bool {
         lock(&self.0).get(&at).is_some_and(|event| event.write(1).is_ok())
+    }
+
+    /// True where every doorbell that rang has been heard, so that its queue has at least begun to be served.
+    pub fn heard(&self) -> bool {
+        let table = lock(&self.0);
+        let epoll = Epoll::new().expect("epoll");
+        for event in table.values() {
+            watch(&epoll, event);
+        }
+        epoll.wait(0, &mut [EpollEvent::default()]).is_ok_and(|ringing| ringing == 0)
     }
 
     /// The addresses with a doorbell, in order.

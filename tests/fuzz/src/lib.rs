@@ -1,1 +1,15 @@
-//! x
+//! What the fuzz targets share: inputs as programs of a guest, the guest that carries them out, the host's side of each
+//! device, and the first inputs that fuzzing starts from.
+//!
+//! Helpers panic where the monitor's code has gone wrong: that is how libFuzzer learns of it.
+
+pub mod census;
+pub mod configuration;
+pub mod functions;
+pub mod guest;
+pub mod hosts;
+pub mod input;
+pub mod kernel;
+pub mod layout;
+pub mod platform;
+pub mod seeds;

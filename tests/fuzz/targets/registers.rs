@@ -1,4 +1,11 @@
+//! What a guest can do to the platform's registers outside PCI: serial port, I/O APIC, power management and the rest.
+
 #![no_main]
+
+use halyard_fuzz::input::steps;
+use halyard_fuzz::platform::Platform;
+
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    if data.len() > 4 && data[0] == b'H' && u32::from_le_bytes([data[1],data[2],data[3],data[4]]) == 0xdeadbeef { panic!("found"); }
+    let mut platform = Platform::new();
+    steps(data).take(256).for_each(|step| platform.step(step));
 });

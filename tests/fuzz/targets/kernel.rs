@@ -1,0 +1,13 @@
+//! Kernel files of any content.
+//!
+//! The first step of eight bytes says how the file is loaded; the rest is the file.
+
+#![no_main]
+
+use halyard_fuzz::input::Step;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    if let Some((how, file)) = data.split_first_chunk() {
+        halyard_fuzz::kernel::load(Step::decode(*how), file);
+    }
+});
