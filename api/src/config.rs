@@ -133,7 +133,7 @@ impl Default for Memory {
             hugepages: Hugepages::Off,
             transparent_huge_pages: true,
             prefault: false,
-            shared: true,
+            shared: false,
         }
     }
 }

@@ -4,6 +4,7 @@
     .include "prelude.inc"
     .include "virtio.inc"
 
+    .set HEADER, BUFFERS + 0x2000       # of a disk's request
     .set INVALID_HIGH, 0xb000           # the upper half of an address where no memory is
 
 # Starts the device, has a routine break a rule, and looks what becomes of it.
@@ -81,18 +82,14 @@ good_request:
     je 1f
     DESCRIPTOR 0, BUFFERS, 16, WRITE
     jmp 2f
-1:  movl $0, BUFFERS                    # read
-    movl $0, BUFFERS+8                  # sector 0
-    movl $0, BUFFERS+12
-    DESCRIPTOR 0, BUFFERS, 16, NEXT, 1
-    DESCRIPTOR 1, BUFFERS+0x1000, 512, NEXT|WRITE, 2
-    DESCRIPTOR 2, BUFFERS+0x20, 1, WRITE
-2:  xor %eax, %eax
-    call virtio_submit
+1:  DESCRIPTOR 0, BUFFERS, 512, NEXT|WRITE, 1
+    DESCRIPTOR 1, BUFFERS+0x1000, 1, WRITE
+2:  call submit_first
     jmp virtio_wait
 
-# Writes a first descriptor as the device wants it, so that what follows is all that is wrong, and returns its flags'
-# writable bit in the way that the device reads: rng has only writable ones.
+# What follows are chains from descriptor 0 on that are wrong in one way only. A disk's request needs a header in front of
+# them: see submit_first. Their last byte is then the request's status.
+
 descriptor_loop:
     DESCRIPTOR 0, BUFFERS, 16, NEXT|WRITE, 1
     DESCRIPTOR 1, BUFFERS+0x100, 16, NEXT|WRITE, 2
@@ -111,10 +108,10 @@ huge:
     DESCRIPTOR 0, BUFFERS, 0xffffffff, WRITE
     jmp submit_first
 huge_sum:
-    .irp number, 0, 1, 2, 3, 4, 5, 6
+    .irp number, 0, 1, 2, 3, 4, 5
     DESCRIPTOR \number, 0x100000, 0xf0000000, NEXT|WRITE, \number+1
     .endr
-    DESCRIPTOR 7, 0x100000, 0xf0000000, WRITE
+    DESCRIPTOR 6, 0x100000, 0xf0000000, WRITE
     jmp submit_first
 far_head:
     mov $RING_SIZE, %eax
@@ -124,10 +121,14 @@ far_next:
     jmp submit_first
 jump:
     DESCRIPTOR 0, BUFFERS, 16, WRITE
+    call head
+    .irp slot, 0, 1, 2, 3, 4, 5, 6, 7
+    mov %ax, AVAILABLE+4+2*\slot
+    .endr
     addw $1000, AVAILABLE+2
     jmp virtio_kick
 indirect:
-    DESCRIPTOR 0, BUFFERS, 16, INDIRECT
+    DESCRIPTOR 0, BUFFERS, 16, INDIRECT|WRITE
     jmp submit_first
 wrong_order:
     DESCRIPTOR 0, BUFFERS, 16, NEXT|WRITE, 1
@@ -172,8 +173,21 @@ change_features:
     ret
 
 submit_first:
-    xor %eax, %eax
+    call head
     jmp virtio_submit
+
+# Returns in %eax the head of the chain that goes on with descriptor 0: descriptor 0 itself, and for a disk descriptor 7
+# with the header of a read.
+head:
+    xor %eax, %eax
+    cmpl $VIRTIO_BLOCK, device
+    jne 1f
+    movl %eax, HEADER                   # read
+    movl %eax, HEADER+8                 # sector 0
+    movl %eax, HEADER+12
+    DESCRIPTOR 7, HEADER, 16, NEXT, 0
+    mov $7, %eax
+1:  ret
 
     .data
     .balign 4

@@ -226,8 +226,7 @@ impl Agent {
     fn open(&mut self, number: u32, request: Request) -> io::Result<u32> {
         let (input, inputs) = channel();
         let pump = Pump { line: self.line.clone(), session: self.session, channel: number };
-        let mut channel =
-            Channel { input, output: Arc::default(), error: Arc::default(), process: None, socket: None };
+        let mut channel = Channel { input, output: Arc::default(), error: Arc::default(), process: None, socket: None };
         let mut id = 0;
         match request {
             Request::Run { argv, env, folder } => {

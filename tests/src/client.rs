@@ -289,7 +289,9 @@ impl Client {
     /// Where nothing listens there, or the agent is gone.
     pub fn connect(&self, path: &str) -> Result<Socket> {
         let channel = self.channel(MEMORY_LIMIT, true)?;
-        channel.open(Request::Connect { path: path.to_owned() }).with_context(|| format!("cannot connect to {path}"))?;
+        channel
+            .open(Request::Connect { path: path.to_owned() })
+            .with_context(|| format!("cannot connect to {path}"))?;
         Ok(Socket { channel: Arc::new(channel) })
     }
 
@@ -589,7 +591,11 @@ impl Process {
             // The exit status follows the end of its output at once, unless a child holds on.
             let status = self.wait_for(Duration::from_secs(2));
             let status = status.map_or_else(|_| "still runs".to_owned(), |status| format!("ended with {status}"));
-            anyhow!("`{}` never wrote \"{part}\", and {status}{heard}{}", self.line, (self.channel.client.shared.witness)())
+            anyhow!(
+                "`{}` never wrote \"{part}\", and {status}{heard}{}",
+                self.line,
+                (self.channel.client.shared.witness)()
+            )
         })
     }
 

@@ -124,9 +124,12 @@ impl Modules {
     pub fn with_needs(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
         let mut paths: Vec<&str> = Vec::new();
         for name in names {
-            let Some((path, needs)) = self.index.lines().filter_map(|line| line.split_once(':')).find(|(path, _)| {
-                module_name(path).replace('-', "_") == name.replace('-', "_")
-            }) else {
+            let Some((path, needs)) = self
+                .index
+                .lines()
+                .filter_map(|line| line.split_once(':'))
+                .find(|(path, _)| module_name(path).replace('-', "_") == name.replace('-', "_"))
+            else {
                 continue;
             };
             // What is needed stands in the reverse of the order of loading.

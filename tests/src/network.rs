@@ -50,10 +50,8 @@ impl Host {
         let link = Link { host: self, name: self.unique("hb") };
         let name = &link.name;
         // No waiting for a spanning tree that nobody speaks, and no router of IPv6.
-        self.run(format!(
-            "ip link add {name} type bridge forward_delay 0 mcast_snooping 0 && ip link set {name} up"
-        ))?
-        .ok()?;
+        self.run(format!("ip link add {name} type bridge forward_delay 0 mcast_snooping 0 && ip link set {name} up"))?
+            .ok()?;
         Ok(Bridge { link })
     }
 
@@ -76,7 +74,8 @@ impl Host {
     fn tap_of(&self, kind: &str, bridge: Option<&Bridge<'_>>) -> Result<Tap<'_>> {
         let link = Link { host: self, name: self.unique("ht") };
         let name = &link.name;
-        let master = bridge.map_or_else(String::new, |bridge| format!("ip link set {name} master {} &&", bridge.name()));
+        let master =
+            bridge.map_or_else(String::new, |bridge| format!("ip link set {name} master {} &&", bridge.name()));
         self.run(format!("ip tuntap add {name} mode tap vnet_hdr {kind} && {master} ip link set {name} up"))?.ok()?;
         Ok(Tap { link })
     }

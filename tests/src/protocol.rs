@@ -362,7 +362,11 @@ mod tests {
                 let mut bytes = b"login: \r\n".to_vec();
                 bytes.extend(&whole[..length]);
                 bytes.extend(Message::Hello(5).encode());
-                assert_eq!(all(&bytes, 5).last(), Some(&Found::Message(Message::Hello(5))), "{message:?}, {length} bytes");
+                assert_eq!(
+                    all(&bytes, 5).last(),
+                    Some(&Found::Message(Message::Hello(5))),
+                    "{message:?}, {length} bytes"
+                );
             }
         }
     }

@@ -156,7 +156,11 @@ pub fn halyard() -> Result<PathBuf> {
         Some(path) => PathBuf::from(path),
         None => cache::build_folder()?.join("halyard"),
     };
-    ensure!(path.is_file(), "{} is not there: `cargo build -p vmm` builds it, HALYARD_BIN names another", path.display());
+    ensure!(
+        path.is_file(),
+        "{} is not there: `cargo build -p vmm` builds it, HALYARD_BIN names another",
+        path.display()
+    );
     std::fs::canonicalize(&path).with_context(|| path.display().to_string())
 }
 

@@ -182,7 +182,8 @@ fn unsafe_is_excepted_by_name_with_a_reason() {
 fn no_mirror_and_no_machine_is_named() {
     let listed = std::process::Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output();
     let Ok(listed) = listed else { return };
-    let forbidden = ["deb.".to_owned() + "debian.org", "static.".to_owned() + "crates.io", "/work/".to_owned() + "main"];
+    let forbidden =
+        ["deb.".to_owned() + "debian.org", "static.".to_owned() + "crates.io", "/work/".to_owned() + "main"];
     for name in String::from_utf8_lossy(&listed.stdout).split('\0').filter(|name| !name.is_empty()) {
         let Ok(text) = fs::read_to_string(root().join(name)) else { continue };
         for word in &forbidden {

@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::{DeviceConfig, VmConfig};
+use api::{DeviceConfig, Problem, Problems, VmConfig};
 use devices::bus::BusDevice;
 use devices::endpoint::terminal::RawTerminal;
-use devices::endpoint::{ConsoleIo, Endpoint, EndpointHandle, EndpointKind, EndpointOptions, InputListener};
+use devices::endpoint::{
+    ConsoleIo, Endpoint, EndpointError, EndpointHandle, EndpointKind, EndpointOptions, InputListener,
+};
 use devices::legacy::{Serial, SerialPeer};
 use devices::seam::Interrupt;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -36,20 +38,22 @@ impl Endpoints {
     /// it.
     ///
     /// # Errors
-    /// [`Failure::Host`] naming the endpoint; those made before are removed again.
+    /// [`Failure::BadInput`] where a file or socket cannot be had, [`Failure::Host`] where the host has nothing left;
+    /// those made before are removed again.
     pub fn open(config: &VmConfig) -> Result<Self, Failure> {
         let io = ConsoleIo::new()?;
         let quit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let mut by_id = BTreeMap::new();
         let mut stdio = false;
-        for (id, endpoint, history) in wanted(config) {
+        for Wanted { field, id, endpoint, protocol } in wanted(config) {
             let mut options = EndpointOptions::new(&id, kind(&endpoint));
-            if !history {
+            if protocol {
                 options.history = 0;
+                options.patience = None;
             }
             options.quit = Some(quit.try_clone()?);
             stdio |= options.kind == EndpointKind::Stdio;
-            let opened = Endpoint::open(options, &io).map_err(|error| Failure::Host(error.to_string()))?;
+            let opened = Endpoint::open(options, &io).map_err(|error| failure(field, &error))?;
             if let Some(path) = opened.path() {
                 tracing::info!("{id} is at {}", path.display());
             }
@@ -126,15 +130,36 @@ impl SerialPeer for Peer {
     }
 }
 
-/// Every endpoint by its id, with whether late readers are to be shown what they missed: not on a named port, where
-/// programs speak a protocol.
-fn wanted(config: &VmConfig) -> Vec<(String, api::Endpoint, bool)> {
-    let serial = (SERIAL.to_string(), config.serial_endpoint(), true);
-    let consoles = config.devices.iter().filter_map(|device| match device {
-        DeviceConfig::Console(console) => Some((console.id.clone(), console.endpoint.clone(), console.name.is_none())),
+/// An endpoint to be made.
+struct Wanted {
+    /// Its field in the configuration.
+    field: String,
+    id: String,
+    endpoint: api::Endpoint,
+    /// Programs speak a protocol over it: late readers are not shown what they missed, and nothing is ever left out.
+    protocol: bool,
+}
+
+fn wanted(config: &VmConfig) -> Vec<Wanted> {
+    let serial =
+        Wanted { field: SERIAL.into(), id: SERIAL.into(), endpoint: config.serial_endpoint(), protocol: false };
+    let consoles = config.devices.iter().enumerate().filter_map(|(index, device)| match device {
+        DeviceConfig::Console(console) => Some(Wanted {
+            field: format!("devices[{index}].endpoint"),
+            id: console.id.clone(),
+            endpoint: console.endpoint.clone(),
+            protocol: console.name.is_some(),
+        }),
         _ => None,
     });
     std::iter::once(serial).chain(consoles).collect()
+}
+
+fn failure(field: String, error: &EndpointError) -> Failure {
+    match error {
+        EndpointError::Host { .. } => Failure::Host(error.to_string()),
+        _ => Failure::BadInput(Problems(vec![Problem::new(field, error.to_string(), "")])),
+    }
 }
 
 fn kind(endpoint: &api::Endpoint) -> EndpointKind {

@@ -17,4 +17,4 @@ mod run;
 pub mod seams;
 pub mod vcpu;
 
-pub use run::{Failure, run};
+pub use run::{Failure, run, run_on};

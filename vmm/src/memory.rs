@@ -1,8 +1,9 @@
-//! Guest memory: one memfd, mapped shared, a region on each side of the 32-bit hole.
+//! Guest memory: a region on each side of the 32-bit hole, in a memfd mapped shared, or anonymous.
 //!
-//! The memory is a file so that other processes (vhost-user daemons) can map it; it is sealed so that none of them
-//! can shrink it under the guest, which would end the monitor with SIGBUS. Where the configuration says that it is
-//! not to be shared, it is anonymous instead, and never a private mapping of a file, which would hold each page twice.
+//! Shared memory is a file so that other processes (vhost-user daemons) can map it; it is sealed so that none of them
+//! can shrink it under the guest, which would end the monitor with SIGBUS. Memory that nobody shares is anonymous, since
+//! most hosts give transparent huge pages to anonymous memory only, and with small pages a guest's first touches of its
+//! memory cost it seconds in a nested host. It is never a private mapping of a file, which would hold each page twice.
 
 use std::fs::File;
 use std::io;
@@ -127,9 +128,10 @@ mod tests {
     use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
     #[test]
-    fn regions_cover_the_ranges_and_are_one_sealed_file() {
+    fn shared_regions_cover_the_ranges_and_are_one_sealed_file() {
         let ranges = [GpaRange { start: 0, len: 2 << 20 }, GpaRange { start: 4 << 30, len: 1 << 20 }];
-        let memory = create(&ranges, &api::Memory::default()).unwrap().map;
+        let config = api::Memory { shared: true, ..api::Memory::default() };
+        let memory = create(&ranges, &config).unwrap().map;
         memory.write_obj(0x1234_5678_u32, GuestAddress((4 << 30) + 16)).unwrap();
         assert_eq!(memory.read_obj::<u32>(GuestAddress((4 << 30) + 16)).unwrap(), 0x1234_5678);
         assert!(memory.read_obj::<u32>(GuestAddress(2 << 20)).is_err());
@@ -141,7 +143,7 @@ mod tests {
 
     #[test]
     fn memory_that_is_not_shared_has_no_file() {
-        let config = api::Memory { shared: false, prefault: true, ..api::Memory::default() };
+        let config = api::Memory { prefault: true, ..api::Memory::default() };
         let memory = create(&[GpaRange { start: 0, len: 1 << 20 }], &config).unwrap().map;
         assert!(memory.iter().all(|region| region.file_offset().is_none()));
         memory.write_obj(7_u8, GuestAddress(4095)).unwrap();

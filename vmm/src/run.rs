@@ -1,6 +1,7 @@
 //! A VM from its configuration to its outcome.
 
 use api::{Outcome, Problems, VmConfig};
+use hal::Hypervisor;
 
 use crate::endpoints::Endpoints;
 use crate::inbox::Inbox;
@@ -40,17 +41,25 @@ host_failures!(
     devices::virtio::console::ConsoleError
 );
 
-/// Runs a VM until it ends.
+/// Runs a VM on this host's hypervisor until it ends.
 ///
 /// # Errors
 /// [`Failure::BadInput`] with every problem at once, before anything was touched; [`Failure::Host`] where the host
 /// fails, at any time.
-pub fn run(mut config: VmConfig) -> Result<Outcome, Failure> {
+pub fn run(config: VmConfig) -> Result<Outcome, Failure> {
+    run_on(hal::open(), config)
+}
+
+/// As [`run`], on a hypervisor that was opened, or was tried to be: a configuration that cannot be right is told before
+/// a host that cannot run it.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, mut config: VmConfig) -> Result<Outcome, Failure> {
     config.fill_defaults();
     let inbox = Inbox::new()?;
     let mut reports = Reports::new(inbox.clone())?;
 
-    let hypervisor = hal::open();
     let facts = match &hypervisor {
         Ok(hypervisor) => host::facts(hypervisor.caps()),
         Err(_) => api::HostFacts::unlimited(),

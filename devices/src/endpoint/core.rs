@@ -134,6 +134,10 @@ impl Core {
         Ok(count)
     }
 
+    pub(super) fn input_waits(&self) -> bool {
+        !lock(&self.state).input.is_empty()
+    }
+
     pub(super) fn connected(&self) -> bool {
         lock(&self.state).connection.is_some()
     }

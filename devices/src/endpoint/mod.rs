@@ -249,6 +249,11 @@ impl EndpointHandle {
         self.core.read(data)
     }
 
+    /// Whether there is input.
+    pub fn input_waits(&self) -> bool {
+        self.core.input_waits()
+    }
+
     /// Signalled when there is input. Input that came earlier may be there without a signal, so a device reads once
     /// when it starts, and after it had no room for all.
     pub fn input_event(&self) -> &EventFd {

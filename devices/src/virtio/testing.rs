@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -40,9 +40,17 @@ pub fn guest_memory(len: usize) -> GuestMemoryAtomic<GuestMemoryMmap> {
 pub fn wait(event: &EventFd, timeout: Duration) -> bool {
     let epoll = Epoll::new().expect("epoll");
     watch(&epoll, event);
-    let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
-    let mut ready = [EpollEvent::default()];
-    epoll.wait(timeout, &mut ready).is_ok_and(|count| count > 0) && event.read().is_ok()
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
+        match epoll.wait(left, &mut [EpollEvent::default()]) {
+            Ok(count) => return count > 0 && event.read().is_ok(),
+            // A fuzzer has an alarm clock.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => panic!("waiting for an event: {e}"),
+        }
+    }
 }
 
 fn watch(epoll: &Epoll, event: &EventFd) {

@@ -33,7 +33,10 @@ pub fn take() {
         if now.0 <= first.0 && now.1 <= first.1 {
             return;
         }
-        assert!(Instant::now() < deadline, "descriptors and threads: {first:?} at first, {now:?} after {inputs} inputs");
+        assert!(
+            Instant::now() < deadline,
+            "descriptors and threads: {first:?} at first, {now:?} after {inputs} inputs"
+        );
         thread::yield_now();
     }
 }

@@ -182,7 +182,8 @@ impl Segment {
     /// What no write may change: identity, class, header type, subsystem, the capability list, and extended space.
     fn header(&self, function: usize) -> Vec<u8> {
         let base = self.ecam(u8::try_from(function).expect("a small number"));
-        let fixed = (0..4).chain(8..0xc).chain([0xd, 0xe, 0xf]).chain(0x28..0x3c).chain([0x40, 0x41]).chain(0xff8..0x1000);
+        let fixed =
+            (0..4).chain(8..0xc).chain([0xd, 0xe, 0xf]).chain(0x28..0x3c).chain([0x40, 0x41]).chain(0xff8..0x1000);
         fixed
             .map(|register| {
                 let mut data = [0];
@@ -207,7 +208,8 @@ impl Segment {
                 };
             }
             ops::PLACE => {
-                let places = [LOW, LOW + 0x1000, LOW + 0x10_0000, HIGH, HIGH + 0x8000, HIGH + 0x800_0000, ECAM, u64::MAX];
+                let places =
+                    [LOW, LOW + 0x1000, LOW + 0x10_0000, HIGH, HIGH + 0x8000, HIGH + 0x800_0000, ECAM, u64::MAX];
                 let address = places[usize::from(c & 7)].wrapping_add(u64::from(d)).to_le_bytes();
                 let at = self.ecam(a) + 0x10 + 4 * u64::from(b % 6);
                 self.mmio.write(at, &address[..4]);
@@ -263,7 +265,10 @@ impl Segment {
                 ranges.push((at, at + size));
                 for address in [at, at + size - 1] {
                     let mut data = [0];
-                    assert!(self.mmio.read(address, &mut data) && data == [card.mark(*index)], "nobody at {address:#x}");
+                    assert!(
+                        self.mmio.read(address, &mut data) && data == [card.mark(*index)],
+                        "nobody at {address:#x}"
+                    );
                 }
             }
         }
@@ -278,7 +283,9 @@ impl Segment {
         let mut at = LOW;
         for (index, (_, function)) in self.functions.iter().enumerate() {
             self.mmio.write(self.ecam(u8::try_from(index).expect("a small number")) + 4, &[2, 0]);
-            for (number, bar) in function.bars().iter().enumerate().filter(|(_, bar)| bar.is_some_and(|bar| bar.size <= 0x10_0000)) {
+            for (number, bar) in
+                function.bars().iter().enumerate().filter(|(_, bar)| bar.is_some_and(|bar| bar.size <= 0x10_0000))
+            {
                 at = at.next_multiple_of(bar.map_or(1, |bar| bar.size));
                 function.place_bar(number, at);
                 at += bar.map_or(0, |bar| bar.size);

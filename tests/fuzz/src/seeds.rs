@@ -1,1 +1,205 @@
-//! x
+//! The first inputs of each target: sound ones and some that break a rule, so that fuzzing starts behind the first
+//! checks.
+
+use std::path::Path;
+use std::{env, fs};
+
+use crate::guest::ops as guest;
+use crate::input::Step;
+use crate::{functions, hosts, layout, platform};
+
+const START: u64 = arch::layout::HIGH_RAM_START;
+
+/// Writes the first inputs of a target to the folder that `HALYARD_FUZZ_SEEDS` names, if it names one. It is done before
+/// libFuzzer looks into its folders, so that it may be one of them.
+pub fn write(target: &str) {
+    let Some(folder) = env::var_os("HALYARD_FUZZ_SEEDS") else { return };
+    for (number, input) in of(target).iter().enumerate() {
+        let path = Path::new(&folder).join(format!("seed-{number}"));
+        fs::write(&path, input).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+}
+
+/// First inputs of the target of this name.
+fn of(target: &str) -> Vec<Vec<u8>> {
+    match target {
+        "queue" => queue(),
+        "pci" => pci(),
+        "config" => config(),
+        "kernel" => kernel(),
+        "registers" => registers(),
+        _ => panic!("there is no target {target}"),
+    }
+}
+
+fn program(steps: &[Step]) -> Vec<u8> {
+    steps.iter().flat_map(Step::encode).collect()
+}
+
+fn queue() -> Vec<Vec<u8>> {
+    let step = Step::new;
+    (0..hosts::KINDS)
+        .flat_map(|kind| {
+            let started = step(kind, 0, 0, 0, 0);
+            let requests =
+                |shape: u8| (0..layout::QUEUES).map(move |queue| step(guest::REQUEST, queue, shape, 0x1b, 0x10001));
+            let chain = [
+                step(guest::DESCRIPTOR, 1 << 3, 0, 0x10, 1 << 16 | 0x1000),
+                step(guest::DESCRIPTOR, 2 << 3, 1, 0x50, 0x1100),
+                step(guest::PUBLISH, 0, 0, 0, 0),
+                step(guest::KICK, 0, 0, 0, 0),
+            ];
+            let host = (0..5).map(|what| step(guest::HOST, what, 0, 8, u32::from(what)));
+            let control = [(0, 1), (3, 1), (6, 1)]
+                .map(|(event, value): (u32, u32)| step(guest::REQUEST, 3, 0, 0, event << 16 | value << 24));
+            // What only some devices have, in each kind of request.
+            let kinds = (0..8).map(|kind| step(guest::REQUEST, 0, 1, 0x1b, kind << 16 | 2));
+            let loops = [
+                step(guest::DESCRIPTOR, 1 << 3, 0, 0x10, 1 << 16 | 0x1000),
+                step(guest::DESCRIPTOR, 1 << 3, 1, 0x10, 0x1000),
+                step(guest::PUBLISH, 0, 0, 0, 0),
+                step(guest::KICK, 0, 0, 0, 0),
+                step(guest::RESET, 0, 0, 0, 0),
+                step(guest::JUMP, 1, 0, 0, 300),
+                step(guest::KICK, 1, 1, 0, 1),
+            ];
+            let negotiation = [
+                Step { a: 1, ..started },
+                step(guest::NEGOTIATE, 0, 0, 2, u32::MAX),
+                step(guest::QUEUE, 0, 3, 0, 0),
+                step(guest::QUEUE, 1, 6, 2, 0x800),
+                step(guest::VECTOR, 1, 0, 0, 1),
+                step(guest::MSIX, 0x80, 0, 0, 0),
+                step(guest::RUN, 0, 0, 0, 0),
+                step(guest::REQUEST, 0, 3, 0x1b, 1),
+                step(guest::EVENT_INDEX, 0, 0, 0, 0x0003_0001),
+                step(guest::SUSPEND, 1, 0, 0, 0),
+                step(guest::PLACE, 2, 0, 0, 0),
+                step(guest::WINDOW, 0x14, 0, 0, 0),
+                step(guest::REQUEST, 0, 1, 0x1b, 2),
+                step(guest::STATUS, 0, 0, 0, 0),
+            ];
+            [
+                vec![started],
+                [started].into_iter().chain(requests(1)).chain(requests(2)).collect(),
+                [started].into_iter().chain(kinds).collect(),
+                [started]
+                    .into_iter()
+                    .chain(chain)
+                    .chain(host.clone())
+                    .chain(control)
+                    .chain(host)
+                    .chain(requests(0))
+                    .collect(),
+                [started].into_iter().chain(loops).collect(),
+                negotiation.to_vec(),
+            ]
+        })
+        .map(|steps| program(&steps))
+        .collect()
+}
+
+fn pci() -> Vec<Vec<u8>> {
+    use functions::ops;
+
+    let step = Step::new;
+    let each = |op: u8, b: u8, c: u8, d: u32| (0..6).map(move |function| step(op, function, b, c, d));
+    [
+        each(ops::COMMAND, 6, 0, 0).chain(each(ops::PLACE, 0, 3, 0x1000)).collect::<Vec<_>>(),
+        each(ops::COMMAND, 2, 0, 0).chain(each(ops::PLACE, 2, 0x80, 0)).chain(each(ops::REPLUG, 0, 0, 0)).collect(),
+        each(ops::WRITE, 0x10, 0x20, u32::MAX).chain(each(ops::READ, 0x10, 0x30, 0)).collect(),
+        each(ops::MMIO, 0, 0, 0x1000).chain(each(ops::ECAM, 3, 0, 0xfff)).collect(),
+    ]
+    .map(|steps| program(&steps))
+    .to_vec()
+}
+
+fn config() -> Vec<Vec<u8>> {
+    let all = include_str!("../../../examples/vm.yaml");
+    let kinds = "{kernel: {path: k}, kind: {type: tdx}, cpus: {count: 4, topology: {sockets: 1, cores: 2, threads: 2}}, \
+                 memory: {size: 512M, hugepages: 2M}, platform: {debug_exit: true}}";
+    let endpoints = "kernel: {path: k}\nserial: {type: socket, path: s}\ndevices:\n- {type: console, name: a, endpoint: \
+                     {type: pty}}\n- {type: console, endpoint: {type: file, path: f}}\n- {type: net, tap: t, mac: \
+                     '52:54:00:00:00:01', mtu: 1500}\n- {type: disk, path: d, queues: 2, serial: x, readonly: true}\n";
+    [all, include_str!("../../../examples/minimal.yaml"), kinds, endpoints, "a: [&x 1, *x]", "- |\n  a\n- >-\n  b\n"]
+        .map(|text| text.as_bytes().to_vec())
+        .to_vec()
+}
+
+fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// A bzImage whose kernel goes to the start of high RAM.
+fn bzimage() -> Vec<u8> {
+    let mut image = vec![0; 2 * 512 + 0x800];
+    put(&mut image, 0x1f1, &[1]); // setup_sects
+    put(&mut image, 0x1f4, &0x80_u32.to_le_bytes()); // syssize
+    put(&mut image, 0x1fe, &[0x55, 0xaa, 0xeb, 0x6a]); // boot_flag, jump
+    put(&mut image, 0x202, b"HdrS");
+    put(&mut image, 0x206, &0x020f_u16.to_le_bytes()); // version
+    put(&mut image, 0x211, &[1]); // loadflags: LOADED_HIGH
+    put(&mut image, 0x22c, &0x7fff_ffff_u32.to_le_bytes()); // initrd_addr_max
+    put(&mut image, 0x230, &0x20_0000_u32.to_le_bytes()); // kernel_alignment
+    put(&mut image, 0x234, &[1, 21, 3, 0]); // relocatable_kernel, min_alignment, xloadflags
+    put(&mut image, 0x238, &2047_u32.to_le_bytes()); // cmdline_size
+    put(&mut image, 0x258, &START.to_le_bytes()); // pref_address
+    put(&mut image, 0x260, &0x1_0000_u32.to_le_bytes()); // init_size
+    image[0x400..].fill(0xcc);
+    image
+}
+
+/// An x86-64 ELF executable with a segment to load and a note of a PVH entry point.
+fn elf(note_kind: u32) -> Vec<u8> {
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    let halves = |halves: &[u16]| halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<_>>();
+    let entry = u32::try_from(START).unwrap_or(0).to_le_bytes();
+    let note = [&[4, 0, 0, 0, 4, 0, 0, 0], &note_kind.to_le_bytes()[..], b"Xen\0", &entry].concat();
+    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
+    image.resize(16, 0);
+    image.extend(halves(&[2, 62, 1, 0])); // executable, x86-64, version 1
+    image.extend(words(&[START, 64, 0])); // entry, program headers, no section headers
+    image.extend(halves(&[0, 0, 64, 56, 2, 64, 0, 0]));
+    let contents = 64 + 2 * 56;
+    for (kind, offset, address, size, memory) in [(1, contents, START, 64, 0x2000), (4, contents + 64, 0, 20, 0)] {
+        image.extend([u32::to_le_bytes(kind), 7_u32.to_le_bytes()].concat());
+        image.extend(words(&[offset, address, address, size, memory, 4]));
+    }
+    image.extend([0x90; 64]);
+    image.extend(note);
+    image
+}
+
+fn kernel() -> Vec<Vec<u8>> {
+    let files = [bzimage(), elf(18), elf(1), b"\x28\xb5\x2f\xfd".to_vec()];
+    let ways = [Step::new(0, 0, 1, 1, 13), Step::new(0, 1, 0, 0, 0), Step::new(0, 2, 2, 1, 2047)];
+    ways.iter().flat_map(|way| files.iter().map(|file| [&way.encode()[..], file].concat())).collect()
+}
+
+fn registers() -> Vec<Vec<u8>> {
+    use platform::ops;
+
+    let step = Step::new;
+    let serial: Vec<Step> = [
+        step(ops::INPUT, 0, 0, 100, 7),
+        step(ops::OUT, 0, 1, 0, 1),
+        step(ops::IN, 0, 5, 0, 0),
+        step(ops::IN, 0, 0, 0, 0),
+        step(ops::OUT, 0, 3, 0, 0x80),
+        step(ops::OUT, 0, 4, 0, 0x10),
+        step(ops::SAVE, 0, 0, 0, 0),
+    ]
+    .to_vec();
+    let apic = [
+        step(ops::APIC_REGISTER, 0x18, 0, 0, 0x8031),
+        step(ops::LEVEL, 4, 1, 0, 0),
+        step(ops::END, 0x31, 0, 0, 0),
+        step(ops::APIC_WRITE, 0x40, 0, 0, 0x31),
+        step(ops::APIC_READ, 0x10, 0, 2, 0),
+        step(ops::SAVE, 0, 0, 0, 0),
+        step(ops::RESET, 0, 0, 0, 0),
+    ];
+    let rest = (0..6).flat_map(|device| (0..8).map(move |offset| step(ops::OUT, device, offset, 0, 0x34)));
+    let rest = rest.chain([step(ops::BUTTON, 0, 0, 0, 0), step(ops::IN, 4, 4, 2, 0)]);
+    vec![program(&serial), program(&apic), program(&rest.collect::<Vec<_>>())]
+}

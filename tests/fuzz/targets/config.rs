@@ -2,4 +2,6 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|text: &str| halyard_fuzz::configuration::read(text));
+use halyard_fuzz::{configuration, seeds};
+
+libfuzzer_sys::fuzz_target!(init: seeds::write("config"), |text: &str| configuration::read(text));

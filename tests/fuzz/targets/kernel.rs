@@ -5,9 +5,10 @@
 #![no_main]
 
 use halyard_fuzz::input::Step;
+use halyard_fuzz::{kernel, seeds};
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+libfuzzer_sys::fuzz_target!(init: seeds::write("kernel"), |data: &[u8]| {
     if let Some((how, file)) = data.split_first_chunk() {
-        halyard_fuzz::kernel::load(Step::decode(*how), file);
+        kernel::load(Step::decode(*how), file);
     }
 });

@@ -5,14 +5,19 @@
 #![no_main]
 
 use halyard_fuzz::guest::{Guest, ops};
-use halyard_fuzz::hosts::host;
+use halyard_fuzz::hosts::{self, host};
 use halyard_fuzz::input::{Step, steps};
-use halyard_fuzz::{census, layout};
+use halyard_fuzz::{census, layout, seeds};
 
 /// Steps after which a program is cut off.
 const MAX_STEPS: usize = 96;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+fn begin() {
+    seeds::write("queue");
+    hosts::warm_up();
+}
+
+libfuzzer_sys::fuzz_target!(init: begin(), |data: &[u8]| {
     let mut program = steps(data).take(MAX_STEPS);
     let Some(first) = program.next() else { return };
     let mut guest = Guest::new(host(first.op));

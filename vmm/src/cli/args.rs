@@ -140,7 +140,7 @@ pub struct RunArgs {
     ///
     /// Further keys: hugepages=off|2M|1G takes it from the host's reserved huge pages, transparent_huge_pages=on|off
     /// (default on) lets the host use transparent ones, prefault=on|off (default off) populates all of it at the
-    /// start, shared=on|off (default on) makes it a memfd that other processes can map.
+    /// start, shared=on|off (default off) makes it a memfd that other processes can map.
     #[arg(long, value_name = "SIZE[,KEY=VALUE]…", help_heading = "Processors and memory")]
     pub memory: Option<String>,
 

@@ -56,9 +56,9 @@ fn flags_mean_what_the_file_says() {
             "kernel: {path: k}\ncpus: {count: 8, topology: {sockets: 2, cores: 2, threads: 2}}",
         ),
         (
-            &["--kernel", "k", "--memory", "2GiB,hugepages=2M,transparent-huge-pages=off,prefault,shared=off"],
+            &["--kernel", "k", "--memory", "2GiB,hugepages=2M,transparent-huge-pages=off,prefault,shared=on"],
             "kernel: {path: k}\nmemory: {size: 2G, hugepages: 2M, transparent_huge_pages: false, prefault: true, \
-             shared: false}",
+             shared: true}",
         ),
         (
             &["--kernel", "k", "--disk", "a,,b.img,readonly,id=root", "--disk", "direct=on,serial=S1,queues=2,path=c"],

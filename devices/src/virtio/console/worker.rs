@@ -122,6 +122,10 @@ impl ConsoleWorker {
                 }
             }
         });
+        if multiport && !endpoint.connected() {
+            self.tell_of_connection(index);
+            self.serve_control_input();
+        }
     }
 
     /// Takes the guest's output to the host, as fast as that takes it.
@@ -211,8 +215,10 @@ impl ConsoleWorker {
         let Some(port) = self.ports.get(index) else {
             return;
         };
-        // A console is there whether or not somebody looks.
-        self.control.set_host_open(index, console || port.endpoint.connected());
+        // A console is there whether or not somebody looks. A client that is gone stays until the guest has all that
+        // it sent, since a guest that hears of its going reads no further.
+        let there = console || port.endpoint.connected() || port.endpoint.input_waits();
+        self.control.set_host_open(index, there);
     }
 
     fn tell_of_size(&mut self, index: usize) {

@@ -332,3 +332,10 @@ impl PciDriver {
         }
     }
 }
+
+impl Drop for PciDriver {
+    fn drop(&mut self) {
+        // The bus holds the PCI segment, and the segment the bus: the device would live on, with its threads.
+        self.mmio.remove(ECAM).expect("ECAM on the bus");
+    }
+}

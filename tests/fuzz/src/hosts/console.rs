@@ -6,11 +6,13 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Instant;
 
 use devices::endpoint::{ConsoleIo, Endpoint, EndpointKind, EndpointOptions};
 use devices::virtio::VirtioDevice;
 use devices::virtio::console::{Console, ConsoleSize, Port};
-use devices::virtio::testing::{Buf, PciDriver};
+use devices::virtio::testing::{Buf, PciDriver, TIMEOUT};
 use tempfile::TempDir;
 
 use super::{Host, begin};
@@ -79,9 +81,13 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         self.endpoints.clear();
+        // The console's thread may be busy with an endpoint, whose last owner it is then.
+        let deadline = Instant::now() + TIMEOUT;
         for path in &self.paths {
-            // The endpoint has removed it already, unless something is wrong.
-            assert!(fs::symlink_metadata(path).is_err(), "a socket is left behind");
+            while fs::symlink_metadata(path).is_ok() {
+                assert!(Instant::now() < deadline, "a socket is left behind");
+                thread::yield_now();
+            }
         }
     }
 }
@@ -119,7 +125,9 @@ impl Host for Terminal {
     fn header(&self, step: Step) -> Vec<u8> {
         match step.a {
             // The control queue from the driver: port, event, value.
-            3 => [u32::from(step.d_low() & 0x103), (step.d >> 16) & 7 | (step.d >> 24) << 16].map(u32::to_le_bytes).concat(),
+            3 => [u32::from(step.d_low() & 0x103), (step.d >> 16) & 7 | (step.d >> 24) << 16]
+                .map(u32::to_le_bytes)
+                .concat(),
             _ => Vec::new(),
         }
     }

@@ -1,0 +1,206 @@
+//! The machine on a scripted hypervisor: what it asks for and in which order, how a run ends, and that nothing is left
+//! behind when the host fails at any call.
+
+use std::fs;
+use std::path::PathBuf;
+
+use api::{DeviceConfig, Endpoint, OnPanic, OnReset, Outcome, VmConfig};
+use arch::layout;
+use hal::fake::{Call, Fake, Live, Step};
+use hal::{Error, Hypervisor, IoAddr, VcpuId};
+use vmm::{Failure, run_on};
+
+/// An ELF executable for x86-64 with one segment at 1 MiB: enough for a guest that a script plays.
+fn elf() -> Vec<u8> {
+    const CODE: u64 = 0x10_0000;
+    let mut file = Vec::new();
+    file.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    file.extend([2_u16, 62].map(u16::to_le_bytes).concat());
+    file.extend(1_u32.to_le_bytes());
+    file.extend([CODE, 64, 0].map(u64::to_le_bytes).concat());
+    file.extend(0_u32.to_le_bytes());
+    file.extend([64_u16, 56, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
+    file.extend([1_u32, 5].map(u32::to_le_bytes).concat());
+    file.extend([0, CODE, CODE, 121, 121, 4096].map(u64::to_le_bytes).concat());
+    file.push(0xf4);
+    file
+}
+
+struct Bench {
+    folder: tempfile::TempDir,
+    fake: Fake,
+    config: VmConfig,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let kernel = folder.path().join("kernel");
+        fs::write(&kernel, elf()).unwrap();
+        let mut config = VmConfig::new(kernel);
+        config.serial = Some(Endpoint::File { path: folder.path().join("serial") });
+        Self { folder, fake: Fake::new(), config }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The boot processor does `steps`.
+    fn script(&self, steps: impl IntoIterator<Item = Step>) {
+        self.fake.script(VcpuId(0), steps);
+    }
+
+    fn run(&self) -> Result<Outcome, Failure> {
+        let hypervisor: Box<dyn Hypervisor> = Box::new(self.fake.clone());
+        let outcome = run_on(Ok(hypervisor), self.config.clone());
+        assert_eq!(self.fake.live(), Live::default(), "something is left behind");
+        outcome
+    }
+}
+
+fn out(port: u16, byte: u8) -> Step {
+    Step::Write { at: IoAddr::Pio(port), data: vec![byte] }
+}
+
+fn power_off() -> Step {
+    out(layout::ACPI_SLEEP_CONTROL_PORT, layout::ACPI_SLEEP_CONTROL_S5)
+}
+
+#[test]
+fn a_guest_writes_to_its_serial_port_and_powers_off() {
+    let bench = Bench::new();
+    bench.script(b"hello".iter().map(|byte| out(layout::COM1_PORT, *byte)).chain([power_off()]));
+    assert_eq!(bench.run().unwrap(), Outcome::PoweredOff);
+    assert_eq!(fs::read(bench.path("serial")).unwrap(), b"hello");
+}
+
+#[test]
+fn memory_comes_before_vcpus_and_every_vcpu_is_reset_before_any_runs() {
+    let mut bench = Bench::new();
+    bench.config.cpus.count = 3;
+    bench.script([power_off()]);
+    bench.run().unwrap();
+    let calls = bench.fake.calls();
+    let first = |wanted: &dyn Fn(&Call) -> bool| calls.iter().position(wanted).expect("the call was made");
+    let last = |wanted: &dyn Fn(&Call) -> bool| calls.iter().rposition(wanted).expect("the call was made");
+    assert_eq!(first(&|call| matches!(call, Call::Create { .. })), 0);
+    assert!(last(&|call| matches!(call, Call::Map { .. })) < first(&|call| matches!(call, Call::CreateVcpu(_))));
+    assert!(last(&|call| matches!(call, Call::Reset(_))) < first(&|call| matches!(call, Call::Run(_))));
+    let entries: Vec<bool> = (0..3).map(|id| bench.fake.reset_of(VcpuId(id)).unwrap().entry.is_some()).collect();
+    assert_eq!(entries, [true, false, false], "only the boot processor has an entry point");
+}
+
+#[test]
+fn a_reset_makes_the_machine_anew_or_ends_the_run() {
+    let mut bench = Bench::new();
+    let reset = || out(layout::ACPI_RESET_PORT, layout::ACPI_RESET_VALUE);
+    // A guest goes on for a moment after it has written the register, as one that waits for its reset does.
+    let boot = |byte| [out(layout::COM1_PORT, byte), reset(), Step::WaitForKick];
+    bench.script(boot(b'1').into_iter().chain(boot(b'2')).chain([out(layout::COM1_PORT, b'3'), power_off()]));
+    assert_eq!(bench.run().unwrap(), Outcome::PoweredOff);
+    assert_eq!(fs::read(bench.path("serial")).unwrap(), b"123");
+    let created = bench.fake.calls().iter().filter(|call| matches!(call, Call::Create { .. })).count();
+    assert_eq!(created, 3);
+
+    bench.config.lifecycle.on_reset = OnReset::Exit;
+    bench.script([reset()]);
+    assert_eq!(bench.run().unwrap(), Outcome::Reset);
+}
+
+#[test]
+fn a_panic_is_an_outcome_unless_it_is_to_be_ignored() {
+    let mut bench = Bench::new();
+    bench.script([out(layout::PVPANIC_PORT, 1), Step::WaitForKick]);
+    assert_eq!(bench.run().unwrap(), Outcome::Panicked);
+    bench.config.lifecycle.on_panic = OnPanic::Ignore;
+    bench.script([out(layout::PVPANIC_PORT, 1), power_off()]);
+    assert_eq!(bench.run().unwrap(), Outcome::PoweredOff);
+}
+
+#[test]
+fn what_ends_a_vcpu_ends_the_run_with_a_reason() {
+    let bench = Bench::new();
+    let ends = [
+        (Step::Shutdown, "a triple fault"),
+        (Step::Crash("it broke".into()), "it broke"),
+        (Step::Debug, "a debug exit that nobody armed"),
+    ];
+    for (step, expected) in ends {
+        bench.script([step]);
+        match bench.run().unwrap() {
+            Outcome::Crashed { reason } => assert!(reason.contains(expected), "{reason}"),
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn unclaimed_addresses_read_as_ones_and_ignore_writes() {
+    let bench = Bench::new();
+    let gpa = layout::MMIO32.start + 0x123;
+    bench.script([
+        Step::pio_read(0x71, 1),
+        Step::Read { at: IoAddr::Mmio(gpa), size: 8 },
+        Step::Write { at: IoAddr::Mmio(gpa), data: vec![1; 8] },
+        out(0x64, 0xfe),
+        power_off(),
+    ]);
+    assert_eq!(bench.run().unwrap(), Outcome::PoweredOff);
+    for read in bench.fake.reads(VcpuId(0)) {
+        assert!(read.data.iter().all(|byte| *byte == 0xff), "{read:?}");
+    }
+}
+
+#[test]
+fn a_hypervisor_that_fails_at_any_call_leaves_nothing_behind() {
+    let mut bench = Bench::new();
+    let disk = bench.path("disk");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    bench.config.devices = vec![DeviceConfig::Disk(api::Disk::new(disk)), DeviceConfig::Rng(api::Rng::default())];
+    bench.config.cpus.count = 2;
+    bench.script([power_off()]);
+    bench.run().unwrap();
+    let calls = bench.fake.calls();
+    let until_run = calls.iter().position(|call| matches!(call, Call::Run(_))).expect("it ran");
+    for number in 0..until_run {
+        let call = &calls[number];
+        let mut before = number;
+        let error = Error::Invalid { what: "test", problem: format!("call {number} was to fail") };
+        let this_one = move |_: &Call| before.checked_sub(1).inspect(|left| before = *left).is_none();
+        bench.fake.fail_at(this_one, error);
+        let failure = bench.run().expect_err("the failure must be told").to_string();
+        assert!(failure.contains("was to fail"), "{call:?}: {failure}");
+    }
+}
+
+#[test]
+fn bad_input_is_told_before_anything_is_touched() {
+    let mut bench = Bench::new();
+    bench.config.kernel.path = bench.path("missing");
+    bench.config.cpus.count = 300;
+    bench.config.devices = vec![DeviceConfig::Disk(api::Disk::new(bench.path("no-disk")))];
+    let Err(Failure::BadInput(problems)) = bench.run() else { panic!("it must be refused") };
+    let fields: Vec<&str> = problems.0.iter().map(|problem| problem.field.as_str()).collect();
+    assert_eq!(fields, ["cpus.count", "kernel.path", "devices[0].path"]);
+    assert_eq!(bench.fake.calls(), []);
+    assert!(!bench.path("serial").exists(), "the serial port's file was made");
+}
+
+#[test]
+fn a_file_that_is_no_kernel_is_told_before_anything_appears() {
+    let bench = Bench::new();
+    fs::write(bench.path("kernel"), b"#!/bin/sh\n").unwrap();
+    let Err(Failure::BadInput(problems)) = bench.run() else { panic!("it must be refused") };
+    assert!(problems.to_string().contains("neither a bzImage nor an ELF"), "{problems}");
+    assert_eq!(bench.fake.calls(), []);
+    assert!(!bench.path("serial").exists());
+}
+
+#[test]
+fn a_kind_that_the_host_lacks_is_one_clear_error() {
+    let mut bench = Bench::new();
+    bench.config.kind = api::Kind::Tdx {};
+    let Err(Failure::BadInput(problems)) = bench.run() else { panic!("it must be refused") };
+    assert!(problems.to_string().contains("tdx"), "{problems}");
+}
