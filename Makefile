@@ -26,17 +26,19 @@ test: deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	$(CARGO) build --release --quiet -p vmm
-	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test --workspace
+	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test --workspace --exclude halyard-tests
+	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests -- --test-threads 2
 
 # Only the stories; FILTER chooses some of them.
 stories: build
-	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests --test stories $(FILTER)
+	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests --test stories -- --test-threads 2 $(FILTER)
 
 soak: build
 	@HALYARD_BIN=$(CURDIR)/$(BIN) scripts/soak
 
 bench: build
-	@HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) run --release --quiet -p halyard-tests --bin bench
+	$(CARGO) build --release --quiet -p halyard-tests --bins
+	@HALYARD_BIN=$(CURDIR)/$(BIN) target/$(TARGET)/release/bench
 
 clean:
 	$(CARGO) clean

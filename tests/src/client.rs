@@ -10,7 +10,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::protocol::{CHUNK, Decoder, Found, Message, Request, Status, Stream, WINDOW};
+use crate::command::{Cmd, Output};
+use crate::process::{Channel, Process, Socket};
+use crate::protocol::{Decoder, Found, Message, Request, Status, Stream, WINDOW};
 use crate::text::Text;
 
 /// How long anything may take where nothing else is said.
@@ -19,121 +21,6 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 const OUTPUT_LIMIT: usize = 1 << 30;
 /// What a running process's output is remembered of, for error messages and late readers.
 const MEMORY_LIMIT: usize = 64 << 20;
-
-/// A command to run.
-#[derive(Clone, Debug)]
-pub struct Cmd {
-    argv: Vec<String>,
-    env: Vec<(String, String)>,
-    folder: Option<String>,
-    input: Vec<u8>,
-    patience: Duration,
-}
-
-impl Cmd {
-    /// A program, searched in `PATH`.
-    pub fn new(program: impl Into<String>) -> Self {
-        Self { argv: vec![program.into()], env: Vec::new(), folder: None, input: Vec::new(), patience: PATIENCE }
-    }
-
-    /// A line for `sh`.
-    pub fn shell(line: impl Into<String>) -> Self {
-        Self::new("sh").arg("-c").arg(line)
-    }
-
-    /// One argument more.
-    #[must_use]
-    pub fn arg(mut self, argument: impl Into<String>) -> Self {
-        self.argv.push(argument.into());
-        self
-    }
-
-    /// More arguments.
-    #[must_use]
-    pub fn args<T: Into<String>>(mut self, arguments: impl IntoIterator<Item = T>) -> Self {
-        self.argv.extend(arguments.into_iter().map(Into::into));
-        self
-    }
-
-    /// Sets a variable of the environment.
-    #[must_use]
-    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.env.push((name.into(), value.into()));
-        self
-    }
-
-    /// Sets the working directory.
-    #[must_use]
-    pub fn folder(mut self, folder: impl Into<String>) -> Self {
-        self.folder = Some(folder.into());
-        self
-    }
-
-    /// What [`Client::run`] writes to its standard input, which is then closed.
-    #[must_use]
-    pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
-        self.input = bytes.into();
-        self
-    }
-
-    /// How long [`Client::run`] waits for its end; [`PATIENCE`] by default.
-    #[must_use]
-    pub fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
-        self
-    }
-
-    fn line(&self) -> String {
-        match self.argv.as_slice() {
-            [shell, flag, line] if shell == "sh" && flag == "-c" => line.clone(),
-            argv => argv.join(" "),
-        }
-    }
-}
-
-impl From<&str> for Cmd {
-    fn from(line: &str) -> Self {
-        Self::shell(line)
-    }
-}
-
-impl From<String> for Cmd {
-    fn from(line: String) -> Self {
-        Self::shell(line)
-    }
-}
-
-/// What a command left behind.
-#[derive(Clone, Debug)]
-pub struct Output {
-    /// The command as a line, for messages.
-    pub command: String,
-    /// How it ended.
-    pub status: Status,
-    /// All of its standard output.
-    pub stdout: Vec<u8>,
-    /// All of its standard error.
-    pub stderr: Vec<u8>,
-}
-
-impl Output {
-    /// Standard output as text without the newline at its end.
-    ///
-    /// # Errors
-    /// Where the command did not exit with 0: its status and the end of what it wrote.
-    pub fn ok(self) -> Result<String> {
-        if !self.status.success() {
-            bail!(
-                "`{}` ended with {}\n--- its error output ends ---\n{}\n--- its output ends ---\n{}",
-                self.command,
-                self.status,
-                Text::tail_of(&self.stderr),
-                Text::tail_of(&self.stdout)
-            );
-        }
-        Ok(String::from_utf8_lossy(&self.stdout).trim_end().to_owned())
-    }
-}
 
 /// Says what else is known where something went wrong, such as the end of a machine's console.
 pub type Witness = Arc<dyn Fn() -> String + Send + Sync>;
@@ -161,20 +48,10 @@ impl Line for UnixStream {
     }
 }
 
-impl Line for Socket {
-    fn halves(&self) -> io::Result<(Box<dyn Read + Send>, Box<dyn Write + Send>)> {
-        Ok((Box::new(self.clone()), Box::new(self.clone())))
-    }
-
-    fn close(&self) {
-        self.channel.close();
-    }
-}
-
 /// A session with an agent. Clones share it, as do its processes and sockets; it ends with the last of them.
 #[derive(Clone)]
 pub struct Client {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     _end: Arc<End>,
 }
 
@@ -187,35 +64,36 @@ impl Drop for End {
     }
 }
 
-struct Shared {
+/// What a session's handles and its listening thread share.
+pub(crate) struct Shared {
     name: String,
-    witness: Witness,
+    pub(crate) witness: Witness,
     line: Mutex<Box<dyn Write + Send>>,
     state: Mutex<State>,
-    changed: Condvar,
+    pub(crate) changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+pub(crate) struct State {
     welcome: bool,
     dead: Option<String>,
     next: u32,
-    channels: HashMap<u32, Remote>,
+    pub(crate) channels: HashMap<u32, Remote>,
 }
 
 /// What has been heard of a channel.
 #[derive(Default)]
-struct Remote {
-    opened: Option<Result<u32, String>>,
-    credit: usize,
-    output: Inbox,
-    error: Inbox,
-    status: Option<Status>,
+pub(crate) struct Remote {
+    pub(crate) opened: Option<Result<u32, String>>,
+    pub(crate) credit: usize,
+    pub(crate) output: Inbox,
+    pub(crate) error: Inbox,
+    pub(crate) status: Option<Status>,
 }
 
 #[derive(Default)]
-struct Inbox {
-    text: Text,
+pub(crate) struct Inbox {
+    pub(crate) text: Text,
     /// Credit is granted as bytes are read instead of as they arrive.
     on_demand: bool,
 }
@@ -334,11 +212,11 @@ impl State {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn send(&self, message: &Message) -> Result<()> {
+    pub(crate) fn send(&self, message: &Message) -> Result<()> {
         let frame = message.encode();
         let result = self.line.lock().unwrap_or_else(PoisonError::into_inner).write_all(&frame);
         if let Err(error) = result {
@@ -349,7 +227,11 @@ impl Shared {
     }
 
     /// Waits until `ready` finds what it looks for. `None` at the deadline.
-    fn wait<T>(&self, deadline: Instant, mut ready: impl FnMut(&mut State) -> Option<T>) -> Result<Option<T>> {
+    pub(crate) fn wait<T>(
+        &self,
+        deadline: Instant,
+        mut ready: impl FnMut(&mut State) -> Option<T>,
+    ) -> Result<Option<T>> {
         let mut state = self.lock();
         loop {
             if let Some(found) = ready(&mut state) {
@@ -369,7 +251,7 @@ impl Shared {
         }
     }
 
-    fn late(&self, what: &str, patience: Duration, heard: &str) -> String {
+    pub(crate) fn late(&self, what: &str, patience: Duration, heard: &str) -> String {
         let witness = (self.witness)();
         format!("{}: waited {} s for {what}{heard}{witness}", self.name, patience.as_secs())
     }
@@ -448,11 +330,11 @@ impl State {
 }
 
 impl Remote {
-    fn inbox(&mut self, stream: Stream) -> &mut Inbox {
+    pub(crate) fn inbox(&mut self, stream: Stream) -> &mut Inbox {
         if stream == Stream::Error { &mut self.error } else { &mut self.output }
     }
 
-    fn heard(&self) -> String {
+    pub(crate) fn heard(&self) -> String {
         let mut heard = String::new();
         for (name, inbox) in [("error output", &self.error), ("output", &self.output)] {
             if !inbox.text.is_empty() {
@@ -460,267 +342,5 @@ impl Remote {
             }
         }
         heard
-    }
-}
-
-struct Channel {
-    client: Client,
-    number: u32,
-}
-
-impl Drop for Channel {
-    fn drop(&mut self) {
-        self.client.shared.lock().channels.remove(&self.number);
-        let _ = self.client.shared.send(&Message::Close(self.number));
-    }
-}
-
-impl Channel {
-    /// Ends it here and there: whoever reads it finds its end.
-    fn close(&self) {
-        if let Some(remote) = self.client.shared.lock().channels.get_mut(&self.number) {
-            remote.output.text.end();
-        }
-        self.client.shared.changed.notify_all();
-        let _ = self.client.shared.send(&Message::Close(self.number));
-    }
-
-    fn open(&self, request: Request) -> Result<u32> {
-        self.client.shared.send(&Message::Open(self.number, request))?;
-        self.wait("an answer", PATIENCE, |remote| remote.opened.take())?.map_err(anyhow::Error::msg)
-    }
-
-    fn wait<T>(&self, what: &str, patience: Duration, mut ready: impl FnMut(&mut Remote) -> Option<T>) -> Result<T> {
-        let found = self
-            .client
-            .shared
-            .wait(Instant::now() + patience, |state| state.channels.get_mut(&self.number).and_then(&mut ready))?;
-        found.ok_or_else(|| {
-            let heard = self.client.shared.lock().channels.get(&self.number).map(Remote::heard).unwrap_or_default();
-            anyhow!(self.client.shared.late(what, patience, &heard))
-        })
-    }
-
-    fn write(&self, mut bytes: &[u8]) -> Result<()> {
-        while !bytes.is_empty() {
-            let length = self.wait("its input to be read", PATIENCE, |remote| {
-                let length = remote.credit.min(bytes.len()).min(CHUNK);
-                remote.credit -= length;
-                (length > 0).then_some(length)
-            })?;
-            let (now, later) = bytes.split_at(length);
-            self.client.shared.send(&Message::Data(self.number, Stream::Input, now.to_vec()))?;
-            bytes = later;
-        }
-        Ok(())
-    }
-}
-
-/// A process in a host or guest. Dropping it kills its process group.
-pub struct Process {
-    channel: Channel,
-    line: String,
-    pid: u32,
-}
-
-impl Process {
-    /// Its process id there.
-    pub fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    /// Writes to its standard input, at the pace at which it is read.
-    ///
-    /// # Errors
-    /// Where it does not read in time, or the agent is gone.
-    pub fn write(&self, bytes: &[u8]) -> Result<()> {
-        self.channel.write(bytes).with_context(|| format!("writing to `{}`", self.line))
-    }
-
-    /// Closes its standard input.
-    ///
-    /// # Errors
-    /// Where the agent is gone.
-    pub fn close_input(&self) -> Result<()> {
-        self.channel.client.shared.send(&Message::End(self.channel.number, Stream::Input))
-    }
-
-    /// Sends it a signal, by number.
-    ///
-    /// # Errors
-    /// Where the agent is gone.
-    pub fn kill(&self, signal: i32) -> Result<()> {
-        self.channel.client.shared.send(&Message::Signal(self.channel.number, signal))
-    }
-
-    /// Waits for a line of its output that contains `part`, after the last one that was waited for, and returns it.
-    ///
-    /// # Errors
-    /// Where its output ends before, or after [`PATIENCE`]: with the end of what it wrote.
-    pub fn wait_line(&self, part: &str) -> Result<String> {
-        self.wait_line_for(part, PATIENCE)
-    }
-
-    /// As [`Process::wait_line`], with a patience of its own.
-    ///
-    /// # Errors
-    /// As [`Process::wait_line`].
-    pub fn wait_line_for(&self, part: &str, patience: Duration) -> Result<String> {
-        self.wait_stream(part, patience, Stream::Output)
-    }
-
-    /// As [`Process::wait_line`], on its error output.
-    ///
-    /// # Errors
-    /// As [`Process::wait_line`].
-    pub fn wait_error_line(&self, part: &str) -> Result<String> {
-        self.wait_stream(part, PATIENCE, Stream::Error)
-    }
-
-    fn wait_stream(&self, part: &str, patience: Duration, stream: Stream) -> Result<String> {
-        let what = format!("`{}` to write \"{part}\"", self.line);
-        let found = self.channel.wait(&what, patience, |remote| {
-            let heard = remote.inbox(stream);
-            match heard.text.find(part) {
-                Some(line) => Some(Ok(line)),
-                None if heard.text.ended() => Some(Err(remote.heard())),
-                None => None,
-            }
-        })?;
-        found.map_err(|heard| {
-            // The exit status follows the end of its output at once, unless a child holds on.
-            let status = self.wait_for(Duration::from_secs(2));
-            let status = status.map_or_else(|_| "still runs".to_owned(), |status| format!("ended with {status}"));
-            anyhow!(
-                "`{}` never wrote \"{part}\", and {status}{heard}{}",
-                self.line,
-                (self.channel.client.shared.witness)()
-            )
-        })
-    }
-
-    /// Waits for its end.
-    ///
-    /// # Errors
-    /// After [`PATIENCE`], with the end of what it wrote.
-    pub fn wait(&self) -> Result<Status> {
-        self.wait_for(PATIENCE)
-    }
-
-    /// As [`Process::wait`], with a patience of its own.
-    ///
-    /// # Errors
-    /// As [`Process::wait`].
-    pub fn wait_for(&self, patience: Duration) -> Result<Status> {
-        self.channel.wait(&format!("`{}` to end", self.line), patience, |remote| remote.status)
-    }
-
-    /// Has it ended, and how?
-    pub fn status(&self) -> Option<Status> {
-        self.channel.client.shared.lock().channels.get(&self.channel.number).and_then(|remote| remote.status)
-    }
-
-    /// All of its output that is remembered so far.
-    pub fn output(&self) -> String {
-        let state = self.channel.client.shared.lock();
-        let bytes = state.channels.get(&self.channel.number).map(|remote| remote.output.text.bytes());
-        String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned()
-    }
-
-    /// All of its error output that is remembered so far.
-    pub fn error_output(&self) -> String {
-        let state = self.channel.client.shared.lock();
-        let bytes = state.channels.get(&self.channel.number).map(|remote| remote.error.text.bytes());
-        String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned()
-    }
-
-    /// The ends of both outputs, for messages.
-    pub fn last_words(&self) -> String {
-        self.channel.client.shared.lock().channels.get(&self.channel.number).map(Remote::heard).unwrap_or_default()
-    }
-
-    /// Waits for its end and that of its output, and returns all of it.
-    ///
-    /// # Errors
-    /// After `patience`, or where it wrote more than can be collected.
-    pub fn finish(&mut self, patience: Duration) -> Result<Output> {
-        let what = format!("`{}` to end, and its output with it", self.line);
-        let (status, stdout, stderr, lost) = self.channel.wait(&what, patience, |remote| {
-            let status = remote.status?;
-            let (output, error) = (&mut remote.output.text, &mut remote.error.text);
-            let lost = output.lost() + error.lost();
-            (output.ended() && error.ended()).then(|| (status, output.take(), error.take(), lost))
-        })?;
-        if lost > 0 {
-            bail!("`{}` wrote more than can be kept: the first {lost} bytes are gone", self.line);
-        }
-        Ok(Output { command: self.line.clone(), status, stdout, stderr })
-    }
-
-    /// Copies its outputs as they come until it and they have ended.
-    ///
-    /// # Errors
-    /// Where the agent is gone, or a sink fails.
-    pub fn copy_to(&self, output: &mut dyn Write, error: &mut dyn Write) -> Result<Status> {
-        loop {
-            let (out, err, status) = self.channel.wait("more output", Duration::from_secs(86_400), |remote| {
-                let over = remote.output.text.ended() && remote.error.text.ended();
-                let (out, err) = (remote.output.text.take(), remote.error.text.take());
-                let status = remote.status.filter(|_| over);
-                (!out.is_empty() || !err.is_empty() || status.is_some()).then_some((out, err, status))
-            })?;
-            output.write_all(&out)?;
-            error.write_all(&err)?;
-            output.flush()?;
-            error.flush()?;
-            if let Some(status) = status {
-                return Ok(status);
-            }
-        }
-    }
-}
-
-/// A connection to a Unix stream socket in a host or guest. Clones share it; it is closed with the last one.
-#[derive(Clone)]
-pub struct Socket {
-    channel: Arc<Channel>,
-}
-
-impl Socket {
-    /// Says that nothing more will be written.
-    ///
-    /// # Errors
-    /// Where the agent is gone.
-    pub fn close_input(&self) -> Result<()> {
-        self.channel.client.shared.send(&Message::End(self.channel.number, Stream::Input))
-    }
-}
-
-impl Read for Socket {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // A reader may wait for long, as for an event that is still to happen: it is the story that has a deadline.
-        let bytes = self.channel.wait("bytes from a socket", Duration::from_secs(86_400), |remote| {
-            let bytes = remote.output.text.take_some(buffer.len());
-            (!bytes.is_empty() || remote.output.text.ended()).then_some(bytes)
-        });
-        let bytes = bytes.map_err(io::Error::other)?;
-        buffer[..bytes.len()].copy_from_slice(&bytes);
-        if !bytes.is_empty() {
-            let granted = u32::try_from(bytes.len()).unwrap_or(0);
-            let credit = Message::Credit(self.channel.number, Stream::Output, granted);
-            self.channel.client.shared.send(&credit).map_err(io::Error::other)?;
-        }
-        Ok(bytes.len())
-    }
-}
-
-impl Write for Socket {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.channel.write(bytes).map_err(io::Error::other)?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

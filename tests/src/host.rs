@@ -14,9 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::cache;
-use crate::client::{Client, Cmd, Output, Process, Socket, Witness};
+use crate::client::{Client, Witness};
+use crate::command::{Cmd, Output};
 use crate::images;
 use crate::kernels::Kernel;
+use crate::process::{Process, Socket};
 use crate::qemu;
 use crate::text::Text;
 

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::client::Cmd;
+use crate::command::Cmd;
 use crate::host::Host;
 
 /// A bridge, up.

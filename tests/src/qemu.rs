@@ -24,8 +24,11 @@ pub fn arguments(
     ensure!((1..=7).contains(&spec.nodes), "a host has 1 to 7 NUMA nodes, not {}", spec.nodes);
     ensure!(spec.cpus >= spec.nodes, "each of {} NUMA nodes has a processor, and there are {}", spec.nodes, spec.cpus);
     let modules = kernel.folder()?.join("lib/modules");
-    let mut words =
-        format!("console=ttyS0 quiet panic=-1 oops=panic halyard.modules={} {}", modules.display(), spec.words);
+    let mut words = format!(
+        "console=ttyS0 quiet panic=-1 oops=panic no_timer_check tsc=reliable halyard.modules={} {}",
+        modules.display(),
+        spec.words
+    );
     if spec.iommu {
         words += " intel_iommu=on";
     }

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::cache;
-use crate::client::{Client, Cmd, Output, PATIENCE, Process, Witness};
+use crate::client::{Client, PATIENCE, Witness};
+use crate::command::{Cmd, Output};
 use crate::host::Host;
 use crate::images;
 use crate::kernels::Kernel;
+use crate::process::Process;
 use crate::protocol::Status;
 
 /// Arguments of `halyard run`.

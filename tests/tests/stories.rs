@@ -5,7 +5,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::{Cmd, Host, Kernel, Status, Vm, VmSpec};
+use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Vm, VmSpec};
 
 const KERNELS: [Kernel; 2] = [Kernel::Debian6_1Cloud, Kernel::Debian6_12Cloud];
 
@@ -30,7 +30,8 @@ fn power_off(vm: &Vm) -> Result<()> {
 }
 
 fn processors(count: u32) -> Result<()> {
-    let vm = boot(Host::shared()?, &VmSpec::guest(Kernel::Debian6_12Cloud)?.cpus(count))?;
+    let host = &Lent::take()?;
+    let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.cpus(count))?;
     assert_eq!(ask(&vm, "grep -c ^processor /proc/cpuinfo")?, count.to_string());
     assert_eq!(ask(&vm, "sed -n 's/^cpu cores.*: //p' /proc/cpuinfo | sort -u")?, count.to_string());
     assert_eq!(ask(&vm, "sed -n 's/^physical id.*: //p' /proc/cpuinfo | sort -u")?, "0", "one package");
@@ -58,7 +59,8 @@ fn story_eight_processors() -> Result<()> {
 #[test]
 fn story_sockets_cores_and_threads_are_as_configured() -> Result<()> {
     let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.args(["--cpus", "6,sockets=1,cores=3,threads=2"]);
-    let vm = boot(Host::shared()?, &spec)?;
+    let host = &Lent::take()?;
+    let vm = boot(host, &spec)?;
     assert_eq!(ask(&vm, "grep -c ^processor /proc/cpuinfo")?, "6");
     assert_eq!(ask(&vm, "sed -n 's/^siblings.*: //p' /proc/cpuinfo | sort -u")?, "6");
     assert_eq!(ask(&vm, "sed -n 's/^cpu cores.*: //p' /proc/cpuinfo | sort -u")?, "3");
@@ -67,7 +69,7 @@ fn story_sockets_cores_and_threads_are_as_configured() -> Result<()> {
 
 #[test]
 fn story_bzimage_and_elf_of_both_kernels() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     for kernel in KERNELS {
         for spec in [VmSpec::guest(kernel)?, VmSpec::elf_guest(kernel)?] {
             let vm = boot(host, &spec)?;
@@ -81,7 +83,7 @@ fn story_bzimage_and_elf_of_both_kernels() -> Result<()> {
 
 #[test]
 fn story_memory_below_and_across_the_32_bit_hole() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     for (size, mib) in [("256M", 256_u64), ("6G", 6144)] {
         let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.memory(size))?;
         let total: u64 = ask(&vm, "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?.parse()?;
@@ -112,7 +114,7 @@ fn image(host: &Host, mib: u32) -> Result<String> {
 
 #[test]
 fn story_a_disk_reads_back_on_the_host_as_the_guest_wrote_it() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     let path = image(host, 64)?;
     let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path}")))?;
     assert_eq!(ask(&vm, "cat /sys/block/vda/size")?, (64 * 2048).to_string());
@@ -129,7 +131,7 @@ fn story_a_disk_reads_back_on_the_host_as_the_guest_wrote_it() -> Result<()> {
 
 #[test]
 fn story_what_was_flushed_survives_a_killed_monitor() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     let path = image(host, 64)?;
     let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path}"));
     let vm = boot(host, &spec)?;
@@ -157,7 +159,7 @@ fn story_what_was_flushed_survives_a_killed_monitor() -> Result<()> {
 
 #[test]
 fn story_a_read_only_disk_refuses_writes_and_is_shared() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     let path = image(host, 8)?;
     host.run(format!("printf shared >{path}.tmp && dd if={path}.tmp of={path} conv=notrunc 2>/dev/null"))?.ok()?;
     let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path},readonly"));
@@ -174,7 +176,7 @@ fn story_a_read_only_disk_refuses_writes_and_is_shared() -> Result<()> {
 
 #[test]
 fn story_two_guests_talk_over_a_bridge() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     let bridge = host.bridge()?;
     let (left, right) = (host.tap(Some(&bridge))?, host.tap(Some(&bridge))?);
     let guest =
@@ -200,7 +202,7 @@ fn story_two_guests_talk_over_a_bridge() -> Result<()> {
 
 #[test]
 fn story_reboot_boots_again_in_the_same_process() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     let path = image(host, 8)?;
     let mut vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.disk(&format!("path={path}")))?;
     ask(&vm, "echo before >/dev/vda && sync")?;
@@ -215,7 +217,8 @@ fn story_reboot_boots_again_in_the_same_process() -> Result<()> {
 
 #[test]
 fn story_reboot_ends_the_run_where_that_is_asked_for() -> Result<()> {
-    let vm = boot(Host::shared()?, &VmSpec::guest(Kernel::Debian6_1Cloud)?.args(["--on-reset", "exit"]))?;
+    let host = &Lent::take()?;
+    let vm = boot(host, &VmSpec::guest(Kernel::Debian6_1Cloud)?.args(["--on-reset", "exit"]))?;
     let _last = vm.spawn("reboot -f");
     assert_eq!(vm.exit_status()?, Status::Exited(3));
     Ok(())
@@ -223,7 +226,8 @@ fn story_reboot_ends_the_run_where_that_is_asked_for() -> Result<()> {
 
 #[test]
 fn story_the_power_button_shuts_the_guest_down() -> Result<()> {
-    let vm = boot(Host::shared()?, &VmSpec::guest(Kernel::Debian6_12Cloud)?)?;
+    let host = &Lent::take()?;
+    let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?)?;
     // The agent answers, so its power-button handler runs.
     ask(&vm, "true")?;
     vm.kill(15)?;
@@ -234,7 +238,8 @@ fn story_the_power_button_shuts_the_guest_down() -> Result<()> {
 #[test]
 fn story_a_panic_of_the_guest_has_its_own_exit_code() -> Result<()> {
     for kernel in KERNELS {
-        let vm = boot(Host::shared()?, &VmSpec::guest(kernel)?)?;
+        let host = &Lent::take()?;
+        let vm = boot(host, &VmSpec::guest(kernel)?)?;
         let _last = vm.spawn("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger");
         assert_eq!(vm.exit_status()?, Status::Exited(4), "{}", kernel.label());
     }
@@ -248,7 +253,7 @@ fn mebibyte() -> Vec<u8> {
 
 #[test]
 fn story_a_mebibyte_of_console_input_arrives_whole() -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     let socket = format!("{}/bulk", host.folder()?);
     let console = format!("socket={socket},name=org.halyard.bulk");
     let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.args(["--console", &console]))?;
@@ -256,7 +261,10 @@ fn story_a_mebibyte_of_console_input_arrives_whole() -> Result<()> {
         "for port in /sys/class/virtio-ports/*; do read -r name <$port/name && \
          [ $name = org.halyard.bulk ] && exec head -c 1048576 /dev/${port##*/} | sha256sum; done",
     )?;
-    host.connect(&socket)?.write_all(&mebibyte())?;
+    let mut sender = host.connect(&socket)?;
+    sender.write_all(&mebibyte())?;
+    // The guest must have all of it, though nothing more will come.
+    sender.close_input()?;
     let expected = host.run(Cmd::new("sha256sum").input(mebibyte()))?.ok()?;
     reader.wait_line(&expected)?;
     power_off(&vm)
@@ -264,7 +272,7 @@ fn story_a_mebibyte_of_console_input_arrives_whole() -> Result<()> {
 
 /// Types into a terminal of the guest, of which the monitor's standard input is the other end.
 fn typed_input_arrives(spec: &VmSpec, terminal: &str, bytes: usize) -> Result<()> {
-    let host = Host::shared()?;
+    let host = &Lent::take()?;
     let vm = boot(host, spec)?;
     // Printable bytes: Linux takes a ^O on a console's input for a key of its own.
     let input: Vec<u8> = mebibyte().iter().take(bytes).map(|byte| b' ' + byte % 95).collect();
