@@ -2,7 +2,8 @@
 
 CARGO ?= cargo
 TARGET := x86_64-unknown-linux-gnu
-BIN := target/$(TARGET)/release/halyard
+OUT := $(abspath $(or $(CARGO_TARGET_DIR),target))/$(TARGET)
+BIN := $(OUT)/release/halyard
 
 .PHONY: help deps build demo test stories soak bench fuzz clean
 
@@ -26,19 +27,19 @@ test: deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	$(CARGO) build --release --quiet -p vmm
-	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test --workspace --exclude halyard-tests
-	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests -- --test-threads 2
+	HALYARD_BIN=$(BIN) $(CARGO) test --workspace --exclude halyard-tests
+	HALYARD_BIN=$(BIN) $(CARGO) test -p halyard-tests -- --test-threads 2
 
 # Only the stories; FILTER chooses some of them.
 stories: build
-	HALYARD_BIN=$(CURDIR)/$(BIN) $(CARGO) test -p halyard-tests --test stories -- --test-threads 2 $(FILTER)
+	HALYARD_BIN=$(BIN) $(CARGO) test -p halyard-tests --test stories -- --test-threads 2 $(FILTER)
 
 soak: build
-	@HALYARD_BIN=$(CURDIR)/$(BIN) scripts/soak
+	@HALYARD_BIN=$(BIN) scripts/soak
 
 bench: build
 	$(CARGO) build --release --quiet -p halyard-tests --bins
-	@HALYARD_BIN=$(CURDIR)/$(BIN) target/$(TARGET)/release/bench
+	@HALYARD_BIN=$(BIN) $(OUT)/release/bench
 
 clean:
 	$(CARGO) clean

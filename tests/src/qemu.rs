@@ -10,6 +10,11 @@ use crate::kernels::Kernel;
 /// First bus number behind the host bridge of a NUMA node other than the first, and the distance to the next.
 const NODE_BUSES: u32 = 32;
 
+/// The host kernel's words. Whatever dies ends QEMU at once. And a machine that is busy elsewhere may stop this host at
+/// any moment: its kernel would take that for a broken timer at boot ("8254 timer not connected to IO-APIC"), and go on
+/// with one that stands still, or take its clock for a bad one later.
+const WORDS: &str = "console=ttyS0 quiet panic=-1 oops=panic no_timer_check tsc=reliable";
+
 /// Program and arguments for a host as `spec` says, whose agent's port is connected to the socket at `agent`.
 ///
 /// # Errors
@@ -24,11 +29,7 @@ pub fn arguments(
     ensure!((1..=7).contains(&spec.nodes), "a host has 1 to 7 NUMA nodes, not {}", spec.nodes);
     ensure!(spec.cpus >= spec.nodes, "each of {} NUMA nodes has a processor, and there are {}", spec.nodes, spec.cpus);
     let modules = kernel.folder()?.join("lib/modules");
-    let mut words = format!(
-        "console=ttyS0 quiet panic=-1 oops=panic no_timer_check tsc=reliable halyard.modules={} {}",
-        modules.display(),
-        spec.words
-    );
+    let mut words = format!("{WORDS} halyard.modules={} {}", modules.display(), spec.words);
     if spec.iommu {
         words += " intel_iommu=on";
     }

@@ -95,7 +95,8 @@ fn cfg_stands_only_where_a_module_is_chosen() {
         let count = without_tests(&text)
             .lines()
             .map(code)
-            .filter(|line| (line.contains("cfg(") || line.contains("cfg!(")) && !line.contains("cfg(test)"))
+            .filter(|line| ["#[cfg(", "#![cfg(", "cfg!(", "cfg_attr("].iter().any(|word| line.contains(word)))
+            .filter(|line| !line.contains("cfg(test)"))
             .count();
         if count > 0 {
             found.insert(path.display().to_string(), count);
@@ -160,6 +161,9 @@ fn only_the_kvm_backend_speaks_kvm() {
 #[test]
 fn a_source_file_stays_under_600_lines() {
     for (path, text) in CRATES.iter().flat_map(|dir| sources(dir, "src")) {
+        if path.ends_with("tests.rs") {
+            continue;
+        }
         let lines = without_tests(&text).lines().count();
         let reasoned = text.lines().take(30).any(|line| line.contains("Longer than 600 lines because"));
         assert!(lines <= 600 || reasoned, "{} has {lines} lines without its tests", path.display());

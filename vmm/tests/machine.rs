@@ -163,8 +163,7 @@ fn a_hypervisor_that_fails_at_any_call_leaves_nothing_behind() {
     bench.run().unwrap();
     let calls = bench.fake.calls();
     let until_run = calls.iter().position(|call| matches!(call, Call::Run(_))).expect("it ran");
-    for number in 0..until_run {
-        let call = &calls[number];
+    for (number, call) in calls.iter().enumerate().take(until_run) {
         let mut before = number;
         let error = Error::Invalid { what: "test", problem: format!("call {number} was to fail") };
         let this_one = move |_: &Call| before.checked_sub(1).inspect(|left| before = *left).is_none();

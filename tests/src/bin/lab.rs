@@ -15,7 +15,7 @@ overlay in memory. Exits with the command's exit code.
   -c N       processors (2)
   -m MIB     memory (8192)
   -n N       NUMA nodes (1)
-  -d MIB     an NVMe disk, at node 0; repeatable
+  -d MIB[@N] an NVMe disk, at NUMA node N (0); repeatable
   -i         an IOMMU
   -q OPTION  an option for QEMU; repeatable
   -a WORDS   words for the host kernel's command line
@@ -72,7 +72,12 @@ fn apply(spec: HostSpec, option: &str, value: &mut dyn FnMut() -> Result<String>
         "-c" => spec.cpus(value()?.parse().context("-c takes a number")?),
         "-m" => spec.memory_mib(value()?.parse().context("-m takes a number of MiB")?),
         "-n" => spec.numa_nodes(value()?.parse().context("-n takes a number")?),
-        "-d" => spec.nvme(value()?.parse::<u64>().context("-d takes a number of MiB")? << 20, 0),
+        "-d" => {
+            let value = value()?;
+            let (size, node) = value.split_once('@').unwrap_or((&value, "0"));
+            let size: u64 = size.parse().context("-d takes a number of MiB")?;
+            spec.nvme(size << 20, node.parse().context("-d takes a number of a node behind the @")?)
+        }
         "-i" => spec.iommu(),
         "-q" => spec.qemu(value()?.split_whitespace()),
         "-a" => spec.kernel_words(&value()?),
