@@ -20,7 +20,7 @@ pub struct VmSpec {
     kernel: String,
     initramfs: Option<String>,
     words: String,
-    cpus: u32,
+    cpus: String,
     memory: String,
     serial: Option<String>,
     arguments: Vec<String>,
@@ -35,7 +35,7 @@ impl VmSpec {
     pub fn kernel(path: impl Into<String>) -> Self {
         Self {
             kernel: path.into(),
-            cpus: 1,
+            cpus: "1".into(),
             memory: "256M".into(),
             serial: Some("stdio".into()),
             words: "console=ttyS0 quiet panic=-1".into(),
@@ -67,7 +67,14 @@ impl VmSpec {
     /// Processors.
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {
-        self.cpus = cpus;
+        self.cpus = cpus.to_string();
+        self
+    }
+
+    /// Processors with their grouping, as `--cpus` takes them: `4,cores=2,threads=2`.
+    #[must_use]
+    pub fn topology(mut self, cpus: &str) -> Self {
+        self.cpus = cpus.into();
         self
     }
 
@@ -137,7 +144,7 @@ impl VmSpec {
         if let Some(initramfs) = &self.initramfs {
             command = command.args(["--initramfs", initramfs]);
         }
-        command = command.args(["--cmdline", &self.words, "--cpus", &self.cpus.to_string(), "--memory", &self.memory]);
+        command = command.args(["--cmdline", &self.words, "--cpus", &self.cpus, "--memory", &self.memory]);
         if let Some(serial) = &self.serial {
             command = command.args(["--serial", serial]);
         }
