@@ -52,7 +52,7 @@ impl Line for UnixStream {
 #[derive(Clone)]
 pub struct Client {
     pub(crate) shared: Arc<Shared>,
-    _end: Arc<End>,
+    end: Arc<End>,
 }
 
 /// Ends the stream under a session, and with it the thread that listens.
@@ -118,7 +118,7 @@ impl Client {
             .name(format!("agent of {}", shared.name))
             .spawn(move || listener.listen(reader, session))
             .context("no thread for the agent's answers")?;
-        let client = Self { shared, _end: Arc::new(End(Box::new(line))) };
+        let client = Self { shared, end: Arc::new(End(Box::new(line))) };
         let deadline = Instant::now() + patience;
         loop {
             // An agent that is not there yet loses this: it is said again, and the agent's own start is answered too.
@@ -131,6 +131,11 @@ impl Client {
                 bail!(client.shared.late("its agent to answer", patience, ""));
             }
         }
+    }
+
+    /// Ends the session, for its clones, processes and sockets too.
+    pub(crate) fn close(&self) {
+        self.end.0.close();
     }
 
     /// Runs a command to its end.

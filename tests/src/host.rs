@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -166,7 +167,8 @@ pub struct Host {
     console: Console,
     machine: Mutex<Child>,
     next: AtomicU32,
-    files: tempfile::TempDir,
+    /// Removed by the process that [`Host::machine`] is, so that it goes even where the harness is killed.
+    files: PathBuf,
 }
 
 impl Host {
@@ -278,7 +280,7 @@ impl Host {
     /// # Errors
     /// Where it cannot be made.
     pub fn folder(&self) -> Result<String> {
-        let base = if self.is_direct() { self.files.path().display().to_string() } else { "/run/halyard".to_owned() };
+        let base = if self.is_direct() { self.files.display().to_string() } else { "/run/halyard".to_owned() };
         let path = format!("{base}/{}", self.unique("t"));
         self.run(Cmd::new("mkdir").arg("-p").arg(&path))?.ok()?;
         Ok(path)
@@ -300,31 +302,34 @@ impl Host {
         let (ours, its) = UnixStream::pair().context("a pair of sockets")?;
         let agent = cache::agent()?;
         let mut machine = Command::new(&agent);
-        machine.arg("socket").stdin(Stdio::from(OwnedFd::from(its))).stdout(Stdio::null());
+        let files = tempfile::Builder::new().prefix("halyard-").tempdir_in("/tmp")?.keep();
+        machine.arg("socket").arg(&files).process_group(0).stdin(Stdio::from(OwnedFd::from(its))).stdout(Stdio::null());
         let child = machine.spawn().with_context(|| agent.display().to_string())?;
         drop(machine); // it holds the other end
         let witness: Witness = Arc::new(String::new);
         let client = Client::open("this machine", ours, START, witness)?;
-        let files = tempfile::Builder::new().prefix("halyard-").tempdir_in("/tmp")?;
         let (next, console) = (AtomicU32::new(0), Console::default());
         Ok(Self { client, kind: Kind::Direct, console, machine: Mutex::new(child), next, files })
     }
 
     fn emulated(spec: &HostSpec) -> Result<Self> {
         let initramfs = images::lab()?;
-        let files = tempfile::Builder::new().prefix("halyard-lab-").tempdir()?;
-        let path = files.path().join("agent");
+        let files = tempfile::Builder::new().prefix("halyard-lab-").tempdir()?.keep();
+        let path = files.join("agent");
         let listener = UnixListener::bind(&path).with_context(|| path.display().to_string())?;
         let mut disks: Vec<(PathBuf, u32)> = Vec::new();
         for (index, (bytes, node)) in spec.disks.iter().enumerate() {
-            let path = files.path().join(format!("nvme{index}"));
+            let path = files.join(format!("nvme{index}"));
             File::create(&path)?.set_len(*bytes).with_context(|| path.display().to_string())?;
             disks.push((path, *node));
         }
         let arguments = qemu::arguments(spec, Kernel::Lab, &initramfs, &path, &disks)?;
         let mut child = Command::new(cache::agent()?)
             .arg("guard")
+            .arg(&files)
             .args(arguments)
+            // A terminal's Ctrl-C is not for it: it ends in order when the harness has.
+            .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -348,11 +353,12 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whichever leads to it: the guard ends with its input, an agent of this machine with its session.
         drop(machine.stdin.take());
-        if self.kind == Kind::Direct {
-            let _ = machine.kill();
-        }
+        self.client.close();
         let _ = machine.wait();
+        // Gone already, unless that was killed.
+        let _ = fs::remove_dir_all(&self.files);
     }
 }
 

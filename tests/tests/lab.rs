@@ -138,6 +138,7 @@ fn a_session_runs_inside_of_another() {
     let (far, _) = listener.accept().unwrap();
     let mut agent = std::process::Command::new(env!("CARGO_BIN_EXE_agent"))
         .arg("socket")
+        .arg(tempfile::tempdir().unwrap().keep())
         .stdin(std::os::fd::OwnedFd::from(far))
         .spawn()
         .unwrap();

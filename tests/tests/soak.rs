@@ -123,17 +123,31 @@ fn soak_a_disk_keeps_what_was_written_while_its_driver_comes_and_goes() -> Resul
          usleep 300000; done; echo came and went $n times"
     ))?;
     // A node of its own: writing to a name in /dev whose device is gone would make a file there.
-    ask(
+    let retried = ask(
         &vm,
-        "b=0; while [ $b -lt 1024 ]; do at=$((b * 389 % 1024)); until \
-         for d in /sys/block/vd*; do [ \"$(cat $d/size 2>/dev/null)\" = 2097152 ] && dev=$(cat $d/dev); done && \
-         node=/node-$dev && { [ -b $node ] || mknod $node b ${dev%:*} ${dev#*:}; } && \
-         dd if=/source of=$node bs=1M skip=$((at * 7 % 16)) seek=$at count=1 conv=notrunc,fsync oflag=direct; \
-         do retried=$((retried + 1)); done 2>/dev/null; b=$((b + 1)); done; touch /done; echo $retried",
+        "write() {
+            dev=
+            for d in /sys/block/vd*; do
+                if [ \"$(cat $d/size)\" = 2097152 ]; then dev=$(cat $d/dev); fi
+            done
+            [ -n \"$dev\" ] || return 1
+            node=/node-$dev
+            [ -b $node ] || mknod $node b ${dev%:*} ${dev#*:}
+            dd if=/source of=$node bs=1M skip=$(($1 * 7 % 16)) seek=$1 count=1 conv=notrunc,fsync oflag=direct
+        }
+        b=0 retried=0
+        while [ $b -lt 1024 ]; do
+            until write $((b * 389 % 1024)) 2>/dev/null; do
+                retried=$((retried + 1))
+                [ $retried -lt 10000 ] || exit 1
+            done
+            b=$((b + 1))
+        done
+        touch /done; echo $retried",
     )?;
     let told = restless.wait_line("came and went")?;
     let times: u32 = told.split(' ').nth(3).context("a number")?.parse()?;
-    ensure!(times >= 5, "the driver only came and went {times} times: nothing was tried");
+    ensure!(times >= 5 && retried != "0", "the driver came and went {times} times, {retried} writes were tried again");
     power_off(&vm)?;
     let compare = format!(
         "b=0; while [ $b -lt 1024 ]; do cmp -n 1M -i $((b * 7 % 16))M:${{b}}M {source} {target} || exit 1; \

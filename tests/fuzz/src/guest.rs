@@ -1,11 +1,13 @@
 //! A guest with one virtio device, which does to it what a program says, whatever the specification thinks of that; and
 //! then, as a sound driver would, resets the device and sees that it works.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use devices::virtio::testing::{INDIRECT, NEXT, PciDriver, WRITE};
+use devices::virtio::testing::{FakeDoorbells, FakeInterrupts, INDIRECT, NEXT, PciDriver, WRITE};
+use devices::virtio::transport::VirtioPci;
 use devices::virtio::{StateSink, StateSource};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -340,11 +342,12 @@ impl Guest {
             self.copies -= 1;
             let mut saved = Sections::default();
             self.driver.device.save(&mut saved).expect("a suspended device can be saved");
-            let twin = PciDriver::with_memory(self.host.twin(), self.driver.memory.clone());
-            twin.device.suspend();
-            twin.device.restore(&mut saved).expect("what was saved can be restored");
+            let (interrupts, doorbells) = (Arc::new(FakeInterrupts::new()), Arc::new(FakeDoorbells::new()));
+            let memory = self.driver.memory.clone();
+            let twin = VirtioPci::new("twin", self.host.twin(), memory, interrupts, doorbells).expect("a function");
+            twin.restore(&mut saved).expect("what was saved can be restored");
             let mut again = Sections::default();
-            twin.device.save(&mut again).expect("a restored device can be saved");
+            twin.save(&mut again).expect("a restored device can be saved");
             assert_eq!(saved, again, "a copy saves the same");
         }
         self.driver.device.resume();
@@ -465,11 +468,12 @@ fn capabilities(driver: &PciDriver) -> (u16, u16) {
 
 /// A saved state in memory.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Sections(HashMap<String, (u32, Vec<u8>)>);
+struct Sections(BTreeMap<String, (u32, String)>);
 
 impl StateSink for Sections {
     fn section(&mut self, name: &str, version: u32, data: &[u8]) -> devices::virtio::Result<()> {
-        let before = self.0.insert(name.to_owned(), (version, data.to_vec()));
+        let text = String::from_utf8(data.to_vec()).expect("a section is JSON");
+        let before = self.0.insert(name.to_owned(), (version, text));
         assert!(before.is_none(), "two sections are called {name}");
         Ok(())
     }
@@ -477,6 +481,6 @@ impl StateSink for Sections {
 
 impl StateSource for Sections {
     fn section(&mut self, name: &str) -> devices::virtio::Result<Option<(u32, Vec<u8>)>> {
-        Ok(self.0.get(name).cloned())
+        Ok(self.0.get(name).map(|(version, text)| (*version, text.clone().into_bytes())))
     }
 }

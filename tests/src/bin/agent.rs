@@ -19,10 +19,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::Pid;
 
-const USAGE: &str = "usage: agent socket              serve the socket on standard input
-       agent lab                 serve the lab's port, and keep KVM in use
-       agent guest               serve the guest's port, and act on the power button
-       agent guard PROGRAM ARG…  run a program, and kill it when standard input ends";
+const USAGE: &str = "usage: agent socket FOLDER              serve the socket on standard input
+       agent lab                        serve the lab's port, and keep KVM in use
+       agent guest                      serve the guest's port, and act on the power button
+       agent guard FOLDER PROGRAM ARG…  run a program, and kill it when standard input ends
+FOLDER is removed at the end.";
 
 /// Name of the virtio-console port that leads to the harness.
 const PORT: &str = "org.halyard.agent";
@@ -33,10 +34,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match arguments.as_slice() {
-        ["socket"] => socket().map(|()| ExitCode::SUCCESS),
+        ["socket", folder] => remove_after(folder, || socket().map(|()| ExitCode::SUCCESS)),
         ["lab"] => lab().map(|()| ExitCode::SUCCESS),
         ["guest"] => guest().map(|()| ExitCode::SUCCESS),
-        ["guard", program, arguments @ ..] => guard(program, arguments),
+        ["guard", folder, program, arguments @ ..] => remove_after(folder, || guard(program, arguments)),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -46,6 +47,13 @@ fn main() -> ExitCode {
         eprintln!("agent: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Does something, then removes the harness's folder: the harness may be dead by then.
+fn remove_after(folder: &str, act: impl FnOnce() -> Result<ExitCode>) -> Result<ExitCode> {
+    let result = act();
+    fs::remove_dir_all(folder).with_context(|| folder.to_owned())?;
+    result
 }
 
 /// Serves the socket that is standard input.
