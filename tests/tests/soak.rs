@@ -120,7 +120,7 @@ fn soak_a_disk_keeps_what_was_written_while_its_driver_comes_and_goes() -> Resul
     let bind = "/sys/bus/virtio/drivers/virtio_blk";
     let restless = vm.spawn(format!(
         "n=0; until [ -e /done ]; do echo {bus} >{bind}/unbind; echo {bus} >{bind}/bind; n=$((n + 1)); \
-         usleep 300000; done; echo came and went $n times"
+         usleep 1500000; done; echo came and went $n times"
     ))?;
     // A node of its own: writing to a name in /dev whose device is gone would make a file there.
     let retried = ask(
@@ -133,13 +133,13 @@ fn soak_a_disk_keeps_what_was_written_while_its_driver_comes_and_goes() -> Resul
             [ -n \"$dev\" ] || return 1
             node=/node-$dev
             [ -b $node ] || mknod $node b ${dev%:*} ${dev#*:}
-            dd if=/source of=$node bs=1M skip=$(($1 * 7 % 16)) seek=$1 count=1 conv=notrunc,fsync oflag=direct
+            dd if=/source of=$node bs=1M skip=$(($1 * 7 % 16)) seek=$1 count=1 conv=notrunc,fsync
         }
         b=0 retried=0
         while [ $b -lt 1024 ]; do
-            until write $((b * 389 % 1024)) 2>/dev/null; do
+            until write $((b * 389 % 1024)) 2>/err; do
                 retried=$((retried + 1))
-                [ $retried -lt 10000 ] || exit 1
+                [ $retried -lt 10000 ] || { cat /err >&2; exit 1; }
             done
             b=$((b + 1))
         done
