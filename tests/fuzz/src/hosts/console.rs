@@ -12,7 +12,7 @@ use std::time::Instant;
 use devices::endpoint::{ConsoleIo, Endpoint, EndpointKind, EndpointOptions};
 use devices::virtio::VirtioDevice;
 use devices::virtio::console::{Console, ConsoleSize, Port};
-use devices::virtio::testing::{Buf, PciDriver, TIMEOUT};
+use devices::virtio::testing::{Buf, DriverQueue, PciDriver, TIMEOUT};
 use tempfile::TempDir;
 
 use super::{Host, begin};
@@ -138,14 +138,10 @@ impl Host for Terminal {
         begin(driver, u64::MAX);
         let (mut input, mut output) = (driver.setup_queue(0, 16), driver.setup_queue(1, 16));
         driver.driver_ok();
-        let data = pattern(5, 200);
-        let at = driver.alloc_bytes(&data);
-        let head = output.add(&[Buf::readable(at, 200)]);
-        driver.kick(1);
-        let used = driver.wait_used(1, &mut output);
-        assert_eq!((used.id, used.len), (u32::from(head), 0));
+        let at = driver.alloc_bytes(&pattern(5, 200));
+        give(driver, &mut output, at, 200);
 
-        // Input of clients before may come first; none of them typed so much.
+        // Input of clients before may come first; it is over when the new one's arrives.
         self.connect(0);
         let client = self.clients[0].as_mut().expect("it is connected");
         client.write_all(b"\x00typed\xff").expect("a client writes");
@@ -159,5 +155,23 @@ impl Host for Terminal {
             assert!((1..=256).contains(&used.len));
             got.extend(driver.bytes(at, usize::try_from(used.len).expect("a length")));
         }
+
+        let sent = pattern(11, 9000);
+        let at = driver.alloc_bytes(&sent);
+        for (offset, len) in [(0, 200), (200, 1), (201, 8799)] {
+            give(driver, &mut output, at + offset, len);
+        }
+        client.set_nonblocking(false).and_then(|()| client.set_read_timeout(Some(TIMEOUT))).expect("a client");
+        let mut got = vec![0; sent.len()];
+        client.read_exact(&mut got).expect("output arrives");
+        assert!(got == sent, "other output arrives than was written");
     }
+}
+
+/// Has the device take output.
+fn give(driver: &PciDriver, output: &mut DriverQueue, at: u64, len: u32) {
+    let head = output.add(&[Buf::readable(at, len)]);
+    driver.kick(1);
+    let used = driver.wait_used(1, output);
+    assert_eq!((used.id, used.len), (u32::from(head), 0));
 }

@@ -24,6 +24,8 @@ const ROOM: u32 = 2048;
 pub struct Wire {
     wire: OwnedFd,
     tap: Option<OwnedFd>,
+    /// Frames sent so far, without the number of buffers in their headers.
+    sent: Vec<Vec<u8>>,
 }
 
 fn pair() -> (OwnedFd, OwnedFd) {
@@ -43,7 +45,7 @@ impl Wire {
     /// A wire.
     pub fn new() -> Self {
         let (wire, tap) = pair();
-        Self { wire, tap: Some(tap) }
+        Self { wire, tap: Some(tap), sent: Vec::new() }
     }
 
     /// False where the wire is full.
@@ -94,6 +96,10 @@ impl Host for Wire {
                 frame.iter_mut().take(HEADER_LEN).for_each(|byte| *byte = 0);
             }
             self.send(&frame);
+            if let Some(buffers) = frame.get_mut(HEADER_LEN - 2..HEADER_LEN) {
+                buffers.fill(0);
+                self.sent.push(frame);
+            }
         }
     }
 
@@ -141,6 +147,7 @@ impl Host for Wire {
             if got == own {
                 return;
             }
+            assert!(self.sent.contains(&got), "a frame of {} bytes comes that nobody sent", got.len());
         }
     }
 }
