@@ -8,7 +8,7 @@ use api::{Kind, VmConfig};
 use arch::{CpuidTable, LoadedKernel, Platform, Topology, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
-use devices::legacy::{AcpiRegisters, DebugExit, PvPanic, Serial};
+use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, Windows};
 use devices::virtio::transport::VirtioPci;
 use hal::{GpaRange, Hypervisor, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
@@ -152,6 +152,9 @@ fn add_platform_devices(
     if platform.serial {
         let serial = parts.endpoints.serial(connect(layout::COM1_PIN)?)?;
         ports(layout::COM1_PORT, Serial::LEN, serial)?;
+    }
+    if platform.i8042 {
+        ports(layout::I8042_PORT, I8042::LEN, Arc::new(I8042::new(events.clone())))?;
     }
     if platform.pvpanic {
         ports(layout::PVPANIC_PORT, PvPanic::LEN, Arc::new(PvPanic::new(events.clone())))?;

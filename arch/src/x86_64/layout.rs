@@ -63,6 +63,8 @@ pub const COM1_PORT: u16 = 0x3f8;
 pub const COM1_PIN: u8 = 4;
 /// Writing a byte here ends a test: see the debug-exit device. Named in no ACPI table.
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+/// The first of the keyboard controller's ports, where a platform has one.
+pub const I8042_PORT: u16 = 0x60;
 /// The port of the panic device, one byte: reading tells the events it knows, writing reports one.
 pub const PVPANIC_PORT: u16 = 0x505;
 
