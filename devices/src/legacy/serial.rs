@@ -15,6 +15,13 @@ use vm_superio::serial::SerialEvents;
 use crate::bus::BusDevice;
 use crate::seam::Interrupt;
 
+/// The interrupt identification register: bit 0 is clear while an interrupt waits, and bits 3 to 1 say which.
+const INTERRUPT_IDENTIFICATION: u64 = 2;
+const NO_INTERRUPT: u8 = 1 << 0;
+const INPUT_WAITS: u8 = 1 << 2;
+/// Bits of the interrupt enable and line status registers that make that interrupt.
+const ENABLE_INPUT: u8 = 1 << 0;
+const DATA_READY: u8 = 1 << 0;
 /// The modem control register, whose bit 4 loops the port's output back to its input.
 const MODEM_CONTROL: u64 = 4;
 const LOOPBACK: u8 = 1 << 4;
@@ -179,6 +186,14 @@ impl SerialPeer for Nobody {
     }
 }
 
+/// Whether received bytes wait that the guest wants to be interrupted for. The reason lasts as long as they do, while
+/// the registers forget it when the guest has read one of them or asked for it: a driver that stops in the middle
+/// would never come back.
+fn interrupts_for_input(registers: &Registers) -> bool {
+    let state = registers.state();
+    state.interrupt_enable & ENABLE_INPUT != 0 && state.line_status & DATA_READY != 0
+}
+
 fn fill(registers: &mut Registers) {
     // In loopback the receiver is the transmitter's; input waits until it is over.
     if registers.state().modem_control & LOOPBACK != 0 {
@@ -201,7 +216,11 @@ impl BusDevice for Serial {
         data.fill(0xff);
         if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
             let mut registers = self.lock();
+            let waits = u64::from(offset) == INTERRUPT_IDENTIFICATION && interrupts_for_input(&registers);
             *byte = registers.read(offset);
+            if waits {
+                *byte = *byte & !NO_INTERRUPT | INPUT_WAITS;
+            }
             if self.emptied.0.swap(false, Ordering::Relaxed) {
                 fill(&mut registers);
             }
@@ -314,6 +333,35 @@ mod tests {
         let mut damaged = port.serial.save();
         damaged.received = vec![0; 65];
         assert!(other.serial.restore(&damaged).is_err());
+    }
+
+    /// What Linux's driver does at an interrupt: it takes 256 bytes at the most before it asks for the reason again.
+    fn handle_interrupt(serial: &Serial, got: &mut Vec<u8>) {
+        while read(serial, 2) & 1 == 0 {
+            for _ in 0..256 {
+                if read(serial, 5) & 1 == 0 {
+                    break;
+                }
+                got.push(read(serial, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn the_reason_of_an_interrupt_stays_while_input_waits() {
+        let port = Port::new();
+        port.serial.write(1, &[1]);
+        let input: Vec<u8> = (0..10_000_u32).map(|i| (i % 251) as u8).collect();
+        // Little at first, so that 256 bytes end in the middle of what the receiver holds.
+        let (first, rest) = input.split_at(10);
+        port.give(first);
+        port.input.lock().unwrap().extend(rest);
+        let mut got = Vec::new();
+        while port.serial.line.event().read().is_ok() {
+            handle_interrupt(&port.serial, &mut got);
+        }
+        assert_eq!(got.len(), input.len(), "input waits, and no interrupt tells of it");
+        assert!(got == input);
     }
 
     proptest! {

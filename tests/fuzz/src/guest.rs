@@ -342,6 +342,7 @@ impl Guest {
             self.copies -= 1;
             let mut saved = Sections::default();
             self.driver.device.save(&mut saved).expect("a suspended device can be saved");
+            saved.check_drained();
             let (interrupts, doorbells) = (Arc::new(FakeInterrupts::new()), Arc::new(FakeDoorbells::new()));
             let memory = self.driver.memory.clone();
             let twin = VirtioPci::new("twin", self.host.twin(), memory, interrupts, doorbells).expect("a function");
@@ -469,6 +470,21 @@ fn capabilities(driver: &PciDriver) -> (u16, u16) {
 /// A saved state in memory.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Sections(BTreeMap<String, (u32, String)>);
+
+impl Sections {
+    /// Each chain that a stopped device took from a queue it has returned, unless it needs a reset.
+    fn check_drained(&self) {
+        let (_, text) = &self.0["virtio"];
+        let state: serde_json::Value = serde_json::from_str(text).expect("a section is JSON");
+        let needs_reset = state["status"].as_u64().expect("a status") & 0x40 != 0;
+        for queue in state["queues"].as_array().expect("queues") {
+            assert!(
+                needs_reset || queue["next_avail"] == queue["next_used"],
+                "a stopped queue is not drained: {queue}"
+            );
+        }
+    }
+}
 
 impl StateSink for Sections {
     fn section(&mut self, name: &str, version: u32, data: &[u8]) -> devices::virtio::Result<()> {

@@ -20,9 +20,14 @@ const IOAPIC: u64 = 0xfec0_0000;
 
 /// Registers of the serial port.
 const DATA: u64 = 0;
+const INTERRUPT_ENABLE: u64 = 1;
+const INTERRUPT_IDENTIFICATION: u64 = 2;
 const LINE_CONTROL: u64 = 3;
 const MODEM_CONTROL: u64 = 4;
 const LINE_STATUS: u64 = 5;
+const SCRATCH: u64 = 7;
+/// Its pin of the I/O APIC.
+const COM1_PIN: u8 = 4;
 
 /// Operations, by their number.
 pub mod ops {
@@ -111,7 +116,7 @@ impl Platform {
         let mut ioapic = IoApic::new();
         let mut lines = (0..PINS).map(|pin| ioapic.connect(pin, interrupts.line()).expect("a pin"));
         let lines: Vec<_> = lines.by_ref().collect();
-        let serial = Arc::new(Serial::new(lines[4].clone(), Box::new(typed.clone())));
+        let serial = Arc::new(Serial::new(lines[usize::from(COM1_PIN)].clone(), Box::new(typed.clone())));
         let acpi = Arc::new(AcpiRegisters::new(asked.clone(), lines[9].clone()));
         let ioapic = Arc::new(ioapic);
         ports.insert(COM1, Serial::LEN, serial.clone()).expect("the serial port");
@@ -192,6 +197,42 @@ impl Platform {
         let got = self.byte(port);
         if let Some(expected) = &mut self.expected {
             assert_eq!(Some(got), expected.pop_front(), "input arrives whole and in order");
+        }
+    }
+
+    /// Sets the serial port up as a driver does, and sees that interrupts alone bring it all that was typed.
+    pub fn finish(mut self) {
+        let mut set = |register: u64, value: u8| self.write(COM1 + register, &[value]);
+        set(LINE_CONTROL, 3);
+        set(MODEM_CONTROL, 0);
+        set(INTERRUPT_ENABLE, 0);
+        // What was received before is the program's.
+        while self.byte(COM1 + LINE_STATUS) & 1 != 0 {
+            self.byte(COM1 + DATA);
+        }
+        self.byte(COM1 + INTERRUPT_IDENTIFICATION);
+        self.write(COM1 + INTERRUPT_ENABLE, &[1]);
+        let first = pattern(1, usize::from(self.byte(COM1 + SCRATCH)) % 64 + 1);
+        let rest = pattern(2, 2000);
+        self.typed.lock().extend(&first);
+        self.serial.fill();
+        self.typed.lock().extend(&rest);
+        let mut got = Vec::new();
+        while self.interrupts.take(usize::from(COM1_PIN)) > 0 {
+            self.handle_interrupt(&mut got);
+        }
+        assert!(got == [first, rest].concat(), "{} bytes of input came with interrupts", got.len());
+    }
+
+    /// What Linux's driver does: it takes 256 bytes at the most before it asks for the reason again.
+    fn handle_interrupt(&self, got: &mut Vec<u8>) {
+        while self.byte(COM1 + INTERRUPT_IDENTIFICATION) & 1 == 0 {
+            for _ in 0..256 {
+                if self.byte(COM1 + LINE_STATUS) & 1 == 0 {
+                    break;
+                }
+                got.push(self.byte(COM1 + DATA));
+            }
         }
     }
 

@@ -52,8 +52,10 @@ fn queue() -> Vec<Vec<u8>> {
             let host = (0..5).map(|what| step(guest::HOST, what, 0, 8, u32::from(what)));
             let control = [(0, 1), (3, 1), (6, 1)]
                 .map(|(event, value): (u32, u32)| step(guest::REQUEST, 3, 0, 0, event << 16 | value << 24));
-            // What only some devices have, in each kind of request.
-            let kinds = (0..8).map(|kind| step(guest::REQUEST, 0, 1, 0x1b, kind << 16 | 2));
+            // A disk's requests of each kind, in its middle and about its end.
+            let kinds = [2, 0xe007, 0xe008]
+                .into_iter()
+                .flat_map(|sector| (0..8).map(move |kind| step(guest::REQUEST, 0, 1, 0x1b, kind << 16 | sector)));
             let loops = [
                 step(guest::DESCRIPTOR, 1 << 3, 0, 0x10, 1 << 16 | 0x1000),
                 step(guest::DESCRIPTOR, 1 << 3, 1, 0x10, 0x1000),

@@ -9,4 +9,5 @@ use halyard_fuzz::seeds;
 libfuzzer_sys::fuzz_target!(init: seeds::write("registers"), |data: &[u8]| {
     let mut platform = Platform::new();
     steps(data).take(256).for_each(|step| platform.step(step));
+    platform.finish();
 });

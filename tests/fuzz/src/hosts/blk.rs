@@ -86,6 +86,8 @@ impl Host for Disk {
         let kinds = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, IN, u32::from(step.d_high())];
         let kind = kinds[usize::from(step.d_high() & 7)];
         let sector = match step.d_low() >> 12 {
+            // About the disk's end.
+            0xe => 120 + u64::from(step.d_low() & 0xf),
             0xf => u64::MAX / 512 - u64::from(step.d_low() & 0xfff),
             _ => u64::from(step.d_low()) % 160,
         };

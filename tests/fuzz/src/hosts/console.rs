@@ -137,7 +137,12 @@ impl Host for Terminal {
         self.clients.iter_mut().for_each(|client| *client = None);
         begin(driver, u64::MAX);
         let (mut input, mut output) = (driver.setup_queue(0, 16), driver.setup_queue(1, 16));
+        let mut control = (self.names.len() > 1).then(|| driver.setup_queue(2, 16));
         driver.driver_ok();
+        if let Some(control) = &mut control {
+            control.add(&[Buf::writable(driver.alloc(256), 256)]);
+            driver.kick(2);
+        }
         let at = driver.alloc_bytes(&pattern(5, 200));
         give(driver, &mut output, at, 200);
 
@@ -165,6 +170,8 @@ impl Host for Terminal {
         let mut got = vec![0; sent.len()];
         client.read_exact(&mut got).expect("output arrives");
         assert!(got == sent, "other output arrives than was written");
+        // The driver has not said that it is ready, so there is nothing to tell it, least of all something old.
+        assert_eq!(control.and_then(|mut control| control.used()), None, "a message for a driver that is not ready");
     }
 }
 
