@@ -22,7 +22,9 @@ mod tree;
 mod units;
 mod validate;
 
-pub use config::{Cpus, Hugepages, Kernel, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig};
+pub use config::{
+    Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig,
+};
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};
 pub use outcome::Outcome;

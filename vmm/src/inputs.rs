@@ -15,10 +15,14 @@ use devices::disk::{DiskOptions, RawDisk};
 use devices::net::Tap;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
+use crate::kernel::Kernels;
+
 /// The opened inputs of a VM.
 pub struct Inputs {
-    /// The kernel image.
+    /// The kernel file.
     pub kernel: File,
+    /// What makes it ready to be loaded.
+    pub kernels: Kernels,
     /// The initial file system.
     pub initramfs: Option<File>,
     /// Disks by the id of their device.
@@ -59,7 +63,7 @@ impl Inputs {
         }
         match (kernel, initramfs) {
             (Some(kernel), initramfs) if problems.is_empty() => {
-                Ok(Self { kernel, initramfs: initramfs.flatten(), disks, taps })
+                Ok(Self { kernel, kernels: Kernels::default(), initramfs: initramfs.flatten(), disks, taps })
             }
             _ => Err(problems),
         }

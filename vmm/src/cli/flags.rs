@@ -38,6 +38,10 @@ impl Flags {
             self.origin("kernel.cmdline", "--cmdline", cmdline);
             config.kernel.cmdline = Some(cmdline.clone());
         }
+        if let Some(cache) = &args.kernel_cache {
+            self.origin("kernel.cache", "--kernel-cache", cache);
+            config.kernel.cache = PathBuf::from(cache).into();
+        }
         if let Some(text) = &args.cpus {
             self.cpus(text, config);
         }
