@@ -7,6 +7,7 @@ use hal::HostCaps;
 use crate::Failure;
 use crate::inputs::Inputs;
 use crate::memory::{self, Ram};
+use crate::trace::{Milestone, Trace};
 
 /// A guest ready to be given processors and devices.
 pub struct Loaded {
@@ -23,7 +24,7 @@ pub struct Loaded {
 /// # Errors
 /// [`Failure::BadInput`] where kernel, initramfs or command line cannot be booted; [`Failure::Host`] where the host has
 /// no such memory.
-pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loaded, Failure> {
+pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) -> Result<Loaded, Failure> {
     let topology = topology(config)?;
     let ram = config.memory.size.bytes();
     let mut platform = Platform::direct_boot(ram, caps.physical_address_bits, topology)
@@ -32,6 +33,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loade
     platform.pvpanic = config.platform.pvpanic;
 
     let memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
     let source = BootSource {
         kernel: &inputs.kernel,
@@ -42,6 +44,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loade
     };
     let kernel = arch::load_kernel(&memory.map, &platform, &source).map_err(|error| bad_boot(config, &error))?;
     arch::acpi::write(&memory.map, &platform)?;
+    trace.mark(Milestone::Kernel);
     tracing::debug!(protocol = %kernel.protocol, kernel = ?kernel.kernel, initramfs = ?kernel.initramfs, "kernel loaded");
     Ok(Loaded { memory, platform, kernel })
 }

@@ -190,6 +190,15 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Devices")]
     pub debug_exit: bool,
 
+    /// Write where the time from exec to user space goes, as JSON to FILE and as a picture beside it (.svg).
+    ///
+    /// A timeline (configuration read, memory made, kernel placed, VM and vCPUs made, first entry, first output, first
+    /// PCI access, each device's driver, user space), and in each stretch the exits, by reason and by what was
+    /// accessed. User space is told by a write of any byte to I/O port 0x508, or by a program that writes to a
+    /// console's named port. The files are written when it is reached, or else when the run ends or the guest resets.
+    #[arg(long, value_name = "FILE", help_heading = "Watching the boot")]
+    pub boot_trace: Option<String>,
+
     /// When the guest resets: restart it, or exit with code 3 [default: restart]
     #[arg(long, value_name = "restart|exit", help_heading = "When the guest stops")]
     pub on_reset: Option<String>,

@@ -79,6 +79,7 @@ fn slot<'args>(args: &'args mut RunArgs, log: &'args mut LogWords, name: &str) -
         "console" => Slot::Many(&mut args.console),
         "rng" => Slot::Attached(&mut args.rng),
         "pvpanic" => Slot::One(&mut args.pvpanic),
+        "boot-trace" => Slot::One(&mut args.boot_trace),
         "debug-exit" => Slot::Switch(&mut args.debug_exit),
         "on-reset" => Slot::One(&mut args.on_reset),
         "on-panic" => Slot::One(&mut args.on_panic),
