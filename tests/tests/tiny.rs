@@ -534,3 +534,47 @@ fn a_boot_trace_that_cannot_be_written_is_refused() {
         run.expect_messages(&["--boot-trace", says]);
     }
 }
+
+/// Exit code of a run that `--boot-timeout` ended.
+const NOT_UP: i32 = 6;
+
+#[test]
+fn a_guest_that_loops_is_ended_with_what_it_does() {
+    let guest = tiny!("stuck").cmdline("loop").args(["--boot-timeout", "400ms", "--disk"]);
+    let disk = disk();
+    let run = guest.args([disk.path()]).run().expect_code(NOT_UP);
+    run.expect_messages(&[
+        "no user space after 0.",
+        "has said nothing and touched no device; last milestone: first-entry",
+        "without a driver: disk0",
+        "vCPU 0: running, instruction pointer 0x10",
+        "vCPU 0's last exits:",
+        "read 0xff (1 bytes) from clock (CMOS) 0x71",
+        "what may help: «console=ttyS0»",
+        "the guest did not come up: no user space after",
+    ]);
+}
+
+#[test]
+fn a_guest_that_stops_itself_is_ended_with_what_it_did_last() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("boot.json");
+    let guest = tiny!("stuck").cmdline("halt").args(["--cpus", "2", "--boot-timeout", "400ms,until=told"]);
+    let run = guest.args(["--boot-trace", path.to_str().unwrap()]).run().expect_code(NOT_UP);
+    assert_eq!(run.output(), "so far\n");
+    run.expect_messages(&[
+        "its kernel runs, but has not looked for devices; last milestone: first-output serial",
+        "vCPU 0: halted with interrupts off, which nothing ends, instruction pointer 0x10",
+        "vCPU 1: not started by the guest",
+        "wrote 0xa (1 bytes) to serial 0x3f8",
+        "every vCPU has stopped itself for good",
+    ]);
+    let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    assert!(report["diagnosis"][0].as_str().unwrap().starts_with("no user space after"), "{report:#}");
+}
+
+#[test]
+fn a_guest_that_comes_up_in_time_goes_on() {
+    let run = success(tiny!("boot-marker").args(["--rng", "--boot-timeout", "20s,until=told"]).run());
+    assert_eq!(run.output(), "up\nafter\n");
+}

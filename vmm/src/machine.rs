@@ -1,6 +1,7 @@
 //! The machine: everything between a loaded guest and its running processors, made in one function that reads from
 //! top to bottom, and taken apart in the order of the fields.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, Windows};
 use devices::virtio::transport::VirtioPci;
 use hal::{GpaRange, Hypervisor, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::Loaded;
@@ -88,6 +89,7 @@ impl Machine {
             ecam_base,
         };
         let ecam = ecam_base..ecam_base + pci.ecam_len();
+        let guest_memory = memory.map.clone();
         let memory = GuestMemoryAtomic::new(memory.map);
         for device in &parts.config.devices {
             let virtio = crate::devices::create(device, parts)?;
@@ -99,7 +101,7 @@ impl Machine {
 
         let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
         parts.trace.mark(Milestone::Vcpus);
-        machine.watcher = machine.watch(parts, ecam, &memory)?;
+        machine.watcher = machine.watch(parts, ecam, guest_memory)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         let threads = VcpuThreads::start(parts.hypervisor.caps().backend, vcpus, &exits, parts.inbox, parts.trace)?;
         machine.vcpus = Some(threads);
@@ -107,18 +109,15 @@ impl Machine {
     }
 
     /// Has the boot looked at, where somebody wants to.
-    fn watch(
-        &self,
-        parts: &Parts,
-        ecam: Range<u64>,
-        memory: &GuestMemoryAtomic<GuestMemoryMmap>,
-    ) -> Result<Option<Attached>, Failure> {
+    fn watch(&self, parts: &Parts, ecam: Range<u64>, memory: GuestMemoryMmap) -> Result<Option<Attached>, Failure> {
         if !parts.trace.is_on() {
             return Ok(None);
         }
         let ids = parts.config.devices.iter().map(|device| device.id().to_owned());
         let functions = ids.zip(self.functions.iter().cloned()).collect();
-        Ok(parts.trace.attach(View { functions, ecam, memory: GuestMemoryMmap::clone(&memory.memory()) })?)
+        let system_map = parts.inputs.system_map.as_ref().map(File::try_clone).transpose()?;
+        let view = View { functions, ecam, memory, slide: 0, system_map };
+        Ok(parts.trace.attach(view, &parts.config.lifecycle, parts.inbox)?)
     }
 
     /// Asks the guest to shut itself down.

@@ -114,7 +114,7 @@ pub fn run_watched(
             _ => tracing::info!("the guest boots again"),
         }
         inbox.clear();
-        trace = Trace::off();
+        trace = Trace::again(&config);
         loaded = boot::load(&config, hypervisor.caps(), &inputs, &trace)?;
     }
 }

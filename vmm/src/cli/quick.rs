@@ -80,6 +80,8 @@ fn slot<'args>(args: &'args mut RunArgs, log: &'args mut LogWords, name: &str) -
         "rng" => Slot::Attached(&mut args.rng),
         "pvpanic" => Slot::One(&mut args.pvpanic),
         "boot-trace" => Slot::One(&mut args.boot_trace),
+        "boot-timeout" => Slot::One(&mut args.boot_timeout),
+        "system-map" => Slot::One(&mut args.system_map),
         "debug-exit" => Slot::Switch(&mut args.debug_exit),
         "on-reset" => Slot::One(&mut args.on_reset),
         "on-panic" => Slot::One(&mut args.on_panic),

@@ -8,6 +8,7 @@ use hal::{ExitHandler, Vcpu};
 
 use super::names::PCI_CONFIG_PORTS;
 use super::recorder::{ExitSeen, Reason, Recorder};
+use super::sight::Sight;
 use super::{Milestone, View, Word};
 use crate::vcpu::ExitBuses;
 
@@ -28,7 +29,10 @@ impl WatchedExits {
     }
 
     /// To be called before each entry, which is the first one or comes after a kick.
-    pub fn before_entry(&self, _vcpu: &mut dyn Vcpu) {
+    pub fn before_entry(&self, vcpu: &mut dyn Vcpu) {
+        if self.recorder.wants(self.number) {
+            self.recorder.show(self.number, Sight::of(vcpu));
+        }
         if !self.entered.swap(true, Ordering::Relaxed) {
             if self.number == 0 {
                 self.recorder.mark(Milestone::FirstEntry);

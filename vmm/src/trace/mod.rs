@@ -9,12 +9,15 @@
 //! One thread ([`watch`]) waits for the boot's end, writes the report ([`report`], [`picture`]) and, where the boot may
 //! not take for ever, says what holds it up.
 
+mod diagnosis;
 pub mod exits;
 mod names;
 pub mod picture;
 mod recorder;
 pub mod report;
+mod sight;
 mod start;
+mod symbols;
 mod watch;
 
 use std::fmt;
@@ -24,14 +27,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::{Problem, Problems, VmConfig};
+use api::{Lifecycle, Problem, Problems, VmConfig};
 use devices::virtio::transport::VirtioPci;
 use hal::Vcpu;
 use vm_memory::GuestMemoryMmap;
 
 use self::exits::WatchedExits;
 use self::recorder::Recorder;
+use self::watch::Limit;
 use crate::Failure;
+use crate::inbox::Inbox;
 use crate::vcpu::ExitBuses;
 
 pub use self::watch::Attached;
@@ -72,6 +77,8 @@ pub enum Word {
     Marker,
     /// A program wrote to a console's named port, by the device's id.
     Port(String),
+    /// A vCPU was seen in user mode.
+    UserMode,
 }
 
 impl Milestone {
@@ -98,6 +105,7 @@ impl Milestone {
         match self {
             Self::Output(id) | Self::DriverOk(id) | Self::UserSpace(Word::Port(id)) => Some(id),
             Self::UserSpace(Word::Marker) => Some("marker"),
+            Self::UserSpace(Word::UserMode) => Some("user-mode"),
             _ => None,
         }
     }
@@ -155,6 +163,10 @@ pub struct View {
     pub ecam: std::ops::Range<u64>,
     /// The guest's memory.
     pub memory: GuestMemoryMmap,
+    /// How far the kernel lies from the addresses that it was linked for, as far as its loader knows.
+    pub slide: u64,
+    /// The kernel's System.map, where there is one.
+    pub system_map: Option<File>,
 }
 
 /// A boot under observation, or not.
@@ -169,9 +181,14 @@ impl Trace {
 
     /// Looks at the boot that began with this process, where `watching` asks for it.
     pub fn new(config: &VmConfig, watching: &Watching) -> Self {
-        let _ = config;
-        let recorder = watching.boot_trace.is_some().then(|| Recorder::new(start::since_exec()));
-        Self(recorder.map(Arc::new))
+        let wanted = watching.boot_trace.is_some() || config.lifecycle.boot_timeout.is_some();
+        Self(wanted.then(|| Arc::new(Recorder::new(start::since_exec()))))
+    }
+
+    /// Looks at the boot that begins now, after a reset, where `config` limits its time.
+    pub fn again(config: &VmConfig) -> Self {
+        let wanted = config.lifecycle.boot_timeout.is_some();
+        Self(wanted.then(|| Arc::new(Recorder::new(Duration::ZERO))))
     }
 
     /// Whether somebody looks.
@@ -201,13 +218,19 @@ impl Trace {
         WatchedExits::new(recorder, number, buses.clone())
     }
 
-    /// Looks at this machine, until what is returned is dropped, and writes the report to `outputs`.
+    /// Looks at this machine until what is returned is dropped. Where the boot takes longer than `lifecycle` allows,
+    /// `inbox` is told.
     ///
     /// # Errors
     /// No thread can be made.
-    pub fn attach(&self, view: View) -> io::Result<Option<Attached>> {
+    pub fn attach(&self, view: View, lifecycle: &Lifecycle, inbox: &Inbox) -> io::Result<Option<Attached>> {
+        let limit = lifecycle.boot_timeout.map(|time| Limit {
+            timeout: time.duration(),
+            until: lifecycle.boot_until,
+            inbox: inbox.clone(),
+        });
         match &self.0 {
-            Some(recorder) => Ok(Some(Attached::start(recorder.clone(), view)?)),
+            Some(recorder) => Ok(Some(Attached::start(recorder.clone(), view, limit)?)),
             None => Ok(None),
         }
     }
@@ -221,6 +244,6 @@ impl Trace {
 }
 
 /// Seconds for people: `1.234 s`.
-pub(crate) fn seconds(time: Duration) -> String {
+fn seconds(time: Duration) -> String {
     format!("{:.3} s", time.as_secs_f64())
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use hal::{Counters, Kick};
 
+use super::sight::Sight;
 use super::{Milestone, Outputs, View};
 
 /// The most different things accessed that are counted apart, in all phases together; further ones are counted as
@@ -96,6 +97,9 @@ pub struct Seat {
     counters: Option<Box<dyn Counters>>,
     /// Its last exits, oldest first.
     pub last: VecDeque<ExitSeen>,
+    /// It is to show what it does.
+    wanted: bool,
+    sight: Option<Result<Sight, String>>,
 }
 
 /// All that is known of the boot.
@@ -139,6 +143,13 @@ impl Recorder {
     /// Time since exec.
     pub fn now(&self) -> Duration {
         self.exec.elapsed()
+    }
+
+    /// The moment that comes this long after exec.
+    pub fn instant(&self, since_exec: Duration) -> Instant {
+        // A time that the clock does not reach is a day from now.
+        let never = || Instant::now() + Duration::from_secs(24 * 60 * 60);
+        self.exec.checked_add(since_exec).unwrap_or_else(never)
     }
 
     /// The state, which must not be held across a call of a device or of the hypervisor's vCPUs.
@@ -212,8 +223,53 @@ impl Recorder {
     /// Adds the next vCPU and returns its number.
     pub fn add_vcpu(&self, kick: Kick, counters: Option<Box<dyn Counters>>) -> usize {
         let mut state = self.lock();
-        state.seats.push(Seat { kick, counters, last: VecDeque::with_capacity(LAST_EXITS) });
+        state.seats.push(Seat {
+            kick,
+            counters,
+            last: VecDeque::with_capacity(LAST_EXITS),
+            wanted: false,
+            sight: None,
+        });
         state.seats.len() - 1
+    }
+
+    /// Has vCPUs stop for a moment and show what they do; `None` for one that does not answer within `patience`.
+    pub fn look(&self, which: &[usize], patience: Duration) -> Vec<Option<Result<Sight, String>>> {
+        let mut state = self.lock();
+        let mut kicks = Vec::with_capacity(which.len());
+        for number in which {
+            if let Some(seat) = state.seats.get_mut(*number) {
+                (seat.wanted, seat.sight) = (true, None);
+                kicks.push(seat.kick.clone());
+            }
+        }
+        drop(state);
+        kicks.iter().for_each(Kick::kick);
+        let deadline = Instant::now() + patience;
+        let mut state = self.lock();
+        let waits = |state: &State| which.iter().any(|number| state.seats.get(*number).is_some_and(|seat| seat.wanted));
+        while waits(&state) && !state.ended && Instant::now() < deadline {
+            state = self.wait(state, Some(deadline));
+        }
+        let mut take = |number: &usize| {
+            let seat = state.seats.get_mut(*number)?;
+            seat.wanted = false;
+            seat.sight.take()
+        };
+        which.iter().map(&mut take).collect()
+    }
+
+    /// Whether a vCPU is to show what it does.
+    pub fn wants(&self, vcpu: usize) -> bool {
+        self.lock().seats.get(vcpu).is_some_and(|seat| seat.wanted)
+    }
+
+    /// What a vCPU shows.
+    pub fn show(&self, vcpu: usize, sight: Result<Sight, String>) {
+        if let Some(seat) = self.lock().seats.get_mut(vcpu).filter(|seat| seat.wanted) {
+            (seat.wanted, seat.sight) = (false, Some(sight));
+        }
+        self.changed.notify_all();
     }
 
     /// Gives the report its files.
