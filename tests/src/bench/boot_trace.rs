@@ -18,8 +18,8 @@ use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
 
 /// The most exits that Halyard may have, as a multiple of the better QEMU machine's.
 const LIMIT: f64 = 0.5;
-/// What the guest's first program says, with the time that its kernel has been up.
-const FIRST_WORDS: &str = "HALYARD-GUEST first words after ";
+/// What the guest's first program says behind the time that its kernel has been up.
+const FIRST_WORDS: &str = " s to the first words";
 const LAST_WORDS: &str = "HALYARD-GUEST last words";
 
 /// Lines of the kernel's log that part its work, and what it did until there.
@@ -85,11 +85,10 @@ pub fn measure() -> Result<Table> {
     host.run(Cmd::shell("[ -d /sys/kernel/debug/kvm ] || mount -t debugfs debugfs /sys/kernel/debug"))?.ok()?;
     let halyard = vm::halyard()?.display().to_string();
     let own = ["run", "--cpus", "1", "--memory", "256M", "--on-reset", "exit", "--on-panic", "exit"];
-    let own_files = ["--kernel", &image, "--initramfs", &initramfs, "--cmdline", words];
-    let halyard = Cmd::new(halyard).args(own).args(own_files);
+    let own_files = ["--kernel", &image, "--initramfs", &initramfs];
+    let own = |words: &str| Cmd::new(&*halyard).args(own).args(own_files).args(["--cmdline", words]);
     let files = ["-kernel", &image, "-initrd", &initramfs, "-append", words];
-    let monitors =
-        [("halyard", halyard.clone()), ("qemu microvm", qemu(MICROVM, &files)), ("qemu q35", qemu(Q35, &files))];
+    let monitors = [("halyard", own(words)), ("qemu microvm", qemu(MICROVM, &files)), ("qemu q35", qemu(Q35, &files))];
     let mut boots = Vec::new();
     for (name, command) in monitors {
         let boot = boot(&host, name, &command).with_context(|| name.to_owned())?;
@@ -97,7 +96,8 @@ pub fn measure() -> Result<Table> {
         boots.push(boot);
     }
     let path = format!("{}/boot.json", host.folder()?);
-    self::boot(&host, "halyard", &halyard.args(["--boot-trace", &path])).context("the boot trace")?;
+    self::boot(&host, "halyard", &own(&format!("{words} marker")).args(["--boot-trace", &path]))
+        .context("the boot trace")?;
     let trace = serde_json::from_slice(&host.read_file(&path)?).context("the boot trace")?;
     let first = "monitor, firmware, decompression";
     let steps = std::iter::once(first).chain(STEPS.map(|(_, step)| step)).chain(["first program"]);
@@ -111,7 +111,7 @@ fn boot(host: &Host, name: &str, command: &Cmd) -> Result<Boot> {
     let words = process.wait_line_for(FIRST_WORDS, PATIENCE)?;
     let total = started.elapsed().as_secs_f64();
     let counters = counters(host, process.pid())?;
-    let up = words.split(FIRST_WORDS).nth(1).and_then(|rest| rest.split_whitespace().next()).unwrap_or_default();
+    let up = words.split(FIRST_WORDS).next().and_then(|front| front.split_whitespace().last()).unwrap_or_default();
     let kernel: f64 = up.parse().with_context(|| format!("the guest's clock in {words:?}"))?;
     process.write(b"\n")?;
     let mut log = Vec::new();
@@ -147,7 +147,8 @@ fn stamp(line: &str) -> Option<f64> {
 
 /// KVM's counters of the only machine of a process.
 fn counters(host: &Host, pid: u32) -> Result<Vec<(String, u64)>> {
-    let command = format!("cd /sys/kernel/debug/kvm/{pid}-* && grep -s -H '' *");
+    // The numbers of all vCPUs together; each has a folder of its own beside them.
+    let command = format!("cd /sys/kernel/debug/kvm/{pid}-* && grep -H '' $(find . -maxdepth 1 -type f -printf '%f ')");
     let text = host.run(Cmd::shell(&command))?.ok().context("KVM's counters")?;
     let numbers = text.lines().filter_map(|line| {
         let (name, value) = line.split_once(':')?;
