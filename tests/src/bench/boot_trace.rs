@@ -42,6 +42,28 @@ const COUNTERS: [(&str, &str); 8] = [
     ("pf_taken", "page faults of nested paging"),
 ];
 
+/// Why processors with SVM leave a guest (AMD APM vol. 2, appendix C), those with VMX (Intel SDM vol. 3, appendix C), and
+/// what it is called here.
+const REASONS: [(u64, u64, &str); 14] = [
+    (0x60, 1, "the host's interrupts"),
+    (0x64, 7, "interrupt window"),
+    (0x72, 10, "CPUID"),
+    (0x78, 12, "halt"),
+    (0x7b, 30, "I/O port"),
+    (0x7c, 32, "write of an MSR (with SVM: read or write)"),
+    (0x7c, 31, "read of an MSR"),
+    (0x400, 48, "page without mapping (with SVM: memory-mapped registers, too)"),
+    (0x400, 49, "memory-mapped registers"),
+    (0x10, 28, "control register"),
+    (0x14, 28, "control register"),
+    (0x65, 28, "control register"),
+    (0x8d, 55, "XSETBV"),
+    (0x401, 56, "virtual APIC write"),
+];
+/// The trigger by which the host's kernel counts exits by their reason.
+const TRIGGER: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/trigger";
+const COUNT_REASONS: &str = "hist:keys=isa,exit_reason";
+
 /// What one program's boot was like.
 #[derive(Debug, Clone, Serialize)]
 pub struct Boot {
@@ -69,6 +91,8 @@ pub struct Table {
     pub boots: Vec<Boot>,
     /// The report of Halyard's own boot trace, of a boot apart.
     pub trace: Value,
+    /// All exits of that boot by the processor's reason, most first; empty where the host's kernel cannot count them.
+    pub reasons: Vec<(String, u64)>,
 }
 
 /// Boots everything once.
@@ -96,13 +120,17 @@ pub fn measure() -> Result<Table> {
         boots.push(boot);
     }
     let path = format!("{}/boot.json", host.folder()?);
+    let trigger =
+        format!("[ -e {TRIGGER} ] || mount -t tracefs tracefs /sys/kernel/tracing; echo '{COUNT_REASONS}' >{TRIGGER}");
+    let counts = host.run(Cmd::shell(&trigger))?.status.success();
     self::boot(&host, "halyard", &own(&format!("{words} marker")).args(["--boot-trace", &path]))
         .context("the boot trace")?;
     let trace = serde_json::from_slice(&host.read_file(&path)?).context("the boot trace")?;
+    let reasons = if counts { reasons(&host)? } else { Vec::new() };
     let first = "monitor, firmware, decompression";
     let steps = std::iter::once(first).chain(STEPS.map(|(_, step)| step)).chain(["first program"]);
     let what = format!("Debian's {}, 1 vCPU, 256 MiB", kernel.version()?);
-    Ok(Table { what, steps: steps.map(str::to_owned).collect(), boots, trace })
+    Ok(Table { what, steps: steps.map(str::to_owned).collect(), boots, trace, reasons })
 }
 
 fn boot(host: &Host, name: &str, command: &Cmd) -> Result<Boot> {
@@ -143,6 +171,27 @@ fn steps(log: &[String], kernel: f64, total: f64) -> Vec<Option<f64>> {
 /// The time in front of a line of the kernel's log: `<6>[    1.234567] text`.
 fn stamp(line: &str) -> Option<f64> {
     line.split_once('[')?.1.split_once(']')?.0.trim().parse().ok()
+}
+
+/// What the host's kernel counted, and the end of its counting.
+fn reasons(host: &Host) -> Result<Vec<(String, u64)>> {
+    let command = format!("cat {}; echo '!{COUNT_REASONS}' >{TRIGGER}", TRIGGER.replace("trigger", "hist"));
+    let text = host.run(Cmd::shell(&command))?.ok().context("the histogram of exits")?;
+    let mut reasons: Vec<(String, u64)> = text.lines().filter_map(reason).collect();
+    reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    Ok(reasons)
+}
+
+/// A line of the histogram: `{ isa:          2, exit_reason:         96 } hitcount:       3866`.
+fn reason(line: &str) -> Option<(String, u64)> {
+    let number = |name: &str| -> Option<u64> {
+        let text = line.split_once(name)?.1.trim_start();
+        text.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    };
+    let (isa, code, count) = (number("isa:")?, number("exit_reason:")?, number("hitcount:")?);
+    let known = REASONS.iter().find(|(svm, vmx, _)| if isa == 2 { *svm == code } else { *vmx == code });
+    let name = known.map_or_else(|| format!("reason {code:#x}"), |(_, _, name)| (*name).to_owned());
+    Some((name, count))
 }
 
 /// KVM's counters of the only machine of a process.
@@ -207,13 +256,25 @@ impl fmt::Display for Table {
             let text = |name: &str| place[name].as_str().unwrap_or_default().to_owned();
             writeln!(f, "  {:>6}  {} {} {}", place["count"], text("reason"), text("name"), text("address"))?;
         }
-        Ok(())
+        if !self.reasons.is_empty() {
+            writeln!(f, "\nAll exits of that boot by the processor's reason (counting them makes more of them):")?;
+        }
+        self.reasons.iter().try_for_each(|(name, count)| writeln!(f, "  {count:>6}  {name}"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reasons_have_names_on_both_kinds_of_processor() {
+        let line = |isa, reason| format!("{{ isa:          {isa}, exit_reason:  {reason:>9} }} hitcount:       3866");
+        assert_eq!(reason(&line(2, 96)), Some(("the host's interrupts".into(), 3866)));
+        assert_eq!(reason(&line(1, 10)), Some(("CPUID".into(), 3866)));
+        assert_eq!(reason(&line(1, 96)), Some(("reason 0x60".into(), 3866)));
+        assert_eq!(reason("Totals:"), None);
+    }
 
     #[test]
     fn the_log_parts_the_time() {

@@ -70,6 +70,9 @@ impl Findings<'_> {
             Stage::Silent => "its kernel has said nothing and touched no device",
             Stage::Talking => "its kernel runs, but has not looked for devices",
             Stage::Devices => "its kernel looks for devices, and not all have a driver",
+            Stage::AfterDevices if self.view.functions.is_empty() => {
+                "its kernel has looked for devices, and no program runs"
+            }
             Stage::AfterDevices => "its devices run, and no program does",
         };
         let last = self.marks.last();

@@ -31,9 +31,10 @@ pub fn draw(report: &Report) -> String {
         true => format!("user space after {}", time(report.end_us)),
         false => format!("no user space within {}", time(report.end_us)),
     };
-    canvas.heading(&format!("Boot: {end}, {} vCPUs", report.vcpus));
+    let vcpus = if report.vcpus == 1 { "1 vCPU".to_owned() } else { format!("{} vCPUs", report.vcpus) };
+    canvas.heading(&format!("Boot: {end}, {vcpus}"));
     for phase in &report.phases {
-        let note = format!("{}, {}", time(phase.us), exits(&phase.exits));
+        let note = time(phase.us) + &exits(&phase.exits);
         let (from, length) = (scale(phase.from_us, report.end_us), scale(phase.us, report.end_us));
         canvas.bar(&format!("{}  {}", time(phase.from_us), phase.after), (from, length), TIME, &note);
     }
@@ -57,7 +58,9 @@ pub fn draw(report: &Report) -> String {
 fn places(exits: &Exits) -> Vec<(String, u64)> {
     let mut sums = BTreeMap::new();
     for place in &exits.by_place {
-        *sums.entry(format!("{} {}", place.reason, place.name)).or_default() += place.count;
+        // Linux looks at all functions that there could be: they are one row.
+        let name = if place.name.starts_with("ecam ") { "ecam" } else { &place.name };
+        *sums.entry(format!("{} {name}", place.reason)).or_default() += place.count;
     }
     let mut sums: Vec<_> = sums.into_iter().collect();
     sums.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
@@ -66,15 +69,16 @@ fn places(exits: &Exits) -> Vec<(String, u64)> {
 
 fn exits(exits: &Exits) -> String {
     match exits.hypervisor.get("exits") {
-        Some(all) => format!("{all} exits, {} to the monitor", exits.exits),
-        None => format!("{} exits to the monitor", exits.exits),
+        Some(all) => format!(", {all} exits, {} to the monitor", exits.exits),
+        None if exits.exits > 0 => format!(", {} exits to the monitor", exits.exits),
+        None => String::new(),
     }
 }
 
 impl Canvas {
     fn heading(&mut self, text: &str) {
         self.y += LINE / 2;
-        self.put(10, &format!("font-size=\"15\" {}", "font-weight=\"bold\""), text);
+        self.put(10, "font-size=\"15\" font-weight=\"bold\"", text);
         self.y += LINE;
     }
 

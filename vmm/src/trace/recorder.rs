@@ -281,7 +281,8 @@ impl Recorder {
     pub fn exit(&self, vcpu: usize, exit: ExitSeen) {
         let mut state = self.lock();
         state.count(exit.reason, exit.reason.granule(exit.address));
-        if let Some(seat) = state.seats.get_mut(vcpu) {
+        // The last exits are to tell what the guest does, not the monitor.
+        if let Some(seat) = state.seats.get_mut(vcpu).filter(|_| exit.reason != Reason::Kick) {
             if seat.last.len() == LAST_EXITS {
                 seat.last.pop_front();
             }
