@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceConfig, Endpoint};
 use crate::host::KindName;
-use crate::units::ByteSize;
+use crate::units::{ByteSize, TimeSpan};
 
 /// A VM: what it boots, its processors and memory, its devices, and what happens when it stops.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -43,7 +43,13 @@ impl VmConfig {
     /// A VM that boots `kernel`, all else by default.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
-            kernel: Kernel { path: kernel.into(), initramfs: None, cmdline: None, cache: KernelCache::User },
+            kernel: Kernel {
+                path: kernel.into(),
+                initramfs: None,
+                cmdline: None,
+                system_map: None,
+                cache: KernelCache::User,
+            },
             cpus: Cpus::default(),
             memory: Memory::default(),
             kind: Kind::default(),
@@ -68,6 +74,10 @@ pub struct Kernel {
     /// somewhere, and one for the first console, so that the guest's log appears.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
+    /// The kernel's `System.map`, by which addresses in it get names where a boot takes too long. Without it: one beside
+    /// the kernel or in /boot with the kernel's version in its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_map: Option<PathBuf>,
     /// Where unpacked kernels are kept, so that the next VM need not unpack the same bzImage again: `user` is the
     /// directory `halyard/unpacked` where this user's caches are, `off` keeps none, and else it is a directory of its
     /// own. Only its owner may be able to write to it.
@@ -266,6 +276,23 @@ pub struct Lifecycle {
     pub on_reset: OnReset,
     /// When the guest's kernel panics and says so through pvpanic.
     pub on_panic: OnPanic,
+    /// How long a boot may take to user space. Where it takes longer, the run ends with exit code 6 and says what holds
+    /// it up. Without it: for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_timeout: Option<TimeSpan>,
+    /// What tells that user space is reached, for `boot_timeout`.
+    pub boot_until: BootUntil,
+}
+
+/// What tells that user space is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootUntil {
+    /// A vCPU is seen in user mode, or the guest tells. Programs of an initramfs count, too.
+    #[default]
+    UserMode,
+    /// The guest tells: a program writes to the I/O port 0x508, or to the named port of a console.
+    Told,
 }
 
 /// What happens when the guest resets.

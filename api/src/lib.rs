@@ -23,7 +23,8 @@ mod units;
 mod validate;
 
 pub use config::{
-    Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig,
+    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology,
+    VmConfig,
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};
@@ -32,5 +33,5 @@ pub use parse::{ConfigText, MAX_CONFIG_BYTES, parse};
 pub use problem::{Position, Problem, Problems};
 pub use schema::{SCHEMA_JSON, schema};
 pub use suggest::did_you_mean;
-pub use units::{ByteSize, MacAddr, UnitError};
+pub use units::{ByteSize, MacAddr, TimeSpan, UnitError};
 pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate};

@@ -58,6 +58,13 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
             format!("a VM has room for {}", host.max_devices),
         );
     }
+    if config.lifecycle.boot_timeout.is_some_and(|time| time.duration().is_zero()) {
+        report.add(
+            "lifecycle.boot_timeout",
+            "no guest boots in no time",
+            "write 30s, or leave it out to wait for ever",
+        );
+    }
     if let Some(serial) = &config.serial {
         endpoint(&mut report, "serial", serial);
     }
@@ -94,6 +101,9 @@ fn kernel(report: &mut Report, kernel: &Kernel) {
     }
     if let Some(initramfs) = &kernel.initramfs {
         path(report, "kernel.initramfs", initramfs);
+    }
+    if let Some(map) = &kernel.system_map {
+        path(report, "kernel.system_map", map);
     }
     let Some(cmdline) = &kernel.cmdline else { return };
     if let Some(position) = cmdline.find(|c: char| c.is_control() && c != '\t') {

@@ -1,16 +1,17 @@
 //! The guest before its devices: memory with the kernel, its boot data and the platform's tables in it.
 
 use std::fs::File;
-use std::io::{self, Read};
 
 use api::{Problem, Problems, VmConfig};
 use arch::{BootError, BootSource, KernelError, LoadedKernel, Platform, Topology};
+use devices::virtio::rng::kernel_random;
 use hal::HostCaps;
 
 use crate::Failure;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image};
 use crate::memory::{self, Ram};
+use crate::trace::{Milestone, Trace};
 
 /// A guest ready to be given processors and devices.
 pub struct Loaded {
@@ -27,7 +28,7 @@ pub struct Loaded {
 /// # Errors
 /// [`Failure::BadInput`] where kernel, initramfs or command line cannot be booted; [`Failure::Host`] where the host has
 /// no such memory.
-pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loaded, Failure> {
+pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) -> Result<Loaded, Failure> {
     let topology = topology(config)?;
     let ram = config.memory.size.bytes();
     let mut platform = Platform::direct_boot(ram, caps.physical_address_bits, topology)
@@ -37,13 +38,15 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loade
 
     let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache);
     let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
     let mut image = image.wait();
+    trace.mark(Milestone::KernelDecompressed);
     let kernel = loop {
         let source = BootSource {
             kernel: &inputs.kernel,
             unpacked: image.unpacked(),
-            random: Some(random()?),
+            random: image.unpacked().map(|_| random()).transpose()?,
             initramfs: inputs.initramfs.as_ref(),
             cmdline: &cmdline,
             protocol: None,
@@ -57,6 +60,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loade
         memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
     };
     arch::acpi::write(&memory.map, &platform)?;
+    trace.mark(Milestone::Kernel);
     tell(&kernel, &image);
     Ok(Loaded { memory, platform, kernel })
 }
@@ -90,12 +94,15 @@ fn tell(kernel: &LoadedKernel, image: &Image) {
 }
 
 /// Two random numbers of the host kernel's.
-fn random() -> io::Result<[u64; 2]> {
-    let mut bytes = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    let (first, second) = bytes.split_at(8);
-    let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
-    Ok([number(first), number(second)])
+fn random() -> Result<[u64; 2], Failure> {
+    let mut bytes = [[0; 8]; 2];
+    let flat = bytes.as_flattened_mut();
+    if kernel_random(flat) != flat.len() {
+        return Err(Failure::Host(
+            "the host kernel gives no random numbers for the place of the guest's kernel".into(),
+        ));
+    }
+    Ok(bytes.map(u64::from_le_bytes))
 }
 
 fn topology(config: &VmConfig) -> Result<Topology, Failure> {

@@ -25,6 +25,8 @@ pub struct Inputs {
     pub kernels: Kernels,
     /// The initial file system.
     pub initramfs: Option<File>,
+    /// The kernel's System.map, where one is named, or one is wanted and found.
+    pub system_map: Option<File>,
     /// Disks by the id of their device.
     pub disks: BTreeMap<String, Arc<RawDisk>>,
     /// Taps by the id of their device.
@@ -44,6 +46,7 @@ impl Inputs {
             .initramfs
             .as_ref()
             .map(|path| open_regular(path, "kernel.initramfs", "a cpio archive", &mut problems));
+        let system_map = system_map(config, &mut problems);
         let mut disks = BTreeMap::new();
         let mut taps = BTreeMap::new();
         for (index, device) in config.devices.iter().enumerate() {
@@ -63,11 +66,24 @@ impl Inputs {
         }
         match (kernel, initramfs) {
             (Some(kernel), initramfs) if problems.is_empty() => {
-                Ok(Self { kernel, kernels: Kernels::default(), initramfs: initramfs.flatten(), disks, taps })
+                let kernels = Kernels::default();
+                Ok(Self { kernel, kernels, initramfs: initramfs.flatten(), system_map, disks, taps })
             }
             _ => Err(problems),
         }
     }
+}
+
+/// Opens the System.map that is named; or, where a boot has a limit, one that bears the kernel's version.
+fn system_map(config: &VmConfig, problems: &mut Vec<Problem>) -> Option<File> {
+    if let Some(path) = &config.kernel.system_map {
+        return open_regular(path, "kernel.system_map", "the System.map of this kernel", problems);
+    }
+    config.lifecycle.boot_timeout?;
+    let kernel = &config.kernel.path;
+    let version = kernel.file_name()?.to_str()?.split_once('-')?.1;
+    let name = format!("System.map-{version}");
+    [kernel.with_file_name(&name), Path::new("/boot").join(name)].iter().find_map(|path| File::open(path).ok())
 }
 
 fn open_regular(path: &Path, field: &str, expected: &str, problems: &mut Vec<Problem>) -> Option<File> {

@@ -16,6 +16,8 @@ pub mod memory;
 pub mod owner;
 mod run;
 pub mod seams;
+pub mod trace;
 pub mod vcpu;
 
-pub use run::{Failure, run, run_on};
+pub use run::{Failure, run, run_on, run_watched};
+pub use trace::Watching;

@@ -1,6 +1,7 @@
 //! The machine: everything between a loaded guest and its running processors, made in one function that reads from
 //! top to bottom, and taken apart in the order of the fields.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, Windows};
 use devices::virtio::transport::VirtioPci;
 use hal::{GpaRange, Hypervisor, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
-use vm_memory::GuestMemoryAtomic;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::Loaded;
@@ -21,6 +22,7 @@ use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::memory::Ram;
 use crate::seams::VmSeam;
+use crate::trace::{Attached, Milestone, Trace, View};
 use crate::vcpu::{ExitBuses, VcpuThreads};
 
 /// What a machine is made from beside the loaded guest.
@@ -35,11 +37,14 @@ pub struct Parts<'a> {
     pub endpoints: &'a Endpoints,
     /// Where the machine's events go.
     pub inbox: &'a Inbox,
+    /// Who looks at the boot, if somebody does.
+    pub trace: &'a Trace,
 }
 
 /// A running VM. Dropping it stops the vCPUs, then completes what devices have in flight, then frees memory.
 pub struct Machine {
     vcpus: Option<VcpuThreads>,
+    watcher: Option<Attached>,
     functions: Vec<Arc<VirtioPci>>,
     platform: PlatformDevices,
     mmio: Arc<Bus>,
@@ -60,6 +65,7 @@ impl Machine {
     pub fn create(parts: &Parts, loaded: Loaded) -> Result<Self, Failure> {
         let Loaded { memory, platform, kernel } = loaded;
         let vm = create_vm(parts, &platform, &memory)?;
+        parts.trace.mark(Milestone::Vm);
         let seam = VmSeam(vm.clone());
         let pio = Arc::new(Bus::new());
         let mmio = Arc::new(Bus::new());
@@ -74,7 +80,16 @@ impl Machine {
         let pci = Arc::new(PciSegment::new(mmio.clone(), windows));
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
         pci.add(Arc::new(HostBridge::new()))?;
-        let mut machine = Self { vcpus: None, functions: Vec::new(), platform: devices, mmio: mmio.clone(), ecam_base };
+        let mut machine = Self {
+            vcpus: None,
+            watcher: None,
+            functions: Vec::new(),
+            platform: devices,
+            mmio: mmio.clone(),
+            ecam_base,
+        };
+        let ecam = ecam_base..ecam_base + pci.ecam_len();
+        let guest_memory = memory.map.clone();
         let memory = GuestMemoryAtomic::new(memory.map);
         for device in &parts.config.devices {
             let virtio = crate::devices::create(device, parts)?;
@@ -85,9 +100,31 @@ impl Machine {
         }
 
         let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
+        parts.trace.mark(Milestone::Vcpus);
+        machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
-        machine.vcpus = Some(VcpuThreads::start(parts.hypervisor.caps().backend, vcpus, &exits, parts.inbox)?);
+        let threads = VcpuThreads::start(parts.hypervisor.caps().backend, vcpus, &exits, parts.inbox, parts.trace)?;
+        machine.vcpus = Some(threads);
         Ok(machine)
+    }
+
+    /// Has the boot looked at, where somebody wants to.
+    fn watch(
+        &self,
+        parts: &Parts,
+        ecam: Range<u64>,
+        memory: GuestMemoryMmap,
+        kernel: &LoadedKernel,
+    ) -> Result<Option<Attached>, Failure> {
+        if !parts.trace.is_on() {
+            return Ok(None);
+        }
+        let ids = parts.config.devices.iter().map(|device| device.id().to_owned());
+        let functions = ids.zip(self.functions.iter().cloned()).collect();
+        let system_map = parts.inputs.system_map.as_ref().map(File::try_clone).transpose()?;
+        let slide = kernel.slide.map_or(0, |slide| slide.virt.into());
+        let view = View { functions, ecam, memory, slide, system_map };
+        Ok(parts.trace.attach(view, &parts.config.lifecycle, parts.inbox)?)
     }
 
     /// Asks the guest to shut itself down.
@@ -102,6 +139,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.vcpus = None;
+        self.watcher = None;
         for function in &self.functions {
             function.suspend();
         }

@@ -51,6 +51,7 @@ pub fn decide(lifecycle: &Lifecycle, event: Event) -> Verdict {
         }
         Event::Vcpu(VcpuEnd::TripleFault) => Verdict::Stop(Outcome::Crashed { reason: "a triple fault".into() }),
         Event::Vcpu(VcpuEnd::Crash(reason)) => Verdict::Stop(Outcome::Crashed { reason }),
+        Event::BootTimeout(reason) => Verdict::Stop(Outcome::BootTimeout { reason }),
         Event::Quit => Verdict::Stop(Outcome::Quit),
     }
 }
@@ -143,7 +144,7 @@ mod tests {
     use super::*;
 
     fn lifecycle(on_reset: OnReset, on_panic: OnPanic) -> Lifecycle {
-        Lifecycle { on_reset, on_panic }
+        Lifecycle { on_reset, on_panic, ..Lifecycle::default() }
     }
 
     #[test]
@@ -169,6 +170,7 @@ mod tests {
             Event::Platform(PlatformEvent::Reset),
             Event::Platform(PlatformEvent::Panicked),
             Event::Vcpu(VcpuEnd::TripleFault),
+            Event::BootTimeout(String::new()),
             Event::Platform(PlatformEvent::DebugExit(7)),
             Event::Quit,
         ];
@@ -179,7 +181,7 @@ mod tests {
                 verdict => panic!("{verdict:?} does not end the run"),
             })
             .collect();
-        assert_eq!(codes, [0, 3, 4, 5, 71, 130]);
+        assert_eq!(codes, [0, 3, 4, 5, 6, 71, 130]);
     }
 
     #[test]

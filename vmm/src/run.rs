@@ -8,6 +8,7 @@ use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::machine::{Machine, Parts};
 use crate::owner::{Reports, Verdict};
+use crate::trace::{Milestone, Outputs, Trace, Watching};
 use crate::{boot, host};
 
 /// Why there is no outcome.
@@ -41,13 +42,13 @@ host_failures!(
     devices::virtio::console::ConsoleError
 );
 
-/// Runs a VM on this host's hypervisor until it ends.
+/// Runs a VM on this host's hypervisor until it ends, its boot watched as `watching` says.
 ///
 /// # Errors
 /// [`Failure::BadInput`] with every problem at once, before anything was touched; [`Failure::Host`] where the host
 /// fails, at any time.
-pub fn run(config: VmConfig) -> Result<Outcome, Failure> {
-    run_on(hal::open(), config)
+pub fn run(config: VmConfig, watching: &Watching) -> Result<Outcome, Failure> {
+    run_watched(hal::open(), config, watching)
 }
 
 /// As [`run`], on a hypervisor that was opened, or was tried to be: a configuration that cannot be right is told before
@@ -55,8 +56,21 @@ pub fn run(config: VmConfig) -> Result<Outcome, Failure> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, mut config: VmConfig) -> Result<Outcome, Failure> {
+pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, config: VmConfig) -> Result<Outcome, Failure> {
+    run_watched(hypervisor, config, &Watching::default())
+}
+
+/// As [`run_on`], with the boot watched as `watching` says.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_watched(
+    hypervisor: hal::Result<Box<dyn Hypervisor>>,
+    mut config: VmConfig,
+    watching: &Watching,
+) -> Result<Outcome, Failure> {
     config.fill_defaults();
+    let mut trace = Trace::new(&config, watching);
     let inbox = Inbox::new()?;
     let mut reports = Reports::new(inbox.clone())?;
 
@@ -70,14 +84,25 @@ pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, mut config: VmConfig
         return Err(Failure::BadInput(Problems(problems)));
     };
     let hypervisor = hypervisor?;
+    trace.mark(Milestone::Configuration);
 
-    let mut loaded = boot::load(&config, hypervisor.caps(), &inputs)?;
+    let mut loaded = boot::load(&config, hypervisor.caps(), &inputs, &trace)?;
     // Only now, when nothing in the input can be wrong any more, does anything appear on the host.
     let endpoints = Endpoints::open(&config)?;
+    if let Some(path) = &watching.boot_trace {
+        trace.write_to(Outputs::create(path)?);
+    }
     reports.listen_for_quit(endpoints.quit())?;
-    let parts =
-        Parts { config: &config, hypervisor: &*hypervisor, inputs: &inputs, endpoints: &endpoints, inbox: &inbox };
     loop {
+        endpoints.watch(&config, &trace);
+        let parts = Parts {
+            config: &config,
+            hypervisor: &*hypervisor,
+            inputs: &inputs,
+            endpoints: &endpoints,
+            inbox: &inbox,
+            trace: &trace,
+        };
         let machine = Machine::create(&parts, loaded)?;
         let verdict = watch(&machine, &mut reports, &config)?;
         drop(machine);
@@ -89,7 +114,8 @@ pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, mut config: VmConfig
             _ => tracing::info!("the guest boots again"),
         }
         inbox.clear();
-        loaded = boot::load(&config, hypervisor.caps(), &inputs)?;
+        trace = Trace::again(&config);
+        loaded = boot::load(&config, hypervisor.caps(), &inputs, &trace)?;
     }
 }
 

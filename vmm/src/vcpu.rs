@@ -10,6 +10,7 @@ use devices::ioapic::IoApic;
 use hal::{Exit, ExitHandler, Kick, Vcpu};
 
 use crate::inbox::{Event, Inbox, VcpuEnd};
+use crate::trace::Trace;
 
 /// Where exits that need an answer go.
 pub struct ExitBuses {
@@ -54,14 +55,22 @@ impl VcpuThreads {
     ///
     /// # Errors
     /// A thread cannot be made; those that were are stopped again.
-    pub fn start(backend: &str, vcpus: Vec<Box<dyn Vcpu>>, buses: &Arc<ExitBuses>, inbox: &Inbox) -> io::Result<Self> {
+    pub fn start(
+        backend: &str,
+        vcpus: Vec<Box<dyn Vcpu>>,
+        buses: &Arc<ExitBuses>,
+        inbox: &Inbox,
+        trace: &Trace,
+    ) -> io::Result<Self> {
         let mut all = Self { threads: Vec::with_capacity(vcpus.len()), stop: Arc::new(AtomicBool::new(false)) };
         for (number, vcpu) in vcpus.into_iter().enumerate() {
             let kick = vcpu.kick();
+            let watched = trace.vcpu(&*vcpu, buses);
             let (buses, inbox, stop) = (buses.clone(), inbox.clone(), all.stop.clone());
-            let handle = Builder::new()
-                .name(format!("CPU {number}/{backend}"))
-                .spawn(move || run(vcpu, &buses, &inbox, &stop))?;
+            let handle = Builder::new().name(format!("CPU {number}/{backend}")).spawn(move || match watched {
+                None => run(vcpu, &*buses, |_| {}, &inbox, &stop),
+                Some(watched) => run(vcpu, &watched, |vcpu| watched.before_entry(vcpu), &inbox, &stop),
+            })?;
             all.threads.push((kick, handle));
         }
         Ok(all)
@@ -82,9 +91,16 @@ impl Drop for VcpuThreads {
     }
 }
 
-fn run(mut vcpu: Box<dyn Vcpu>, buses: &ExitBuses, inbox: &Inbox, stop: &AtomicBool) {
+fn run(
+    mut vcpu: Box<dyn Vcpu>,
+    exits: &dyn ExitHandler,
+    before_entry: impl Fn(&mut dyn Vcpu),
+    inbox: &Inbox,
+    stop: &AtomicBool,
+) {
     while !stop.load(Ordering::Acquire) {
-        let end = match vcpu.run(buses) {
+        before_entry(&mut *vcpu);
+        let end = match vcpu.run(exits) {
             Ok(Exit::Kicked) => continue,
             Ok(Exit::Reset) => VcpuEnd::Reset,
             Ok(Exit::Shutdown) => VcpuEnd::TripleFault,

@@ -65,6 +65,9 @@ pub const COM1_PIN: u8 = 4;
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 /// The first of the keyboard controller's ports, where a platform has one.
 pub const I8042_PORT: u16 = 0x60;
+/// Where software in a guest says that user space is reached: a byte of any value. Nothing answers here unless the boot
+/// is watched, and it is named in no ACPI table.
+pub const BOOT_MARKER_PORT: u16 = 0x508;
 /// The port of the panic device, one byte: reading tells the events it knows, writing reports one.
 pub const PVPANIC_PORT: u16 = 0x505;
 

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use api::{ConfigText, HostFacts, Problem, Problems, VmConfig};
-use vmm::Failure;
 use vmm::inputs::Inputs;
+use vmm::{Failure, Watching};
 
 use super::args::RunArgs;
 use super::flags::Flags;
@@ -100,7 +100,10 @@ pub fn run(args: &RunArgs, format: Format) -> ExitCode {
         problems.extend(Inputs::open(config).err().unwrap_or_default());
         problems
     });
-    let outcome = config.map_err(|problems| Failure::BadInput(Problems(problems))).and_then(vmm::run);
+    let outcome = config.map_err(|problems| Failure::BadInput(Problems(problems))).and_then(|config| {
+        let watching = Watching { boot_trace: args.boot_trace.as_ref().map(Into::into) };
+        vmm::run(config, &watching)
+    });
     match outcome {
         Ok(outcome) => {
             tracing::info!("{outcome}");
