@@ -12,14 +12,12 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::boot::{MICROVM, PATIENCE, Q35, qemu};
+use super::boot::{FIRST_WORDS, MICROVM, PATIENCE, Q35, clock, qemu};
 use super::{Finding, Series};
 use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
 
 /// The most exits that Halyard may have, as a multiple of the better QEMU machine's.
 const LIMIT: f64 = 0.5;
-/// What the guest's first program says behind the time that its kernel has been up.
-const FIRST_WORDS: &str = " s to the first words";
 const LAST_WORDS: &str = "HALYARD-GUEST last words";
 
 /// Lines of the kernel's log that part its work, and what it did until there.
@@ -112,7 +110,11 @@ pub fn measure() -> Result<Table> {
     let own_files = ["--kernel", &image, "--initramfs", &initramfs];
     let own = |words: &str| Cmd::new(&*halyard).args(own).args(own_files).args(["--cmdline", words]);
     let files = ["-kernel", &image, "-initrd", &initramfs, "-append", words];
-    let monitors = [("halyard", own(words)), ("qemu microvm", qemu(MICROVM, &files)), ("qemu q35", qemu(Q35, &files))];
+    let monitors = [
+        ("halyard", own(words)),
+        ("qemu microvm", qemu(MICROVM, &files).args(["-m", "256"])),
+        ("qemu q35", qemu(Q35, &files).args(["-m", "256"])),
+    ];
     let mut boots = Vec::new();
     for (name, command) in monitors {
         let boot = boot(&host, name, &command).with_context(|| name.to_owned())?;
@@ -139,8 +141,7 @@ fn boot(host: &Host, name: &str, command: &Cmd) -> Result<Boot> {
     let words = process.wait_line_for(FIRST_WORDS, PATIENCE)?;
     let total = started.elapsed().as_secs_f64();
     let counters = counters(host, process.pid())?;
-    let up = words.split(FIRST_WORDS).next().and_then(|front| front.split_whitespace().last()).unwrap_or_default();
-    let kernel: f64 = up.parse().with_context(|| format!("the guest's clock in {words:?}"))?;
+    let kernel = clock(&words)?;
     process.write(b"\n")?;
     let mut log = Vec::new();
     loop {

@@ -14,6 +14,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use arch::{KernelImage, Sink};
+use vm_memory::{FileOffset, MmapRegion};
 
 const MAGIC: &[u8; 16] = b"halyard kernel 1";
 const BLOCK: usize = 256 << 10;
@@ -23,10 +24,14 @@ const FILLED: u64 = 1 << 32;
 /// No kernel is longer.
 const MAX_SIZE: u64 = 1 << 30;
 
+/// What a block that is not in the file holds.
+static ZEROS: [u8; BLOCK] = [0; BLOCK];
+
 /// An unpacked kernel in a file.
 #[derive(Debug)]
 pub struct Entry {
-    file: File,
+    /// The file's blocks.
+    mapping: MmapRegion,
     size: u64,
     table: Vec<u64>,
 }
@@ -54,8 +59,12 @@ impl Entry {
         if u64::from(crc32fast::hash(&table)) != field(24..32) {
             return Err(damaged());
         }
-        let table = table.as_chunks().0.iter().map(|word: &[u8; 8]| u64::from_le_bytes(*word)).collect();
-        Ok(Self { file, size, table })
+        let table: Vec<u64> = table.as_chunks().0.iter().map(|word: &[u8; 8]| u64::from_le_bytes(*word)).collect();
+        let len = table.len() * BLOCK;
+        let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+        // A copy by read(2) would take longer than all that is done with the bytes.
+        let mapping = MmapRegion::build(Some(FileOffset::new(file, 0)), len, protection, flags);
+        Ok(Self { mapping: mapping.map_err(io::Error::other)?, size, table })
     }
 
     /// Writes a file that [`Entry::open`] reads.
@@ -81,18 +90,17 @@ impl Entry {
         file.write_all_at(&footer, (table_at + table.len()) as u64)
     }
 
-    /// Reads a block and checks it.
-    fn read_block<'a>(&self, number: usize, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+    /// A block that has been checked.
+    #[expect(unsafe_code, reason = "a mapping has no safe way to be looked at without a copy")]
+    fn block(&self, number: usize) -> io::Result<&[u8]> {
         let word = self.table.get(number).copied().ok_or(io::ErrorKind::UnexpectedEof)?;
         if word & FILLED == 0 {
-            buffer.fill(0);
-        } else {
-            self.file.read_exact_at(buffer, (number * BLOCK) as u64)?;
-            if word != FILLED | u64::from(crc32fast::hash(buffer)) {
-                return Err(damaged());
-            }
+            return Ok(&ZEROS);
         }
-        Ok(buffer)
+        // SAFETY: the mapping has a block for each word of the table and lives as long as `self`. Nobody changes the
+        // file: only its owner may write to it, and an entry is written under another name and then renamed.
+        let block = unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().add(number * BLOCK), BLOCK) };
+        if word == FILLED | u64::from(crc32fast::hash(block)) { Ok(block) } else { Err(damaged()) }
     }
 }
 
@@ -104,10 +112,9 @@ impl KernelImage for Entry {
     fn read(&self, offset: u64, len: u64, sink: &mut Sink) -> io::Result<()> {
         let mut at = usize::try_from(offset).map_err(io::Error::other)?;
         let end = usize::try_from(offset.saturating_add(len).min(self.size)).map_err(io::Error::other)?;
-        let mut buffer = vec![0; BLOCK];
         while at < end {
             let (number, start) = (at / BLOCK, at % BLOCK);
-            let block = self.read_block(number, &mut buffer)?;
+            let block = self.block(number)?;
             let part = block.get(start..BLOCK.min(start + end - at)).ok_or_else(damaged)?;
             sink(part)?;
             at += part.len();
