@@ -43,7 +43,13 @@ impl VmConfig {
     /// A VM that boots `kernel`, all else by default.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
-            kernel: Kernel { path: kernel.into(), initramfs: None, cmdline: None, system_map: None },
+            kernel: Kernel {
+                path: kernel.into(),
+                initramfs: None,
+                cmdline: None,
+                system_map: None,
+                cache: KernelCache::User,
+            },
             cpus: Cpus::default(),
             memory: Memory::default(),
             kind: Kind::default(),
@@ -72,6 +78,51 @@ pub struct Kernel {
     /// the kernel or in /boot with the kernel's version in its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system_map: Option<PathBuf>,
+    /// Where unpacked kernels are kept, so that the next VM need not unpack the same bzImage again: `user` is the
+    /// directory `halyard/unpacked` where this user's caches are, `off` keeps none, and else it is a directory of its
+    /// own. Only its owner may be able to write to it.
+    #[serde(default, skip_serializing_if = "KernelCache::is_default")]
+    pub cache: KernelCache,
+}
+
+/// Where unpacked kernels are kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(from = "PathBuf", into = "PathBuf")]
+#[schemars(with = "String")]
+pub enum KernelCache {
+    /// Where this user's caches are.
+    #[default]
+    User,
+    /// Nowhere.
+    Off,
+    /// In this directory.
+    Directory(PathBuf),
+}
+
+impl KernelCache {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl From<PathBuf> for KernelCache {
+    fn from(text: PathBuf) -> Self {
+        match text.to_str() {
+            Some("user") => Self::User,
+            Some("off") => Self::Off,
+            _ => Self::Directory(text),
+        }
+    }
+}
+
+impl From<KernelCache> for PathBuf {
+    fn from(cache: KernelCache) -> Self {
+        match cache {
+            KernelCache::User => "user".into(),
+            KernelCache::Off => "off".into(),
+            KernelCache::Directory(path) => path,
+        }
+    }
 }
 
 /// The VM's processors.

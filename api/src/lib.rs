@@ -23,7 +23,8 @@ mod units;
 mod validate;
 
 pub use config::{
-    BootUntil, Cpus, Hugepages, Kernel, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig,
+    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology,
+    VmConfig,
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};

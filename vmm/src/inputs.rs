@@ -15,10 +15,14 @@ use devices::disk::{DiskOptions, RawDisk};
 use devices::net::Tap;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
+use crate::kernel::Kernels;
+
 /// The opened inputs of a VM.
 pub struct Inputs {
-    /// The kernel image.
+    /// The kernel file.
     pub kernel: File,
+    /// What makes it ready to be loaded.
+    pub kernels: Kernels,
     /// The initial file system.
     pub initramfs: Option<File>,
     /// The kernel's System.map, where one is named, or one is wanted and found.
@@ -62,7 +66,8 @@ impl Inputs {
         }
         match (kernel, initramfs) {
             (Some(kernel), initramfs) if problems.is_empty() => {
-                Ok(Self { kernel, initramfs: initramfs.flatten(), system_map, disks, taps })
+                let kernels = Kernels::default();
+                Ok(Self { kernel, kernels, initramfs: initramfs.flatten(), system_map, disks, taps })
             }
             _ => Err(problems),
         }

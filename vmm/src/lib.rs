@@ -10,6 +10,7 @@ pub mod endpoints;
 pub mod host;
 pub mod inbox;
 pub mod inputs;
+pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod owner;

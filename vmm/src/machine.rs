@@ -101,7 +101,7 @@ impl Machine {
 
         let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
         parts.trace.mark(Milestone::Vcpus);
-        machine.watcher = machine.watch(parts, ecam, guest_memory)?;
+        machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         let threads = VcpuThreads::start(parts.hypervisor.caps().backend, vcpus, &exits, parts.inbox, parts.trace)?;
         machine.vcpus = Some(threads);
@@ -109,14 +109,21 @@ impl Machine {
     }
 
     /// Has the boot looked at, where somebody wants to.
-    fn watch(&self, parts: &Parts, ecam: Range<u64>, memory: GuestMemoryMmap) -> Result<Option<Attached>, Failure> {
+    fn watch(
+        &self,
+        parts: &Parts,
+        ecam: Range<u64>,
+        memory: GuestMemoryMmap,
+        kernel: &LoadedKernel,
+    ) -> Result<Option<Attached>, Failure> {
         if !parts.trace.is_on() {
             return Ok(None);
         }
         let ids = parts.config.devices.iter().map(|device| device.id().to_owned());
         let functions = ids.zip(self.functions.iter().cloned()).collect();
         let system_map = parts.inputs.system_map.as_ref().map(File::try_clone).transpose()?;
-        let view = View { functions, ecam, memory, slide: 0, system_map };
+        let slide = kernel.slide.map_or(0, |slide| slide.virt.into());
+        let view = View { functions, ecam, memory, slide, system_map };
         Ok(parts.trace.attach(view, &parts.config.lifecycle, parts.inbox)?)
     }
 

@@ -26,7 +26,7 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Boot data: the global descriptor table at the 64-bit entry. One page.
 pub const BOOT_GDT: u64 = 0x8000;
-/// Boot data: the page tables at the 64-bit entry. Six pages at the most.
+/// Boot data: the page tables at the 64-bit entry. Eight pages at the most.
 pub const PAGE_TABLES: u64 = 0x9000;
 /// Boot data: the kernel's command line with its closing zero byte.
 pub const CMDLINE: u64 = 0x2_0000;

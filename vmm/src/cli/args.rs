@@ -130,6 +130,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Boot")]
     pub cmdline: Option<String>,
 
+    /// Where unpacked kernels are kept: a directory, user or off [default: user]
+    ///
+    /// What is in a bzImage is unpacked once and found again by the next VM. "user" is halyard/unpacked in
+    /// $XDG_CACHE_HOME or ~/.cache. At most 512 MiB are kept.
+    #[arg(long, value_name = "DIR|user|off", help_heading = "Boot")]
+    pub kernel_cache: Option<String>,
+
     /// How many vCPUs, 1 to 254, and how they are grouped [default: 1]
     ///
     /// As in "8,sockets=1,cores=4,threads=2". Without a grouping: one socket with cores of one thread.

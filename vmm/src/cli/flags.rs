@@ -38,6 +38,10 @@ impl Flags {
             self.origin("kernel.cmdline", "--cmdline", cmdline);
             config.kernel.cmdline = Some(cmdline.clone());
         }
+        if let Some(cache) = &args.kernel_cache {
+            self.origin("kernel.cache", "--kernel-cache", cache);
+            config.kernel.cache = PathBuf::from(cache).into();
+        }
         if let Some(map) = &args.system_map {
             self.origin("kernel.system_map", "--system-map", map);
             config.kernel.system_map = Some(map.into());

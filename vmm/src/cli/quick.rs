@@ -70,6 +70,7 @@ fn slot<'args>(args: &'args mut RunArgs, log: &'args mut LogWords, name: &str) -
         "kernel" => Slot::One(&mut args.kernel),
         "initramfs" => Slot::One(&mut args.initramfs),
         "cmdline" => Slot::One(&mut args.cmdline),
+        "kernel-cache" => Slot::One(&mut args.kernel_cache),
         "cpus" => Slot::One(&mut args.cpus),
         "memory" => Slot::One(&mut args.memory),
         "kind" => Slot::One(&mut args.kind),
