@@ -41,7 +41,9 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
     let mut image = image.wait();
-    trace.mark(Milestone::KernelDecompressed);
+    if image.unpacked().is_some() {
+        trace.mark(Milestone::KernelDecompressed);
+    }
     let kernel = loop {
         let source = BootSource {
             kernel: &inputs.kernel,

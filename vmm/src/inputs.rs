@@ -80,7 +80,8 @@ fn system_map(config: &VmConfig, problems: &mut Vec<Problem>) -> Option<File> {
         return open_regular(path, "kernel.system_map", "the System.map of this kernel", problems);
     }
     config.lifecycle.boot_timeout?;
-    let kernel = &config.kernel.path;
+    // /vmlinuz and the like are links to a file with the version in its name.
+    let kernel = std::fs::canonicalize(&config.kernel.path).ok()?;
     let version = kernel.file_name()?.to_str()?.split_once('-')?.1;
     let name = format!("System.map-{version}");
     [kernel.with_file_name(&name), Path::new("/boot").join(name)].iter().find_map(|path| File::open(path).ok())

@@ -4,11 +4,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use api::{DeviceConfig, Endpoint, OnPanic, OnReset, Outcome, VmConfig};
+use api::{BootUntil, DeviceConfig, Endpoint, OnPanic, OnReset, Outcome, TimeSpan, VmConfig};
 use arch::layout;
 use hal::fake::{Call, Fake, Live, Step};
 use hal::{Error, Hypervisor, IoAddr, VcpuId};
-use vmm::{Failure, run_on};
+use vmm::{Failure, Watching, run_watched};
 
 /// An ELF executable for x86-64 with one segment at 1 MiB: enough for a guest that a script plays.
 fn elf() -> Vec<u8> {
@@ -52,8 +52,12 @@ impl Bench {
     }
 
     fn run(&self) -> Result<Outcome, Failure> {
+        self.run_watched(&Watching::default())
+    }
+
+    fn run_watched(&self, watching: &Watching) -> Result<Outcome, Failure> {
         let hypervisor: Box<dyn Hypervisor> = Box::new(self.fake.clone());
-        let outcome = run_on(Ok(hypervisor), self.config.clone());
+        let outcome = run_watched(Ok(hypervisor), self.config.clone(), watching);
         assert_eq!(self.fake.live(), Live::default(), "something is left behind");
         outcome
     }
@@ -152,9 +156,59 @@ fn unclaimed_addresses_read_as_ones_and_ignore_writes() {
     }
 }
 
+/// The report of a watched run.
+fn report(bench: &Bench, expected: &Outcome) -> serde_json::Value {
+    let path = bench.path("boot.json");
+    assert_eq!(bench.run_watched(&Watching { boot_trace: Some(path.clone()) }).unwrap(), *expected);
+    assert!(fs::read_to_string(path.with_extension("svg")).unwrap().ends_with("</svg>\n"));
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+#[test]
+fn a_boot_trace_ends_at_user_space_or_with_the_machine() {
+    let bench = Bench::new();
+    let marker = out(layout::BOOT_MARKER_PORT, 1);
+    let reads = |count| (0..count).map(|_| Step::pio_read(0x71, 1));
+    bench.script([out(layout::COM1_PORT, b'x')].into_iter().chain(reads(3)).chain([marker]).chain(reads(5)));
+    bench.script([power_off()]);
+    let told = report(&bench, &Outcome::PoweredOff);
+    assert_eq!((&told["user_space"], &told["guest"]["exits"]), (&true.into(), &5.into()), "{told:#}");
+    assert_eq!(told["guest"]["hypervisor"]["exits"], 5);
+
+    // Resets before it: the trace is of the first boot alone.
+    let reset = || out(layout::ACPI_RESET_PORT, layout::ACPI_RESET_VALUE);
+    bench.script(reads(2).chain([reset(), Step::WaitForKick]).chain(reads(7)).chain([power_off()]));
+    let told = report(&bench, &Outcome::PoweredOff);
+    assert_eq!((&told["user_space"], &told["guest"]["by_reason"]["pio-read"]), (&false.into(), &2.into()), "{told:#}");
+}
+
+#[test]
+fn a_boot_that_takes_too_long_ends_the_run_and_so_does_one_after_a_reset() {
+    let mut bench = Bench::new();
+    bench.config.cpus.count = 3;
+    bench.config.lifecycle.boot_timeout = Some(TimeSpan::from_millis(300));
+    let Outcome::BootTimeout { reason } = bench.run().unwrap() else { panic!("it must not come up") };
+    assert!(reason.contains("touched no device; last milestone: first-entry"), "{reason}");
+    let saved = bench.fake.calls().iter().filter(|call| matches!(call, Call::Save(_))).count();
+    assert!(saved >= 6, "each of three vCPUs is looked at, twice at the end: {saved}");
+
+    bench.config.lifecycle.boot_until = BootUntil::Told;
+    let reset = out(layout::ACPI_RESET_PORT, layout::ACPI_RESET_VALUE);
+    bench.script([out(layout::BOOT_MARKER_PORT, 1), reset, Step::WaitForKick, out(layout::COM1_PORT, b'2')]);
+    let Outcome::BootTimeout { reason } = bench.run().unwrap() else { panic!("the second must not come up") };
+    assert!(reason.contains("last milestone: first-output serial"), "{reason}");
+}
+
 #[test]
 fn a_hypervisor_that_fails_at_any_call_leaves_nothing_behind() {
+    for boot_timeout in [None, Some(TimeSpan::from_millis(60_000))] {
+        nothing_is_left_behind(boot_timeout);
+    }
+}
+
+fn nothing_is_left_behind(boot_timeout: Option<TimeSpan>) {
     let mut bench = Bench::new();
+    bench.config.lifecycle.boot_timeout = boot_timeout;
     let disk = bench.path("disk");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     bench.config.devices = vec![DeviceConfig::Disk(api::Disk::new(disk)), DeviceConfig::Rng(api::Rng::default())];

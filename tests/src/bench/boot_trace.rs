@@ -5,6 +5,7 @@
 //! it runs, and waits. The time is the harness's clock from start to those words, and inside of it the guest's own: the
 //! stamps of its kernel's log. The kernel's clock begins to run after the kernel has been decompressed.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Instant;
 
@@ -117,7 +118,7 @@ pub fn measure() -> Result<Table> {
     ];
     let mut boots = Vec::new();
     for (name, command) in monitors {
-        let boot = boot(&host, name, &command).with_context(|| name.to_owned())?;
+        let boot = boot(&host, name, &command, counters).with_context(|| name.to_owned())?;
         eprintln!("  {name} {:.2} s", boot.total);
         boots.push(boot);
     }
@@ -125,22 +126,28 @@ pub fn measure() -> Result<Table> {
     let trigger =
         format!("[ -e {TRIGGER} ] || mount -t tracefs tracefs /sys/kernel/tracing; echo '{COUNT_REASONS}' >{TRIGGER}");
     let counts = host.run(Cmd::shell(&trigger))?.status.success();
-    self::boot(&host, "halyard", &own(&format!("{words} marker")).args(["--boot-trace", &path]))
-        .context("the boot trace")?;
+    let traced = own(&format!("{words} marker")).args(["--boot-trace", &path]);
+    let reasons = |host: &Host, _| if counts { reasons(host) } else { Ok(Vec::new()) };
+    let reasons = boot(&host, "halyard", &traced, reasons).context("the boot trace")?.counters;
     let trace = serde_json::from_slice(&host.read_file(&path)?).context("the boot trace")?;
-    let reasons = if counts { reasons(&host)? } else { Vec::new() };
     let first = "monitor, firmware, decompression";
     let steps = std::iter::once(first).chain(STEPS.map(|(_, step)| step)).chain(["first program"]);
     let what = format!("Debian's {}, 1 vCPU, 256 MiB", kernel.version()?);
     Ok(Table { what, steps: steps.map(str::to_owned).collect(), boots, trace, reasons })
 }
 
-fn boot(host: &Host, name: &str, command: &Cmd) -> Result<Boot> {
+/// Boots once; what was counted then is asked of `count` at the guest's first words.
+fn boot(
+    host: &Host,
+    name: &str,
+    command: &Cmd,
+    count: impl Fn(&Host, u32) -> Result<Vec<(String, u64)>>,
+) -> Result<Boot> {
     let started = Instant::now();
     let process = host.spawn(command.clone())?;
     let words = process.wait_line_for(FIRST_WORDS, PATIENCE)?;
     let total = started.elapsed().as_secs_f64();
-    let counters = counters(host, process.pid())?;
+    let counters = count(host, process.pid())?;
     let kernel = clock(&words)?;
     process.write(b"\n")?;
     let mut log = Vec::new();
@@ -178,7 +185,11 @@ fn stamp(line: &str) -> Option<f64> {
 fn reasons(host: &Host) -> Result<Vec<(String, u64)>> {
     let command = format!("cat {}; echo '!{COUNT_REASONS}' >{TRIGGER}", TRIGGER.replace("trigger", "hist"));
     let text = host.run(Cmd::shell(&command))?.ok().context("the histogram of exits")?;
-    let mut reasons: Vec<(String, u64)> = text.lines().filter_map(reason).collect();
+    let mut sums = BTreeMap::new();
+    for (name, count) in text.lines().filter_map(reason) {
+        *sums.entry(name).or_default() += count;
+    }
+    let mut reasons: Vec<(String, u64)> = sums.into_iter().collect();
     reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
     Ok(reasons)
 }

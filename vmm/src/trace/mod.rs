@@ -50,7 +50,8 @@ pub enum Milestone {
     Configuration,
     /// Guest memory is made.
     Memory,
-    /// The kernel's payload is decompressed on the host.
+    /// The kernel's payload is at hand decompressed: by the host, now or before. Not for a kernel that needs none, or
+    /// does it itself.
     KernelDecompressed,
     /// Kernel, initramfs and boot data are in guest memory.
     Kernel,

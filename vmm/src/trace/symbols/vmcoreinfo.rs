@@ -1,7 +1,9 @@
 //! What a Linux kernel tells crash dump tools of itself (`Documentation/admin-guide/kdump/vmcoreinfo.rst`): lines of
 //! text in a page of its own, made in the second half of its boot.
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 use super::KERNEL_MAP;
 
@@ -9,8 +11,9 @@ const PAGE: u64 = 4096;
 const PAGE_BYTES: usize = 4096;
 /// How the page begins.
 const BEGINNING: &[u8] = b"OSRELEASE=";
-/// The most guest memory that is searched, in bytes.
-const MOST_SEARCHED: u64 = 64 << 30;
+/// The most guest memory that is searched in each region, in bytes, and how much of it at a time.
+const MOST_SEARCHED: u64 = 256 << 30;
+const PIECE: u64 = 1 << 30;
 
 /// The text of a kernel that has made it.
 pub struct Vmcoreinfo(String);
@@ -18,12 +21,11 @@ pub struct Vmcoreinfo(String);
 impl Vmcoreinfo {
     /// Searches guest memory for it.
     pub fn find(memory: &GuestMemoryMmap) -> Option<Self> {
-        let starts = memory.iter().flat_map(|region| {
-            let start = region.start_addr();
-            (0..region.len() / PAGE).filter_map(move |page| start.checked_add(page * PAGE))
-        });
-        let most = usize::try_from(MOST_SEARCHED / PAGE).unwrap_or(usize::MAX);
-        starts.take(most).find_map(|page| Self::read(memory, page))
+        memory.iter().find_map(|region| {
+            let pieces = (0..region.len().min(MOST_SEARCHED)).step_by(usize::try_from(PIECE).ok()?);
+            let mut pages = pieces.flat_map(|piece| resident(region, piece));
+            pages.find_map(|page| Self::read(memory, page))
+        })
     }
 
     fn read(memory: &GuestMemoryMmap, at: GuestAddress) -> Option<Self> {
@@ -61,6 +63,26 @@ impl Vmcoreinfo {
         let offset = address.checked_sub(KERNEL_MAP)?;
         Some(GuestAddress(offset.wrapping_add(self.physical_base()?)))
     }
+}
+
+/// The pages of a piece of a region that are there. The others were never touched, and to read them would only make
+/// them.
+fn resident(region: &GuestRegionMmap, from: u64) -> Vec<GuestAddress> {
+    let length = PIECE.min(region.len().saturating_sub(from));
+    let (Ok(offset), Ok(size)) = (usize::try_from(from), usize::try_from(length)) else { return Vec::new() };
+    let mut there = vec![0_u8; size.div_ceil(PAGE_BYTES)];
+    let start = region.as_ptr().wrapping_add(offset);
+    #[expect(unsafe_code, reason = "mincore takes raw addresses")]
+    // SAFETY: the piece lies within a mapping that `region` keeps alive, and there is a byte for each of its pages.
+    let refused = unsafe { libc::mincore(start.cast(), size, there.as_mut_ptr()) };
+    if refused != 0 {
+        tracing::debug!("mincore: {}", std::io::Error::last_os_error());
+        return Vec::new();
+    }
+    let page = |(number, there): (u64, u8)| {
+        (there & 1 != 0).then(|| region.start_addr().checked_add(from + number * PAGE)).flatten()
+    };
+    (0..).zip(there).filter_map(page).collect()
 }
 
 #[cfg(test)]
