@@ -168,6 +168,7 @@ fn kind(endpoint: &api::Endpoint) -> EndpointKind {
         api::Endpoint::File { path } => EndpointKind::File { path: path.clone(), append: true },
         api::Endpoint::Socket { path } => EndpointKind::Socket { path: path.clone() },
         api::Endpoint::Pty {} => EndpointKind::Pty,
+        api::Endpoint::Api {} => EndpointKind::Handed,
         api::Endpoint::Off {} => EndpointKind::Off,
     }
 }
