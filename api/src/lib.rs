@@ -37,4 +37,4 @@ pub use schema::{SCHEMA_JSON, schema};
 pub use suggest::did_you_mean;
 pub use units::{ByteSize, MacAddr, UnitError};
 pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate};
-pub use vm::{MemoryInfo, MemoryPatch, PhaseName, Pong, Reason, Shutdown, VcpusPatch, Vcpus, Version, VmInfo};
+pub use vm::{MemoryInfo, MemoryPatch, PhaseName, Pong, Reason, Shutdown, Vcpus, VcpusPatch, Version, VmInfo};

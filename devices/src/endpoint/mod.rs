@@ -93,7 +93,14 @@ pub trait ConnectionObserver: Send + Sync + fmt::Debug {
 impl EndpointOptions {
     /// A console of this kind: it keeps 64 KiB of history, waits 10 s for its reader, and no key is special.
     pub fn new(name: &str, kind: EndpointKind) -> Self {
-        Self { name: name.to_owned(), kind, history: OUTPUT_CAPACITY, patience: Some(PATIENCE), quit: None, observer: None }
+        Self {
+            name: name.to_owned(),
+            kind,
+            history: OUTPUT_CAPACITY,
+            patience: Some(PATIENCE),
+            quit: None,
+            observer: None,
+        }
     }
 }
 
