@@ -8,6 +8,7 @@
 //! The way of a configuration: [`parse`] or flags → [`VmConfig::fill_defaults`] → [`validate`] → the machine. The
 //! crate knows nothing of the machine, so that a client can link it alone.
 
+mod body;
 mod config;
 mod defaults;
 mod device;
@@ -15,9 +16,11 @@ mod diagnose;
 mod document;
 mod event;
 mod host;
+mod openapi;
 mod outcome;
 mod parse;
 mod problem;
+pub mod routes;
 mod schema;
 mod suggest;
 mod tree;
@@ -25,11 +28,13 @@ mod units;
 mod validate;
 mod vm;
 
+pub use body::{BodyError, parse_body};
 pub use config::{Cpus, Hugepages, Kernel, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig};
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, pointer};
 pub use event::{Event, EventKind, Job, JobKind, JobState};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};
+pub use openapi::{OPENAPI_JSON, SCHEMAS, openapi};
 pub use outcome::Outcome;
 pub use parse::{ConfigText, MAX_CONFIG_BYTES, parse};
 pub use problem::{Position, Problem, Problems};
