@@ -33,6 +33,11 @@ impl DeviceConfig {
         }
     }
 
+    /// Sets the device's id.
+    pub fn set_id(&mut self, id: &str) {
+        id.clone_into(self.id_mut());
+    }
+
     pub(crate) fn id_mut(&mut self) -> &mut String {
         match self {
             Self::Disk(Disk { id, .. })

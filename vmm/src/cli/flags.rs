@@ -8,6 +8,8 @@ use api::{
     VmConfig, did_you_mean,
 };
 
+use vmm::server::{Access, ApiSocket};
+
 use super::args::RunArgs;
 use super::keys::{Pair, pairs};
 
@@ -81,6 +83,41 @@ impl Flags {
         let Some((_, flag)) = self.origin_of(problem) else { return false };
         let of_flag = |rest: &str| rest.is_empty() || rest.starts_with(": ");
         self.problems.iter().filter_map(|known| known.field.strip_prefix(flag)).any(of_flag)
+    }
+
+    /// What `--api-socket` says.
+    pub fn api_socket(&mut self, text: Option<&str>) -> Option<ApiSocket> {
+        let text = text?;
+        let at = format!("--api-socket {}", brief(text));
+        let (mut path, mut fd, mut access) = (None, None, Access::default());
+        for Pair { key, value } in self.list(&at, text, Some("path"), &["path", "fd", "mode", "uid", "gid"]) {
+            match key.as_str() {
+                "path" => path = self.given(&at, &key, value).map(PathBuf::from),
+                "fd" => fd = self.value(&at, &key, value, "the number of a descriptor"),
+                "uid" => access.uid = self.value(&at, &key, value, "the number of a user"),
+                "gid" => access.gid = self.value(&at, &key, value, "the number of a group"),
+                _ => {
+                    let Some(value) = self.given(&at, &key, value) else { continue };
+                    match u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777) {
+                        Some(mode) => access.mode = mode,
+                        None => self.add(&at, format!("mode: «{}» is no mode", brief(&value)), "write 0600 or 0660"),
+                    }
+                }
+            }
+        }
+        match (path, fd) {
+            (Some(path), None) if !path.as_os_str().is_empty() => Some(ApiSocket::Path { path, access }),
+            (None, Some(fd)) => Some(ApiSocket::Fd(fd)),
+            _ => {
+                self.add(&at, "it names no socket, or more than one", "give a path, or fd=N");
+                None
+            }
+        }
+    }
+
+    /// A flag that is needed is not there.
+    pub fn missing(&mut self, flag: &str, problem: &str, remedy: &str) {
+        self.add(flag, problem, remedy);
     }
 
     fn origin_of(&self, problem: &Problem) -> Option<(&str, &str)> {
