@@ -146,17 +146,15 @@ impl Connections {
     /// Ends the connection that has been silent for the longest time, or waits in the middle of a request. False where
     /// all are being answered.
     fn make_room(&self) -> bool {
-        let open = self.open();
-        let silent =
-            open.iter().filter(|open| open.connection.activity.load(Ordering::Relaxed) < Activity::Working as u8);
-        let oldest = silent.min_by_key(|open| {
-            (open.connection.activity.load(Ordering::Relaxed), open.connection.since.load(Ordering::Relaxed))
-        });
-        if let Some(oldest) = oldest {
-            tracing::debug!(pid = oldest.connection.pid, "API: a silent client makes room for another");
-            oldest.task.abort();
-        }
-        oldest.is_some()
+        let mut open = self.open();
+        let activity = |one: &Open| one.connection.activity.load(Ordering::Relaxed);
+        let silent = open.iter().enumerate().filter(|(_, one)| activity(one) < Activity::Working as u8);
+        let oldest = silent.min_by_key(|(_, one)| (activity(one), one.connection.since.load(Ordering::Relaxed)));
+        let Some((index, _)) = oldest else { return false };
+        let oldest = open.swap_remove(index);
+        tracing::debug!(pid = oldest.connection.pid, "API: a silent client makes room for another");
+        oldest.task.abort();
+        true
     }
 
     /// Waits until no client is connected.
@@ -191,6 +189,9 @@ fn refuse(stream: &UnixStream, status: StatusCode) {
 async fn converse(stream: ClientStream, service: Answers, mut stopped: watch::Receiver<bool>) {
     let mut protocol = http1::Builder::new();
     protocol.timer(Timers).header_read_timeout(IDLE).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
+    // A client that has sent its request may close its side: the request is answered all the same. Readers of events who
+    // are gone are noticed by the comments that are sent to them.
+    protocol.half_close(true);
     let mut connection = pin!(protocol.serve_connection(stream, service).with_upgrades());
     let mut stop = pin!(stopped.changed());
     let mut stopping = false;

@@ -1,10 +1,14 @@
 //! Events as server-sent events (HTML, "Server-sent events"): a reader has no buffer of its own, only a number.
 
 use std::fmt::Write;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use hyper::body::Bytes;
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::ApiCounters;
 use crate::board::Board;
@@ -15,10 +19,14 @@ pub struct EventStream {
     counters: Arc<ApiCounters>,
     /// The number of the last event that was sent.
     at: u64,
-    /// The reader has been told that it is connected.
-    greeted: bool,
+    /// When something is sent again, so that a reader who is gone is noticed.
+    silence: Pin<Box<Sleep>>,
 }
 
+/// How long nothing is sent at the most.
+const SILENCE: Duration = Duration::from_secs(15);
+/// A comment, which readers skip.
+const COMMENT: &str = ":\n\n";
 /// The most events in one piece.
 const AT_ONCE: usize = 32;
 
@@ -26,16 +34,16 @@ impl EventStream {
     /// The events after number `after`.
     pub fn new(board: Arc<Board>, counters: Arc<ApiCounters>, after: u64) -> Self {
         counters.event_readers.add(1);
-        Self { board, counters, at: after, greeted: false }
+        Self { board, counters, at: after, silence: Box::pin(sleep(Duration::ZERO)) }
     }
 
     /// The next piece of the stream.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let mut text = String::new();
-        if !self.greeted {
-            self.greeted = true;
-            // A comment: the head of the reply goes out at once, and the reader knows that it misses nothing from here.
-            text.push_str(":\n\n");
+        // The first comment comes at once, and with it the head of the reply: the reader misses nothing from here.
+        while self.silence.as_mut().poll(cx).is_ready() {
+            self.silence.as_mut().reset(Instant::now() + SILENCE);
+            text.push_str(COMMENT);
         }
         for _ in 0..AT_ONCE {
             match self.board.poll_event(self.at, cx.waker()) {

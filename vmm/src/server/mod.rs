@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use tokio::net::UnixListener;
 use tokio::sync::watch;
+use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 pub use socket::{Access, ApiListener, ApiSocket, SocketError};
@@ -143,7 +144,11 @@ async fn serve(
         };
         match accepted {
             None => break,
-            Some(Ok((stream, _))) => connections.admit(stream),
+            Some(Ok((stream, _))) => {
+                connections.admit(stream);
+                // Many who come at once must not keep those who are here waiting, nor those who must go from going.
+                yield_now().await;
+            }
             Some(Err(error)) => {
                 // Out of descriptors, most likely: others must give some back first.
                 tracing::warn!("API: a client cannot be accepted: {error}");
