@@ -192,7 +192,7 @@ pub struct RunArgs {
 
     /// Add a disk on a raw file or a block device; repeatable.
     ///
-    /// As in "path=root.img,id=root". Further keys: readonly=on|off, direct=on|off (around the host's page cache),
+    /// As in "path=root.img,id=root", or "fd=N" for an inherited descriptor. Further keys: readonly=on|off, direct=on|off (around the host's page cache),
     /// serial=TEXT (at most 20 bytes), queues=N. A key of on or off alone means on; a comma in a path is written twice.
     #[arg(long, value_name = "PATH[,KEY=VALUE]…", help_heading = "Devices")]
     pub disk: Vec<String>,

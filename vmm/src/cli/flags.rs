@@ -173,18 +173,19 @@ impl Flags {
     }
 
     fn disk(&mut self, at: &str, text: &str) -> DeviceConfig {
-        let mut disk = Disk::new("");
+        let mut disk = Disk { path: None, ..Disk::new("") };
         for Pair { key, value } in
-            self.list(at, text, Some("path"), &["path", "readonly", "direct", "serial", "queues", "id"])
+            self.list(at, text, Some("path"), &["path", "fd", "readonly", "direct", "serial", "queues", "id"])
         {
             match key.as_str() {
                 "readonly" => disk.readonly = self.on(at, &key, value),
                 "direct" => disk.direct = self.on(at, &key, value),
+                "fd" => disk.fd = self.value(at, &key, value, "the number of a descriptor"),
                 "queues" => disk.queues = self.value(at, &key, value, "a number").unwrap_or(disk.queues),
                 _ => {
                     let Some(value) = self.given(at, &key, value) else { continue };
                     match key.as_str() {
-                        "path" => disk.path = value.into(),
+                        "path" => disk.path = Some(value.into()),
                         "serial" => disk.serial = Some(value),
                         _ => disk.id = value,
                     }
