@@ -28,10 +28,9 @@ impl Forward {
         let (client, remote) = (client.clone(), remote.to_owned());
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
-                match client.connect(&remote) {
-                    Ok(far) => join(&near, &far).unwrap_or_default(),
-                    // Whoever connected reads an end.
-                    Err(error) => eprintln!("{remote}: {error:#}"),
+                // Where the host's socket cannot be reached, whoever connected reads an end.
+                if let Ok(far) = client.connect(&remote) {
+                    join(&near, &far).unwrap_or_default();
                 }
             }
         });

@@ -323,12 +323,19 @@ fn story_a_stock_kernel_is_driven_through_the_api_socket() -> Result<()> {
     config.kernel.cmdline = Some("console=ttyS0 quiet panic=-1".into());
     config.memory.size = api::ByteSize::mib(256);
     config.serial = Some(api::Endpoint::Api {});
-    config.devices.push(api::DeviceConfig::Rng(api::Rng::default()));
+    let agent =
+        api::Console { id: "agent".into(), name: Some("org.halyard.agent".into()), endpoint: api::Endpoint::Api {} };
+    config.devices.push(api::DeviceConfig::Console(agent));
     client.create(&config)?;
     let mut events = client.events(None)?;
     client.boot()?;
     let mut console = std::io::BufReader::new(client.console("serial", false)?);
     until(&mut console, "HALYARD-GUEST ready")?;
+    // The guest's agent is reached through the API as well. With it runs the handler of the power button.
+    let witness: halyard_tests::client::Witness = std::sync::Arc::new(String::new);
+    let agent = client.console("agent", false)?;
+    let guest = halyard_tests::Client::open("guest", agent, Duration::from_secs(60), witness)?;
+    assert_eq!(guest.run("uname -r")?.ok()?, kernel.version()?);
 
     client.pause()?;
     let times = |client: &mut api::Client| -> Result<String> {
