@@ -12,6 +12,8 @@ use devices::ioapic::IoApic;
 use hal::{Exit, ExitHandler, Kick, Vcpu};
 
 use crate::inbox::{Event, Inbox, VcpuEnd};
+use crate::trace::Trace;
+use crate::trace::exits::WatchedExits;
 
 /// How long vCPUs have to come to the gate: an exit that is being answered is the longest that they may take.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,6 +26,28 @@ pub struct ExitBuses {
     pub mmio: Arc<Bus>,
     /// Told of the end of level-triggered interrupts.
     pub ioapic: Arc<IoApic>,
+}
+
+impl ExitHandler for ExitBuses {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.pio.read(port.into(), data);
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.pio.write(port.into(), data);
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        self.mmio.read(gpa, data);
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        self.mmio.write(gpa, data);
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        self.ioapic.end_of_interrupt(vector);
+    }
 }
 
 /// What a vCPU has done since its machine was made.
@@ -45,36 +69,36 @@ pub struct VcpuCounters {
     pub kicks: AtomicU64,
 }
 
-/// Answers and counts one vCPU's exits.
+/// Counts one vCPU's exits on their way to who answers them.
 struct Exits<'a> {
-    buses: &'a ExitBuses,
+    answers: &'a dyn ExitHandler,
     counters: &'a VcpuCounters,
 }
 
 impl ExitHandler for Exits<'_> {
     fn pio_read(&self, port: u16, data: &mut [u8]) {
         count(&self.counters.pio_reads);
-        self.buses.pio.read(port.into(), data);
+        self.answers.pio_read(port, data);
     }
 
     fn pio_write(&self, port: u16, data: &[u8]) {
         count(&self.counters.pio_writes);
-        self.buses.pio.write(port.into(), data);
+        self.answers.pio_write(port, data);
     }
 
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         count(&self.counters.mmio_reads);
-        self.buses.mmio.read(gpa, data);
+        self.answers.mmio_read(gpa, data);
     }
 
     fn mmio_write(&self, gpa: u64, data: &[u8]) {
         count(&self.counters.mmio_writes);
-        self.buses.mmio.write(gpa, data);
+        self.answers.mmio_write(gpa, data);
     }
 
     fn end_of_interrupt(&self, vector: u8) {
         count(&self.counters.interrupt_ends);
-        self.buses.ioapic.end_of_interrupt(vector);
+        self.answers.end_of_interrupt(vector);
     }
 }
 
@@ -179,6 +203,7 @@ impl VcpuThreads {
         vcpus: Vec<Box<dyn Vcpu>>,
         buses: &Arc<ExitBuses>,
         inbox: &Inbox,
+        trace: &Trace,
         mode: Mode,
     ) -> io::Result<Self> {
         let gate = Arc::new(Gate::new(mode));
@@ -188,6 +213,7 @@ impl VcpuThreads {
             let counters = Arc::<VcpuCounters>::default();
             let thread = Thread {
                 buses: buses.clone(),
+                watched: trace.vcpu(&*vcpu, buses),
                 inbox: inbox.clone(),
                 gate: all.gate.clone(),
                 counters: counters.clone(),
@@ -248,6 +274,8 @@ impl Drop for VcpuThreads {
 /// What a vCPU's thread has beside the vCPU.
 struct Thread {
     buses: Arc<ExitBuses>,
+    /// Who looks at the boot answers first.
+    watched: Option<WatchedExits>,
     inbox: Inbox,
     gate: Arc<Gate>,
     counters: Arc<VcpuCounters>,
@@ -256,10 +284,14 @@ struct Thread {
 impl Thread {
     fn run(self, mut vcpu: Box<dyn Vcpu>) {
         self.counters.thread.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
-        let exits = Exits { buses: &self.buses, counters: &self.counters };
+        let answers: &dyn ExitHandler = self.watched.as_ref().map_or(&*self.buses, |watched| watched);
+        let exits = Exits { answers, counters: &self.counters };
         while let Some(stood) = self.gate.pass() {
             if stood {
                 vcpu.stood_still();
+            }
+            if let Some(watched) = &self.watched {
+                watched.before_entry(&mut *vcpu);
             }
             let end = match vcpu.run(&exits) {
                 Ok(Exit::Kicked) => {
@@ -294,7 +326,7 @@ mod tests {
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new()) });
         let inbox = Inbox::new().unwrap();
-        (VcpuThreads::start("test", vcpus, &buses, &inbox, mode).unwrap(), inbox)
+        (VcpuThreads::start("test", vcpus, &buses, &inbox, &Trace::off(), mode).unwrap(), inbox)
     }
 
     fn runs(fake: &Fake) -> usize {
