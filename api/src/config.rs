@@ -213,14 +213,25 @@ impl Default for Platform {
     }
 }
 
-/// What happens when the guest stops by itself. Power-off always ends the run, and so does a triple fault.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+/// What happens when the guest stops by itself, and when it is to stop. Power-off always ends the run, and so does a
+/// triple fault.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Lifecycle {
     /// When the guest resets.
     pub on_reset: OnReset,
     /// When the guest's kernel panics and says so through pvpanic.
     pub on_panic: OnPanic,
+    /// How many seconds a guest has to switch itself off after its power button was pressed, where whoever pressed it
+    /// did not say: a SIGTERM, or a request without a deadline.
+    #[schemars(range(max = 86400))]
+    pub shutdown_timeout: u32,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self { on_reset: OnReset::default(), on_panic: OnPanic::default(), shutdown_timeout: 90 }
+    }
 }
 
 /// What happens when the guest resets.

@@ -156,6 +156,8 @@ pub enum Endpoint {
     },
     /// A new pseudo-terminal, whose name is logged.
     Pty {},
+    /// Clients of the API socket, one at a time (`/api/v1/vm/consoles/{id}`).
+    Api {},
     /// Nowhere: output is dropped, there is no input.
     Off {},
 }
@@ -165,7 +167,7 @@ impl Endpoint {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::File { path } | Self::Socket { path } => Some(path),
-            Self::Stdio {} | Self::Pty {} | Self::Off {} => None,
+            Self::Stdio {} | Self::Pty {} | Self::Api {} | Self::Off {} => None,
         }
     }
 }

@@ -30,6 +30,8 @@ const MAX_DISK_SERIAL_BYTES: usize = 20;
 const MAX_QUEUES: u16 = 64;
 /// The smallest MTU that a network card may advise (virtio 1.2 §5.1.4.1).
 const MIN_MTU: u16 = 68;
+/// The longest time, in seconds, that a guest may be given to switch itself off: a day.
+const MAX_SHUTDOWN_TIMEOUT: u32 = 86_400;
 /// The id of the serial port, which is no device.
 const SERIAL_ID: &str = "serial";
 
@@ -49,6 +51,13 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
                 [] => "`halyard probe` says why".to_owned(),
                 _ => format!("it can run: {}; `halyard probe` says why", known.join(", ")),
             },
+        );
+    }
+    if config.lifecycle.shutdown_timeout > MAX_SHUTDOWN_TIMEOUT {
+        report.add(
+            "lifecycle.shutdown_timeout",
+            format!("{} seconds are too many", config.lifecycle.shutdown_timeout),
+            format!("at most {MAX_SHUTDOWN_TIMEOUT}, a day, are possible"),
         );
     }
     if config.devices.len() > usize::try_from(host.max_devices).unwrap_or(usize::MAX) {

@@ -78,7 +78,7 @@ devices:
             "vm.yaml:8:14: memory.hugepages: «4M» is not possible here; known are: off, 2M, 1G",
             "vm.yaml:9:7: kind: fields with a `type` must stand here, not «tdx»; write {type: tdx}",
             "vm.yaml:10:23: lifecycle.on_reset: «reboot» is not possible here; known are: restart, exit",
-            "vm.yaml:12:3: serial.type: it is missing; it is one of: stdio, file, socket, pty, off",
+            "vm.yaml:12:3: serial.type: it is missing; it is one of: stdio, file, socket, pty, api, off",
             "vm.yaml:14:11: devices[0].type: «disc» is no type here; did you mean «disk»? Known are: disk, net, console, rng",
             "vm.yaml:16:5: devices[1].type: it is missing; it is one of: disk, net, console, rng",
             "vm.yaml:17:5: devices[2].path: it is missing; needed is: A file or a block device, a multiple of 512 bytes long",

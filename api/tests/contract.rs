@@ -17,6 +17,7 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
         Just(Endpoint::Stdio {}),
         Just(Endpoint::Pty {}),
         Just(Endpoint::Off {}),
+        Just(Endpoint::Api {}),
         any::<String>().prop_map(|path| Endpoint::File { path: path.into() }),
         any::<String>().prop_map(|path| Endpoint::Socket { path: path.into() }),
     ]
@@ -54,7 +55,11 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
     let platform = any::<[bool; 2]>().prop_map(|flags| Platform { pvpanic: flags[0], debug_exit: flags[1] });
     let on_reset = prop_oneof![Just(OnReset::Restart), Just(OnReset::Exit)];
     let on_panic = prop_oneof![Just(OnPanic::Exit), Just(OnPanic::Restart), Just(OnPanic::Ignore)];
-    let lifecycle = (on_reset, on_panic).prop_map(|(on_reset, on_panic)| Lifecycle { on_reset, on_panic });
+    let lifecycle = (on_reset, on_panic, any::<u32>()).prop_map(|(on_reset, on_panic, shutdown_timeout)| Lifecycle {
+        on_reset,
+        on_panic,
+        shutdown_timeout,
+    });
     (cpus, memory, kind, platform, lifecycle)
 }
 
@@ -302,6 +307,8 @@ fn every_outcome_has_its_exit_code() {
         (Outcome::Reset, 3),
         (Outcome::Panicked, 4),
         (crashed, 5),
+        (Outcome::Destroyed, 6),
+        (Outcome::Failed { reason: "no memory".into() }, 1),
         (Outcome::DebugExit { value: 0 }, 64),
         (Outcome::DebugExit { value: 0xff }, 95),
         (Outcome::Quit, 130),

@@ -237,9 +237,11 @@ fn signal(running: &Running, signal: Signal) {
 }
 
 #[test]
-fn an_interrupt_signal_ends_a_guest_that_halts_for_ever() {
+fn a_second_interrupt_signal_ends_a_guest_that_halts_for_ever() {
     let mut running = commanded(&tiny!("commands"));
     running.send(b"h");
+    signal(&running, Signal::SIGINT);
+    running.wait_for_message("power button pressed");
     signal(&running, Signal::SIGINT);
     running.finish().expect_code(128 + 2);
 }

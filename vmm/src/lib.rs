@@ -4,15 +4,18 @@
 //! the kernel into new memory ([`boot`]), makes the machine around it ([`machine`]), and then decides, as the one
 //! owner of the machine, what each report means ([`owner`]).
 
+pub mod board;
 pub mod boot;
-mod devices;
+pub mod devices;
 pub mod endpoints;
 pub mod host;
 pub mod inbox;
 pub mod inputs;
 pub mod machine;
 pub mod memory;
+pub mod notify;
 pub mod owner;
+pub mod request;
 mod run;
 pub mod seams;
 pub mod vcpu;

@@ -1,14 +1,13 @@
 //! A VM from its configuration to its outcome.
 
+use std::sync::Arc;
+
 use api::{Outcome, Problems, VmConfig};
 use hal::Hypervisor;
 
-use crate::endpoints::Endpoints;
-use crate::inbox::Inbox;
-use crate::inputs::Inputs;
-use crate::machine::{Machine, Parts};
-use crate::owner::{Reports, Verdict};
-use crate::{boot, host};
+use crate::board::Board;
+use crate::owner::{Owner, Until};
+use crate::request::Descriptors;
 
 /// Why there is no outcome.
 #[derive(Debug, thiserror::Error)]
@@ -55,51 +54,9 @@ pub fn run(config: VmConfig) -> Result<Outcome, Failure> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, mut config: VmConfig) -> Result<Outcome, Failure> {
-    config.fill_defaults();
-    let inbox = Inbox::new()?;
-    let mut reports = Reports::new(inbox.clone())?;
-
-    let facts = match &hypervisor {
-        Ok(hypervisor) => host::facts(hypervisor.caps()),
-        Err(_) => api::HostFacts::unlimited(),
-    };
-    let mut problems = api::validate(&config, &facts);
-    let inputs = Inputs::open(&config).map_err(|found| problems.extend(found));
-    let (Ok(inputs), true) = (inputs, problems.is_empty()) else {
-        return Err(Failure::BadInput(Problems(problems)));
-    };
-    let hypervisor = hypervisor?;
-
-    let mut loaded = boot::load(&config, hypervisor.caps(), &inputs)?;
-    // Only now, when nothing in the input can be wrong any more, does anything appear on the host.
-    let endpoints = Endpoints::open(&config)?;
-    reports.listen_for_quit(endpoints.quit())?;
-    let parts =
-        Parts { config: &config, hypervisor: &*hypervisor, inputs: &inputs, endpoints: &endpoints, inbox: &inbox };
-    loop {
-        let machine = Machine::create(&parts, loaded)?;
-        let verdict = watch(&machine, &mut reports, &config)?;
-        drop(machine);
-        match verdict {
-            Verdict::Stop(outcome) => {
-                endpoints.drain();
-                return Ok(outcome);
-            }
-            _ => tracing::info!("the guest boots again"),
-        }
-        inbox.clear();
-        loaded = boot::load(&config, hypervisor.caps(), &inputs)?;
-    }
-}
-
-/// Serves the machine until it is to be stopped or made anew.
-fn watch(machine: &Machine, reports: &mut Reports, config: &VmConfig) -> Result<Verdict, Failure> {
-    loop {
-        match reports.next(&config.lifecycle)? {
-            Verdict::GoOn => {}
-            Verdict::PressPowerButton => machine.press_power_button(),
-            verdict => return Ok(verdict),
-        }
-    }
+pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, config: VmConfig) -> Result<Outcome, Failure> {
+    let mut owner = Owner::new(hypervisor, Arc::new(Board::new(0)))?;
+    owner.create(config, Descriptors::Inherited)?;
+    owner.boot()?;
+    Ok(owner.serve(Until::VmEnds)?.unwrap_or(Outcome::Destroyed))
 }

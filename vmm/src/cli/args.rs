@@ -162,13 +162,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "TAP[,KEY=VALUE]…", help_heading = "Devices")]
     pub net: Vec<String>,
 
-    /// Where the serial port (ttyS0) leads: stdio, pty, off, file=PATH or socket=PATH.
+    /// Where the serial port (ttyS0) leads: stdio, pty, api, off, file=PATH or socket=PATH.
     ///
     /// Without it: stdio, or off where a console leads to stdio.
     #[arg(long, value_name = "ENDPOINT", help_heading = "Devices")]
     pub serial: Option<String>,
 
-    /// Add a virtio console, which leads to stdio, pty, off, file=PATH or socket=PATH; repeatable.
+    /// Add a virtio console, which leads to stdio, pty, api, off, file=PATH or socket=PATH; repeatable.
     ///
     /// The first without a name is hvc0, the next hvc1. With "name=PORT" it is a port for programs in the guest,
     /// /dev/virtio-ports/PORT. A further key: id=ID.

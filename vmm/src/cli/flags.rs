@@ -198,7 +198,7 @@ impl Flags {
     }
 
     fn endpoint(&mut self, at: &str, parts: &[Pair]) -> Option<Endpoint> {
-        const CHOICE: &str = "choose stdio, pty, off, file=PATH or socket=PATH";
+        const CHOICE: &str = "choose stdio, pty, api, off, file=PATH or socket=PATH";
         let [Pair { key, value }] = parts else {
             let problem = if parts.is_empty() { "it does not say where it leads" } else { "it leads to more than one" };
             self.add(at, problem, CHOICE);
@@ -208,6 +208,7 @@ impl Flags {
         match (key.as_str(), path) {
             ("stdio", None) => Some(Endpoint::Stdio {}),
             ("pty", None) => Some(Endpoint::Pty {}),
+            ("api", None) => Some(Endpoint::Api {}),
             ("off", None) => Some(Endpoint::Off {}),
             ("file", Some(path)) => Some(Endpoint::File { path }),
             ("socket", Some(path)) => Some(Endpoint::Socket { path }),
@@ -325,7 +326,7 @@ const PANICS: [(&str, OnPanic); 3] =
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
 /// The keys of an endpoint, of which one is given.
-const ENDPOINT_KEYS: [&str; 5] = ["stdio", "pty", "off", "file", "socket"];
+const ENDPOINT_KEYS: [&str; 6] = ["stdio", "pty", "api", "off", "file", "socket"];
 
 /// A flag's value, cut so that a message stays readable.
 fn brief(text: &str) -> String {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use api::{ConfigText, HostFacts, Problem, Problems, VmConfig};
 use vmm::Failure;
 use vmm::inputs::Inputs;
+use vmm::request::Descriptors;
 
 use super::args::RunArgs;
 use super::flags::Flags;
@@ -97,7 +98,7 @@ pub fn run(args: &RunArgs, format: Format) -> ExitCode {
     let source = Source::read(args);
     let config = source.config(|config| {
         let mut problems = api::validate(config, &HostFacts::unlimited());
-        problems.extend(Inputs::open(config).err().unwrap_or_default());
+        problems.extend(Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default());
         problems
     });
     let outcome = config.map_err(|problems| Failure::BadInput(Problems(problems))).and_then(vmm::run);

@@ -214,16 +214,16 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
         ],
         &[
             "--serial file: «file» needs a path; write file=PATH",
-            "--console socket=a,pty: it leads to more than one; choose stdio, pty, off, file=PATH or socket=PATH",
-            "--console stdio=1: «stdio» takes no value; choose stdio, pty, off, file=PATH or socket=PATH",
-            "--console name=x: it does not say where it leads; choose stdio, pty, off, file=PATH or socket=PATH",
+            "--console socket=a,pty: it leads to more than one; choose stdio, pty, api, off, file=PATH or socket=PATH",
+            "--console stdio=1: «stdio» takes no value; choose stdio, pty, api, off, file=PATH or socket=PATH",
+            "--console name=x: it does not say where it leads; choose stdio, pty, api, off, file=PATH or socket=PATH",
         ],
     ),
     (
         &["--kernel", "k", "--serial", "tcp=1"],
         &[
-            "--serial tcp=1: unknown key «tcp» of --serial; known: stdio, pty, off, file, socket",
-            "--serial tcp=1: it does not say where it leads; choose stdio, pty, off, file=PATH or socket=PATH",
+            "--serial tcp=1: unknown key «tcp» of --serial; known: stdio, pty, api, off, file, socket",
+            "--serial tcp=1: it does not say where it leads; choose stdio, pty, api, off, file=PATH or socket=PATH",
         ],
     ),
     (
