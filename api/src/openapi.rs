@@ -8,7 +8,7 @@ use crate::routes::{Content, Operation, ROUTES, Route};
 use crate::schema::unfold;
 use crate::{
     DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, PROBLEM_JSON, Pong, ProblemDocument, Shutdown,
-    VcpusPatch, Vcpus, Version, VmConfig, VmInfo,
+    Vcpus, VcpusPatch, Version, VmConfig, VmInfo,
 };
 
 /// The description of the API as text, as it is committed. A test holds it equal to what [`openapi`] generates, so that
@@ -85,7 +85,8 @@ fn describe(route: &Route) -> Value {
     if let Some(body) = route.body {
         let schema = json!({ "$ref": format!("#{SCHEMAS}/{body}") });
         let required = !route.body_optional;
-        operation["requestBody"] = json!({ "required": required, "content": { "application/json": { "schema": schema } } });
+        operation["requestBody"] =
+            json!({ "required": required, "content": { "application/json": { "schema": schema } } });
     }
     let responses = &mut operation["responses"];
     for success in route.replies {

@@ -194,10 +194,7 @@ pub const ROUTES: &[Route] = &[
         replies: NO_CONTENT,
         ..get(Operation::DestroyVm, "destroy_vm", "/api/v1/vm", "Destroy the VM: there is none afterwards.")
     },
-    Route {
-        problems: &[409, 422],
-        ..action(Operation::BootVm, "boot_vm", "/api/v1/vm/actions/boot", "Boot the VM.")
-    },
+    Route { problems: &[409, 422], ..action(Operation::BootVm, "boot_vm", "/api/v1/vm/actions/boot", "Boot the VM.") },
     action(Operation::PauseVm, "pause_vm", "/api/v1/vm/actions/pause", "Let the VM stand still."),
     action(Operation::ResumeVm, "resume_vm", "/api/v1/vm/actions/resume", "Let a VM that stands still run on."),
     action(Operation::ResetVm, "reset_vm", "/api/v1/vm/actions/reset", "Reset the VM, as its reset button would."),
@@ -308,7 +305,12 @@ pub const ROUTES: &[Route] = &[
         verb: Verb::Delete,
         replies: NO_CONTENT,
         problems: &[404],
-        ..get(Operation::CancelJob, "cancel_job", "/api/v1/jobs/{id}", "Cancel a job. One that has ended stays as it is.")
+        ..get(
+            Operation::CancelJob,
+            "cancel_job",
+            "/api/v1/jobs/{id}",
+            "Cancel a job. One that has ended stays as it is.",
+        )
     },
     Route {
         replies: &[Success {
@@ -404,7 +406,10 @@ mod tests {
         };
         assert_eq!(operation("GET", "/api/v1/vm"), Some((Operation::GetVm, None)));
         assert_eq!(operation("PUT", "/api/v1/vm/devices/a.b"), Some((Operation::PutDevice, Some("a.b".into()))));
-        assert_eq!(operation("GET", "/api/v1/vm/devices/%64%69sk%"), Some((Operation::GetDevice, Some("disk%".into()))));
+        assert_eq!(
+            operation("GET", "/api/v1/vm/devices/%64%69sk%"),
+            Some((Operation::GetDevice, Some("disk%".into())))
+        );
         for path in ["/", "", "/api/v1/vm/", "/api/v1/vm/devices/", "/api/v1/vm/devices/a/b", "/api/v2/vm", "*"] {
             assert!(matches!(find("GET", path), Found::Nothing), "{path}");
         }

@@ -197,4 +197,16 @@ pub struct RunArgs {
     /// When the guest's kernel panics: exit with code 4, restart it, or ignore it [default: exit]
     #[arg(long, value_name = "exit|restart|ignore", help_heading = "When the guest stops")]
     pub on_panic: Option<String>,
+
+    /// What a guest that takes over a part of the monitor finds: on, off, or log [default: on]
+    ///
+    /// On: each thread may make the system calls that it needs and no others (one that does ends the process with exit
+    /// code 6), no path can be opened but what the configuration names, and there are no capabilities. Log: as on, but
+    /// calls that are not allowed are done, and the kernel's log names them. Off: none of this.
+    #[arg(long, value_name = "on|off|log", help_heading = "Safety")]
+    pub sandbox: Option<String>,
+
+    /// Let a crash of the monitor write a core dump, which holds the guest's memory
+    #[arg(long, help_heading = "Safety")]
+    pub core_dumps: bool,
 }

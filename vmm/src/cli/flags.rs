@@ -8,6 +8,8 @@ use api::{
     VmConfig, did_you_mean,
 };
 
+use vmm::sandbox::Mode;
+
 use super::args::RunArgs;
 use super::keys::{Pair, pairs};
 
@@ -62,6 +64,13 @@ impl Flags {
         self.choose("platform.pvpanic", "--pvpanic", args.pvpanic.as_deref(), &SWITCH, &mut config.platform.pvpanic);
         config.platform.debug_exit |= args.debug_exit;
         self.devices(args, config);
+    }
+
+    /// What `--sandbox` says. It is no part of the configuration: whoever may configure the VM is not who decides on the
+    /// walls around it.
+    pub fn sandbox(&mut self, args: &RunArgs) -> Mode {
+        let Some(text) = &args.sandbox else { return Mode::On };
+        self.word(&format!("--sandbox {}", brief(text)), text, &SANDBOXES).unwrap_or(Mode::On)
     }
 
     /// A problem with the flag that has it in the place of the configuration's field, where a flag set the field.
@@ -323,6 +332,7 @@ const KINDS: [(&str, Kind); 4] = [
 const RESETS: [(&str, OnReset); 2] = [("restart", OnReset::Restart), ("exit", OnReset::Exit)];
 const PANICS: [(&str, OnPanic); 3] =
     [("exit", OnPanic::Exit), ("restart", OnPanic::Restart), ("ignore", OnPanic::Ignore)];
+const SANDBOXES: [(&str, Mode); 3] = [("on", Mode::On), ("off", Mode::Off), ("log", Mode::Log)];
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
 /// The keys of an endpoint, of which one is given.

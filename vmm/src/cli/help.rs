@@ -43,6 +43,7 @@ Exit codes:
     3  the guest reset, and --on-reset exit was given
     4  the guest's kernel panicked
     5  the guest crashed: a triple fault, or an instruction that cannot be carried out
+    6  the sandbox ended the monitor: a thread made a system call that it never should
    64  and up to 95: the guest wrote to the debug-exit port; its five low bits are added
   130  ended from the terminal by Ctrl-a x
   128  and more: ended by a signal, whose number is added

@@ -82,6 +82,8 @@ fn slot<'args>(args: &'args mut RunArgs, log: &'args mut LogWords, name: &str) -
         "debug-exit" => Slot::Switch(&mut args.debug_exit),
         "on-reset" => Slot::One(&mut args.on_reset),
         "on-panic" => Slot::One(&mut args.on_panic),
+        "sandbox" => Slot::One(&mut args.sandbox),
+        "core-dumps" => Slot::Switch(&mut args.core_dumps),
         _ => return None,
     })
 }
@@ -135,7 +137,7 @@ mod tests {
     fn it_reads_the_plain_case() {
         let line = "halyard run --kernel k --cpus=2 --memory 1G --disk a --disk b --net t --serial stdio --console pty \
                     --rng --debug-exit --initramfs i --cmdline quiet --kind tdx --pvpanic on --on-reset exit --on-panic \
-                    exit --log-level debug --log-format json --config c";
+                    exit --sandbox off --core-dumps --log-level debug --log-format json --config c";
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         assert_eq!(quick(&words), Some(Cli::read(&words).unwrap()));
     }

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use api::{ConfigText, HostFacts, Problem, Problems, VmConfig};
+use api::{ConfigText, DeviceConfig, HostFacts, Problem, Problems, VmConfig};
 use vmm::Failure;
 use vmm::inputs::Inputs;
 use vmm::request::Descriptors;
+use vmm::sandbox;
 
 use super::args::RunArgs;
 use super::flags::Flags;
@@ -17,6 +18,7 @@ use crate::logging::Format;
 pub struct Source {
     file: Option<ConfigText>,
     flags: Flags,
+    sandbox: sandbox::Mode,
     /// What could be understood; `None` where the file could not.
     config: Option<VmConfig>,
     problems: Vec<Problem>,
@@ -25,14 +27,20 @@ pub struct Source {
 impl Source {
     /// Reads the file, if one is named, and changes what it says as the flags do.
     pub fn read(args: &RunArgs) -> Self {
-        let mut source =
-            Self { file: None, flags: Flags::default(), config: Some(VmConfig::new("")), problems: Vec::new() };
+        let mut source = Self {
+            file: None,
+            flags: Flags::default(),
+            sandbox: sandbox::Mode::On,
+            config: Some(VmConfig::new("")),
+            problems: Vec::new(),
+        };
         if let Some(path) = &args.config {
             source.config = source.read_file(Path::new(path));
         }
         // Flags that change a broken file are looked at for their own problems all the same.
         let mut scratch = VmConfig::new("");
         source.flags.apply(args, source.config.as_mut().unwrap_or(&mut scratch));
+        source.sandbox = source.flags.sandbox(args);
         source.problems.extend(source.flags.problems.iter().cloned());
         source
     }
@@ -96,6 +104,10 @@ impl Source {
 /// Runs a VM until it ends.
 pub fn run(args: &RunArgs, format: Format) -> ExitCode {
     let source = Source::read(args);
+    if let Err(error) = prepare(&source, args, format) {
+        complain(format, "", &error.to_string());
+        return HOST_FAILED.into();
+    }
     let config = source.config(|config| {
         let mut problems = api::validate(config, &HostFacts::unlimited());
         problems.extend(Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default());
@@ -113,6 +125,20 @@ pub fn run(args: &RunArgs, format: Format) -> ExitCode {
             HOST_FAILED.into()
         }
     }
+}
+
+/// What has to be settled for the whole process before it opens anything.
+fn prepare(source: &Source, args: &RunArgs, format: Format) -> std::io::Result<()> {
+    let devices = source.config.iter().flat_map(|config| &config.devices);
+    sandbox::close_unclaimed(devices.filter_map(DeviceConfig::fd));
+    if !args.core_dumps {
+        sandbox::forbid_core_dumps()?;
+    }
+    if format == Format::Json {
+        sandbox::report_as_json();
+    }
+    sandbox::begin(source.sandbox);
+    Ok(())
 }
 
 /// Prints a configuration with its defaults filled in, or its problems.

@@ -27,6 +27,7 @@ use crate::inbox::{Event, Inbox};
 use crate::machine::{Machine, Parts};
 use crate::notify::ServiceManager;
 use crate::request::{Answer, Asked, Change, Descriptors, Refusal, Request};
+use crate::sandbox::{self, Thread};
 use crate::vcpu::Mode;
 use crate::{Failure, boot, host};
 use phase::no_device;
@@ -135,8 +136,11 @@ impl Owner {
         // Only now, when nothing in the input can be wrong any more, does anything appear on the host.
         let endpoints = Endpoints::open(config, &self.board)?;
         self.reports.listen_for_quit(endpoints.quit())?;
+        sandbox::confine(&sandbox::grants(config))?;
         let parts = Parts { config, hypervisor, inputs, endpoints: &endpoints, inbox: &self.inbox };
-        Ok((Machine::create(&parts, loaded, Mode::Run)?, endpoints))
+        let machine = Machine::create(&parts, loaded, Mode::Run)?;
+        endpoints.serve()?;
+        Ok((machine, endpoints))
     }
 
     /// Serves the VM and its clients. The outcome of the last run, where there was one.
@@ -145,6 +149,7 @@ impl Owner {
     /// [`Failure::Host`] where waiting itself fails.
     pub fn serve(&mut self, until: Until) -> Result<Option<Outcome>, Failure> {
         self.manager.ready();
+        sandbox::enter(Thread::Owner);
         loop {
             let ends = until == Until::VmEnds || self.ending.is_some();
             match &self.phase {

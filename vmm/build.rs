@@ -1,0 +1,54 @@
+//! Compiles the system-call policies of `resources/seccomp` into the program, so that none is parsed at a start.
+
+#[path = "build/compile.rs"]
+mod compile;
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use compile::Policy;
+
+/// Kinds of thread, each with the lists that its policy consists of. A thread's children begin under its policy, and
+/// each policy after that can only take away: the owner thread, which makes all others, needs what they need. The list
+/// with the most frequent ioctl comes first.
+const POLICIES: [(&str, &[&str]); 7] = [
+    ("vmm", &["vcpu", "io", "console", "loader", "vmm", "common"]),
+    ("clients", &["vcpu", "io", "console", "loader", "vmm", "clients", "common"]),
+    ("vcpu", &["vcpu", "common"]),
+    ("io", &["io", "common"]),
+    ("console", &["console", "common"]),
+    ("api", &["api", "common"]),
+    ("loader", &["loader", "common"]),
+];
+
+/// `AUDIT_ARCH_X86_64`: a 64-bit, little-endian machine with ELF's number 62.
+const X86_64: u32 = 0xc000_003e;
+
+fn main() {
+    let folder = Path::new(&env::var("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("../resources/seccomp");
+    println!("cargo::rerun-if-changed={}", folder.display());
+    println!("cargo::rerun-if-changed=build");
+    let target = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets it");
+    assert_eq!(target, "x86_64", "the policies' ioctls are those of x86-64");
+    let mut source = String::new();
+    for (kind, lists) in POLICIES {
+        let mut policy = Policy::default();
+        for list in lists {
+            let path = folder.join(list).with_extension("json");
+            let json = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            let number = |name: &str| name.parse().ok().and_then(|call: syscalls::Sysno| u32::try_from(call.id()).ok());
+            policy.add(&json, list, number).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
+        let program = policy.compile(X86_64);
+        let name = kind.to_uppercase();
+        writeln!(source, "/// What threads of the kind `{kind}` may do.").expect("a string has room");
+        writeln!(source, "pub static {name}: [sock_filter; {}] = [", program.len()).expect("a string has room");
+        for compile::Instruction { code, jt, jf, k } in program {
+            writeln!(source, "    sock_filter {{ code: {code}, jt: {jt}, jf: {jf}, k: {k} }},").expect("room");
+        }
+        source.push_str("];\n");
+    }
+    let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it")).join("policies.rs");
+    fs::write(&out, source).unwrap_or_else(|error| panic!("{}: {error}", out.display()));
+}
