@@ -83,7 +83,8 @@ mod tests {
         let told = problems::<VmConfig>(r#"{"kernel": {}, "cpus": {"count": 300}, "x": 1}"#, "VmConfig");
         let fields: Vec<&str> = told.iter().filter_map(|problem| problem.split(": ").next()).collect();
         assert_eq!(fields, ["kernel.path", "x", "cpus.count"], "{told:?}");
-        let told = problems::<DeviceConfig>(r#"{"type": "disk", "readonly": 1, "queues": "x"}"#, "DeviceConfig");
+        let told =
+            problems::<DeviceConfig>(r#"{"type": "disk", "path": 1, "readonly": 1, "queues": "x"}"#, "DeviceConfig");
         assert_eq!(told.len(), 3, "{told:?}");
         assert_eq!(problems::<VcpusPatch>("[]", "VcpusPatch").len(), 1);
         assert_eq!(problems::<VcpusPatch>("null", "VcpusPatch").len(), 1);

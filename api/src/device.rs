@@ -33,6 +33,11 @@ impl DeviceConfig {
         }
     }
 
+    /// Sets the device's id.
+    pub fn set_id(&mut self, id: &str) {
+        id.clone_into(self.id_mut());
+    }
+
     pub(crate) fn id_mut(&mut self) -> &mut String {
         match self {
             Self::Disk(Disk { id, .. })
@@ -45,8 +50,8 @@ impl DeviceConfig {
     /// The number of the descriptor that the device is on, where it names one.
     pub fn fd(&self) -> Option<i32> {
         match self {
-            Self::Net(net) => net.fd,
-            Self::Disk(_) | Self::Console(_) | Self::Rng(_) => None,
+            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => *fd,
+            Self::Console(_) | Self::Rng(_) => None,
         }
     }
 
@@ -68,8 +73,13 @@ pub struct Disk {
     /// The device's id.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub id: String,
-    /// A file or a block device, a multiple of 512 bytes long.
+    /// A file or a block device, a multiple of 512 bytes long. Either this or `fd` is needed.
+    #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
+    /// An inherited descriptor of such a file, opened for reading and, unless `readonly`, writing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 3))]
+    pub fd: Option<i32>,
     /// The guest cannot write to it. The file is opened for reading only, and several VMs may share it.
     #[serde(default)]
     pub readonly: bool,
@@ -86,6 +96,10 @@ pub struct Disk {
     pub queues: u16,
 }
 
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
 fn one() -> u16 {
     1
 }
@@ -93,7 +107,15 @@ fn one() -> u16 {
 impl Disk {
     /// A writable disk on `path`, all else by default.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { id: String::new(), path: path.into(), readonly: false, direct: false, serial: None, queues: one() }
+        Self {
+            id: String::new(),
+            path: path.into(),
+            fd: None,
+            readonly: false,
+            direct: false,
+            serial: None,
+            queues: one(),
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //! crate knows nothing of the machine, so that a client can link it alone.
 
 mod body;
+mod client;
 mod config;
 mod defaults;
 mod device;
@@ -29,6 +30,7 @@ mod validate;
 mod vm;
 
 pub use body::{BodyError, parse_body};
+pub use client::{Client, ClientError, Events, Options, Response};
 pub use config::{Cpus, Hugepages, Kernel, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig};
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, pointer};

@@ -231,7 +231,18 @@ fn path(report: &mut Report, field: &str, path: &Path) {
 }
 
 fn disk(report: &mut Report, at: &str, disk: &Disk) {
-    path(report, &format!("{at}.path"), &disk.path);
+    match disk.fd {
+        Some(_) if !disk.path.as_os_str().is_empty() => {
+            report.add(at, "both `path` and `fd` are given", "leave one of them out");
+        }
+        Some(fd) if fd < 3 => report.add(
+            format!("{at}.fd"),
+            format!("descriptor {fd} cannot be a disk"),
+            "0 to 2 are the standard streams; pass another one",
+        ),
+        Some(_) => {}
+        None => path(report, &format!("{at}.path"), &disk.path),
+    }
     if let Some(serial) = &disk.serial {
         let field = format!("{at}.serial");
         if serial.len() > MAX_DISK_SERIAL_BYTES {
@@ -345,6 +356,10 @@ fn conflicts(report: &mut Report, config: &VmConfig) {
         if !device.id().is_empty() {
             ids.take(report, format!("{at}.id"), device.id(), "a device's id must be its own");
         }
+        if let Some(fd) = device.fd() {
+            let remedy = "each device needs a descriptor of its own";
+            descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
+        }
         match device {
             DeviceConfig::Disk(disk) if !disk.path.as_os_str().is_empty() => {
                 let (first, all_readonly) = disks.entry(&disk.path).or_insert((index, true));
@@ -360,10 +375,6 @@ fn conflicts(report: &mut Report, config: &VmConfig) {
             DeviceConfig::Net(net) => {
                 if let Some(tap) = &net.tap {
                     taps.take(report, format!("{at}.tap"), tap, "each network card needs a tap interface of its own");
-                }
-                if let Some(fd) = net.fd {
-                    let remedy = "each network card needs a descriptor of its own";
-                    descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
                 }
                 if let Some(mac) = net.mac {
                     let remedy = "each network card needs an address of its own";

@@ -24,11 +24,10 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
 }
 
 fn device() -> impl Strategy<Value = DeviceConfig> {
-    let disk = (any::<String>(), any::<String>(), any::<(bool, bool, u16)>(), option::of(any::<String>())).prop_map(
-        |(id, path, (readonly, direct, queues), serial)| {
-            DeviceConfig::Disk(Disk { id, path: path.into(), readonly, direct, serial, queues })
-        },
-    );
+    let disk = (any::<String>(), any::<String>(), any::<(bool, bool, u16)>(), any::<(Option<String>, Option<i32>)>())
+        .prop_map(|(id, path, (readonly, direct, queues), (serial, fd))| {
+            DeviceConfig::Disk(Disk { id, path: path.into(), fd, readonly, direct, serial, queues })
+        });
     let net = any::<(String, Option<String>, Option<i32>, Option<[u8; 6]>, Option<u16>)>()
         .prop_map(|(id, tap, fd, mac, mtu)| DeviceConfig::Net(Net { id, tap, fd, mac: mac.map(MacAddr::new), mtu }));
     let console = (any::<String>(), any::<Option<String>>(), endpoint())
@@ -43,12 +42,13 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
         topology: topology.map(|[sockets, cores, threads]| Topology { sockets, cores, threads }),
     });
     let hugepages = prop_oneof![Just(Hugepages::Off), Just(Hugepages::Size2M), Just(Hugepages::Size1G)];
-    let memory = (any::<u64>(), any::<[bool; 3]>(), hugepages).prop_map(|(size, flags, hugepages)| Memory {
+    let memory = (any::<u64>(), any::<[bool; 4]>(), hugepages).prop_map(|(size, flags, hugepages)| Memory {
         size: ByteSize::new(size),
         hugepages,
         transparent_huge_pages: flags[0],
         prefault: flags[1],
         shared: flags[2],
+        lock: flags[3],
     });
     let kind =
         prop_oneof![Just(Kind::Standard {}), Just(Kind::Tdx {}), Just(Kind::Snp {}), Just(Kind::SoftwareProtected {})];

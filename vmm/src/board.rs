@@ -26,6 +26,7 @@ struct State {
     /// How many events are kept.
     keep: usize,
     readers: Vec<Waker>,
+    closed: bool,
     jobs: VecDeque<Job>,
     last_job: u64,
     counters: Option<Arc<MachineCounters>>,
@@ -51,6 +52,7 @@ impl Board {
             events: VecDeque::new(),
             keep,
             readers: Vec::new(),
+            closed: false,
             jobs: VecDeque::new(),
             last_job: 0,
             counters: None,
@@ -119,11 +121,12 @@ impl Board {
     }
 
     /// The event after number `after`, or a gap where that one is not kept any more. Where there is none yet, `waker` is
-    /// woken by the next.
-    pub fn poll_event(&self, after: u64, waker: &Waker) -> Poll<Arc<Event>> {
+    /// woken by the next; where there will be none, the answer is `None`.
+    pub fn poll_event(&self, after: u64, waker: &Waker) -> Poll<Option<Arc<Event>>> {
         let mut state = self.lock();
         match state.event_after(after) {
-            Some(event) => Poll::Ready(event),
+            Some(event) => Poll::Ready(Some(event)),
+            None if state.closed => Poll::Ready(None),
             None => {
                 if !state.readers.iter().any(|reader| reader.will_wake(waker)) {
                     state.readers.push(waker.clone());
@@ -131,6 +134,13 @@ impl Board {
                 Poll::Pending
             }
         }
+    }
+
+    /// No more events come.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.wake_readers();
     }
 
     /// The number of the last event.
@@ -188,6 +198,10 @@ impl State {
             self.events.pop_front();
         }
         self.events.push_back(Arc::new(Event { sequence: self.info.sequence, time_ms: now_ms(), event }));
+        self.wake_readers();
+    }
+
+    fn wake_readers(&mut self) {
         for reader in self.readers.drain(..) {
             reader.wake();
         }
@@ -224,7 +238,7 @@ mod tests {
 
     fn next(board: &Board, after: u64) -> Option<Arc<Event>> {
         match board.poll_event(after, Waker::noop()) {
-            Poll::Ready(event) => Some(event),
+            Poll::Ready(event) => event,
             Poll::Pending => None,
         }
     }

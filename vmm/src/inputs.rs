@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -73,8 +74,15 @@ impl DeviceInput {
         match device {
             DeviceConfig::Disk(disk) => {
                 let options = DiskOptions { readonly: disk.readonly, direct: disk.direct };
-                let opened = RawDisk::open(&disk.path, options).map_err(|error| ("path", error.to_string()))?;
-                Ok(Self::Disk(Arc::new(opened)))
+                let opened = match disk.fd {
+                    None => RawDisk::open(&disk.path, options).map_err(|error| ("path", error.to_string())),
+                    Some(number) => {
+                        let fd = take(number, descriptors)?;
+                        RawDisk::from_file(&format!("fd {number}"), fd.into(), options)
+                            .map_err(|error| ("fd", error.to_string()))
+                    }
+                };
+                Ok(Self::Disk(Arc::new(opened?)))
             }
             DeviceConfig::Net(net) => open_tap(net, descriptors).map(Self::Tap),
             DeviceConfig::Console(_) | DeviceConfig::Rng(_) => Ok(Self::None),
@@ -99,9 +107,13 @@ fn open_tap(net: &api::Net, descriptors: &mut Descriptors) -> Result<Tap, (&'sta
     match (&net.tap, net.fd) {
         (Some(name), _) => Tap::open(name).map_err(|error| ("tap", error.to_string())),
         (None, Some(number)) => {
-            let fd = descriptors.take(number).map_err(|error| ("fd", format!("descriptor {number}: {error}")))?;
+            let fd = take(number, descriptors)?;
             Tap::from_fd(&format!("fd {number}"), fd).map_err(|error| ("fd", error.to_string()))
         }
         (None, None) => Err(("tap", "is missing; name a tap, or an inherited descriptor with fd".into())),
     }
+}
+
+fn take(number: i32, descriptors: &mut Descriptors) -> Result<OwnedFd, (&'static str, String)> {
+    descriptors.take(number).map_err(|error| ("fd", format!("descriptor {number}: {error}")))
 }

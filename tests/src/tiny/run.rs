@@ -6,6 +6,9 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
 /// How a program ended.
 #[derive(Debug)]
 pub struct Run {
@@ -185,8 +188,22 @@ impl Running {
         run
     }
 
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// Where it has ended and was waited for.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a process id"));
+        nix::sys::signal::kill(pid, signal).expect("the program is there");
+    }
+
+    /// Whether it has not ended yet.
+    pub(super) fn alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Waits for the end, which must come soon after that of the output, or brings it about.
-    fn end(&mut self) -> Run {
+    pub(super) fn end(&mut self) -> Run {
         if Instant::now() >= self.deadline {
             // It may have ended by itself.
             let _ = self.child.kill();

@@ -9,6 +9,7 @@ use api::{
 };
 
 use vmm::sandbox::Mode;
+use vmm::server::{Access, ApiSocket};
 
 use super::args::RunArgs;
 use super::keys::{Pair, pairs};
@@ -68,8 +69,8 @@ impl Flags {
 
     /// What `--sandbox` says. It is no part of the configuration: whoever may configure the VM is not who decides on the
     /// walls around it.
-    pub fn sandbox(&mut self, args: &RunArgs) -> Mode {
-        let Some(text) = &args.sandbox else { return Mode::On };
+    pub fn sandbox(&mut self, text: Option<&str>) -> Mode {
+        let Some(text) = text else { return Mode::On };
         self.word(&format!("--sandbox {}", brief(text)), text, &SANDBOXES).unwrap_or(Mode::On)
     }
 
@@ -90,6 +91,41 @@ impl Flags {
         let Some((_, flag)) = self.origin_of(problem) else { return false };
         let of_flag = |rest: &str| rest.is_empty() || rest.starts_with(": ");
         self.problems.iter().filter_map(|known| known.field.strip_prefix(flag)).any(of_flag)
+    }
+
+    /// What `--api-socket` says.
+    pub fn api_socket(&mut self, text: Option<&str>) -> Option<ApiSocket> {
+        let text = text?;
+        let at = format!("--api-socket {}", brief(text));
+        let (mut path, mut fd, mut access) = (None, None, Access::default());
+        for Pair { key, value } in self.list(&at, text, Some("path"), &["path", "fd", "mode", "uid", "gid"]) {
+            match key.as_str() {
+                "path" => path = self.given(&at, &key, value).map(PathBuf::from),
+                "fd" => fd = self.value(&at, &key, value, "the number of a descriptor"),
+                "uid" => access.uid = self.value(&at, &key, value, "the number of a user"),
+                "gid" => access.gid = self.value(&at, &key, value, "the number of a group"),
+                _ => {
+                    let Some(value) = self.given(&at, &key, value) else { continue };
+                    match u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777) {
+                        Some(mode) => access.mode = mode,
+                        None => self.add(&at, format!("mode: «{}» is no mode", brief(&value)), "write 0600 or 0660"),
+                    }
+                }
+            }
+        }
+        match (path, fd) {
+            (Some(path), None) if !path.as_os_str().is_empty() => Some(ApiSocket::Path { path, access }),
+            (None, Some(fd)) => Some(ApiSocket::Fd(fd)),
+            _ => {
+                self.add(&at, "it names no socket, or more than one", "give a path, or fd=N");
+                None
+            }
+        }
+    }
+
+    /// A flag that is needed is not there.
+    pub fn missing(&mut self, flag: &str, problem: &str, remedy: &str) {
+        self.add(flag, problem, remedy);
     }
 
     fn origin_of(&self, problem: &Problem) -> Option<(&str, &str)> {
@@ -147,11 +183,12 @@ impl Flags {
     fn disk(&mut self, at: &str, text: &str) -> DeviceConfig {
         let mut disk = Disk::new("");
         for Pair { key, value } in
-            self.list(at, text, Some("path"), &["path", "readonly", "direct", "serial", "queues", "id"])
+            self.list(at, text, Some("path"), &["path", "fd", "readonly", "direct", "serial", "queues", "id"])
         {
             match key.as_str() {
                 "readonly" => disk.readonly = self.on(at, &key, value),
                 "direct" => disk.direct = self.on(at, &key, value),
+                "fd" => disk.fd = self.value(at, &key, value, "the number of a descriptor"),
                 "queues" => disk.queues = self.value(at, &key, value, "a number").unwrap_or(disk.queues),
                 _ => {
                     let Some(value) = self.given(at, &key, value) else { continue };
@@ -252,7 +289,7 @@ impl Flags {
     fn memory(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--memory {}", brief(text));
         self.origin("memory", "--memory", text);
-        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared"];
+        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared", "lock"];
         let sizes = [("off", Hugepages::Off), ("2M", Hugepages::Size2M), ("1G", Hugepages::Size1G)];
         let memory = &mut config.memory;
         for Pair { key, value } in self.list(&at, text, Some("size"), &known) {
@@ -265,7 +302,8 @@ impl Flags {
                 }
                 "transparent_huge_pages" => memory.transparent_huge_pages = self.on(&at, &key, value),
                 "prefault" => memory.prefault = self.on(&at, &key, value),
-                _ => memory.shared = self.on(&at, &key, value),
+                "shared" => memory.shared = self.on(&at, &key, value),
+                _ => memory.lock = self.on(&at, &key, value),
             }
         }
     }

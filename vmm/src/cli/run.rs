@@ -1,24 +1,24 @@
-//! `halyard run` and `halyard validate`.
+//! `halyard run`, `halyard serve` and `halyard validate`.
 
 use std::path::Path;
 use std::process::ExitCode;
 
-use api::{ConfigText, DeviceConfig, HostFacts, Problem, Problems, VmConfig};
-use vmm::Failure;
+use api::{ConfigText, HostFacts, Outcome, Problem, Problems, VmConfig};
 use vmm::inputs::Inputs;
+use vmm::owner::Until;
 use vmm::request::Descriptors;
-use vmm::sandbox;
+use vmm::server::ApiSocket;
+use vmm::{Failure, Plan};
 
-use super::args::RunArgs;
+use super::args::{RunArgs, ServeArgs, ServiceArgs};
 use super::flags::Flags;
-use super::{BAD_INPUT, HOST_FAILED, complain, print};
+use super::{BAD_INPUT, HOST_FAILED, complain, print, safety};
 use crate::logging::Format;
 
 /// A configuration from a file, flags or both, and what is wrong with them.
 pub struct Source {
     file: Option<ConfigText>,
     flags: Flags,
-    sandbox: sandbox::Mode,
     /// What could be understood; `None` where the file could not.
     config: Option<VmConfig>,
     problems: Vec<Problem>,
@@ -27,20 +27,14 @@ pub struct Source {
 impl Source {
     /// Reads the file, if one is named, and changes what it says as the flags do.
     pub fn read(args: &RunArgs) -> Self {
-        let mut source = Self {
-            file: None,
-            flags: Flags::default(),
-            sandbox: sandbox::Mode::On,
-            config: Some(VmConfig::new("")),
-            problems: Vec::new(),
-        };
+        let mut source =
+            Self { file: None, flags: Flags::default(), config: Some(VmConfig::new("")), problems: Vec::new() };
         if let Some(path) = &args.config {
             source.config = source.read_file(Path::new(path));
         }
         // Flags that change a broken file are looked at for their own problems all the same.
         let mut scratch = VmConfig::new("");
         source.flags.apply(args, source.config.as_mut().unwrap_or(&mut scratch));
-        source.sandbox = source.flags.sandbox(args);
         source.problems.extend(source.flags.problems.iter().cloned());
         source
     }
@@ -93,6 +87,41 @@ impl Source {
         problems.iter().map(tell).collect()
     }
 
+    /// No configuration.
+    fn none() -> Self {
+        Self { file: None, flags: Flags::default(), config: None, problems: Vec::new() }
+    }
+
+    /// The whole configuration; where it has problems, all of them, and those of what it names.
+    fn checked(&mut self) -> Result<VmConfig, Failure> {
+        let late: Vec<Problem> =
+            self.flags.problems.iter().filter(|one| !self.problems.contains(one)).cloned().collect();
+        self.problems.extend(late);
+        let config = self.config(|config| {
+            let mut problems = api::validate(config, &HostFacts::unlimited());
+            problems.extend(Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default());
+            problems
+        });
+        config.map_err(|problems| Failure::BadInput(Problems(problems)))
+    }
+
+    fn without_problems(&self) -> Result<(), Failure> {
+        match self.flags.problems.clone() {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(Failure::BadInput(Problems(problems))),
+        }
+    }
+
+    fn fail(&self, failure: Failure, format: Format) -> ExitCode {
+        match failure {
+            Failure::BadInput(Problems(problems)) => self.refuse(problems, format),
+            Failure::Host(reason) => {
+                complain(format, "", &reason);
+                HOST_FAILED.into()
+            }
+        }
+    }
+
     fn refuse(&self, mut problems: Vec<Problem>, format: Format) -> ExitCode {
         for (told, problem) in self.told(&mut problems).iter().zip(&problems) {
             complain(format, &problem.field, told);
@@ -102,43 +131,56 @@ impl Source {
 }
 
 /// Runs a VM until it ends.
-pub fn run(args: &RunArgs, format: Format) -> ExitCode {
-    let source = Source::read(args);
-    if let Err(error) = prepare(&source, args, format) {
-        complain(format, "", &error.to_string());
-        return HOST_FAILED.into();
+pub fn run(args: &RunArgs, service: &ServiceArgs, format: Format) -> ExitCode {
+    let mut source = Source::read(args);
+    let api = source.flags.api_socket(service.api_socket.as_deref());
+    let mode = source.flags.sandbox(service.sandbox.as_deref());
+    if let Err(error) = safety::prepare(source.config.as_ref(), api.as_ref(), mode, service, format) {
+        return source.fail(error.into(), format);
     }
-    let config = source.config(|config| {
-        let mut problems = api::validate(config, &HostFacts::unlimited());
-        problems.extend(Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default());
-        problems
+    let config = source.checked();
+    let ended = config.and_then(|config| {
+        let pid_file = service.pid_file.clone();
+        vmm::carry_out(Plan { config: Some(config), boot: true, api, pid_file, until: Until::VmEnds })
     });
-    let outcome = config.map_err(|problems| Failure::BadInput(Problems(problems))).and_then(vmm::run);
-    match outcome {
-        Ok(outcome) => {
-            tracing::info!("{outcome}");
-            outcome.exit_code().into()
-        }
-        Err(Failure::BadInput(Problems(problems))) => source.refuse(problems, format),
-        Err(Failure::Host(reason)) => {
-            complain(format, "", &reason);
-            HOST_FAILED.into()
-        }
+    match ended {
+        // A request has destroyed the VM, and with it all that is to be said of it.
+        Ok(outcome) => end(&outcome.unwrap_or(Outcome::Destroyed)),
+        Err(failure) => source.fail(failure, format),
     }
 }
 
-/// What has to be settled for the whole process before it opens anything.
-fn prepare(source: &Source, args: &RunArgs, format: Format) -> std::io::Result<()> {
-    let devices = source.config.iter().flat_map(|config| &config.devices);
-    sandbox::close_unclaimed(devices.filter_map(DeviceConfig::fd));
-    if !args.core_dumps {
-        sandbox::forbid_core_dumps()?;
+/// Serves clients until a signal ends it.
+pub fn serve(args: &ServeArgs, format: Format) -> ExitCode {
+    let has_vm = args.vm != RunArgs::default();
+    let mut source = if has_vm { Source::read(&args.vm) } else { Source::none() };
+    let api = source.flags.api_socket(args.service.api_socket.as_deref()).or_else(ApiSocket::from_systemd);
+    if api.is_none() {
+        source.flags.missing("--api-socket", "the service has no socket", "give --api-socket PATH");
     }
-    if format == Format::Json {
-        sandbox::report_as_json();
+    if args.boot && !has_vm {
+        source.flags.missing("--boot", "there is no virtual machine to boot", "give --config FILE");
     }
-    sandbox::begin(source.sandbox);
-    Ok(())
+    let mode = source.flags.sandbox(args.service.sandbox.as_deref());
+    if let Err(error) = safety::prepare(source.config.as_ref(), api.as_ref(), mode, &args.service, format) {
+        return source.fail(error.into(), format);
+    }
+    let config = if has_vm { source.checked().map(Some) } else { source.without_problems().map(|()| None) };
+    let ended = config.and_then(|config| {
+        let pid_file = args.service.pid_file.clone();
+        vmm::carry_out(Plan { config, boot: args.boot, api, pid_file, until: Until::Signal })
+    });
+    match ended {
+        // A VM that had to be ended by force is the only one whose end is the service's.
+        Ok(Some(outcome @ (Outcome::Signalled { .. } | Outcome::Quit))) => end(&outcome),
+        Ok(_) => ExitCode::SUCCESS,
+        Err(failure) => source.fail(failure, format),
+    }
+}
+
+fn end(outcome: &Outcome) -> ExitCode {
+    tracing::info!("{outcome}");
+    outcome.exit_code().into()
 }
 
 /// Prints a configuration with its defaults filled in, or its problems.

@@ -12,7 +12,7 @@ use super::run::Source;
 fn args(line: &[&str]) -> RunArgs {
     let words = ["halyard", "run"].iter().chain(line);
     match Cli::read(words.copied()).unwrap().action {
-        Action::Run(args) => *args,
+        Action::Run(args, _) => *args,
         other => panic!("not run: {other:?}"),
     }
 }

@@ -27,7 +27,7 @@ use crate::inbox::{Event, Inbox};
 use crate::machine::{Machine, Parts};
 use crate::notify::ServiceManager;
 use crate::request::{Answer, Asked, Change, Descriptors, Refusal, Request};
-use crate::sandbox::{self, Thread};
+use crate::sandbox;
 use crate::vcpu::Mode;
 use crate::{Failure, boot, host};
 use phase::no_device;
@@ -149,7 +149,6 @@ impl Owner {
     /// [`Failure::Host`] where waiting itself fails.
     pub fn serve(&mut self, until: Until) -> Result<Option<Outcome>, Failure> {
         self.manager.ready();
-        sandbox::enter(Thread::Owner);
         loop {
             let ends = until == Until::VmEnds || self.ending.is_some();
             match &self.phase {

@@ -14,6 +14,7 @@ mod privileges;
 mod violation;
 
 use std::io;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use seccompiler::sock_filter;
@@ -97,8 +98,12 @@ fn mode() -> Mode {
     }
 }
 
-/// Says what [`confine`] and [`enter`] are to do in this process. Without it they do nothing.
-pub fn begin(mode: Mode) {
+/// The paths that the process needs whatever its VM is.
+static GRANTS: OnceLock<Vec<Grant>> = OnceLock::new();
+
+/// Says what [`confine`] and [`enter`] are to do in this process, and which paths it keeps whatever its VM is. Without
+/// it they do nothing.
+pub fn begin(mode: Mode, grants: Vec<Grant>) {
     match mode {
         Mode::On => {}
         Mode::Log => tracing::warn!(
@@ -111,11 +116,13 @@ pub fn begin(mode: Mode) {
              through set-uid programs"
         ),
     }
+    // Only the first call's count, as only the first confinement's do.
+    GRANTS.get_or_init(|| grants);
     MODE.store(mode as u8, Ordering::Relaxed);
 }
 
 /// Gives up what nobody in the process needs any more: capabilities, the way to new privileges, and every path but the
-/// granted. To be called while there is no other thread; only the first call does anything.
+/// granted: those of [`begin`] and these. To be called while there is no other thread; only the first call does anything.
 ///
 /// # Errors
 /// The kernel has no such calls, or a grant cannot be given.
@@ -125,7 +132,7 @@ pub fn confine(grants: &[Grant]) -> io::Result<()> {
     }
     privileges::give_up_new()?;
     violation::install_handler()?;
-    paths::give_up(grants)?;
+    paths::give_up(GRANTS.get().into_iter().flatten().chain(grants))?;
     privileges::give_up_capabilities()
 }
 

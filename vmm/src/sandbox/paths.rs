@@ -18,18 +18,16 @@ const NEWEST: ABI = ABI::V8;
 pub enum Access {
     /// Files and sockets can be removed from the directory, and nothing in it opened.
     Remove,
-    /// What is below can be read.
-    Read,
-    /// What is below can be read and written to, sockets and files be made and removed.
-    Write,
+    /// What is at or below the path can be read and written to, and files and sockets be made and removed; programs
+    /// cannot be started.
+    Use,
 }
 
 impl Access {
     fn rights(self) -> BitFlags<AccessFs> {
         match self {
             Self::Remove => AccessFs::RemoveFile.into(),
-            Self::Read => AccessFs::ReadFile.into(),
-            Self::Write => {
+            Self::Use => {
                 AccessFs::ReadFile
                     | AccessFs::WriteFile
                     | AccessFs::Truncate
@@ -51,6 +49,14 @@ pub struct Grant {
     pub access: Access,
 }
 
+impl Grant {
+    /// That a file, which need not be there yet, can be removed.
+    pub fn removal(file: &Path) -> Self {
+        let directory = file.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+        Self { path: directory.to_owned(), access: Access::Remove }
+    }
+}
+
 /// What a VM needs on paths once all that its configuration names is open: the directories of its sockets, which are
 /// removed at the end.
 pub fn grants(config: &VmConfig) -> Vec<Grant> {
@@ -62,25 +68,17 @@ pub fn grants(config: &VmConfig) -> Vec<Grant> {
         Endpoint::Socket { path } => Some(path),
         _ => None,
     });
-    sockets.map(|path| Grant { path: directory(&path).to_owned(), access: Access::Remove }).collect()
-}
-
-/// The directory that a path lies in.
-fn directory(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    }
+    sockets.map(|path| Grant::removal(&path)).collect()
 }
 
 /// Gives up every path but the granted, as far as the kernel can, and says in the log how far that was.
-pub fn give_up(grants: &[Grant]) -> io::Result<()> {
-    let status = restrict(grants).map_err(|error| io::Error::other(format!("landlock: {error}")))?;
+pub fn give_up<'a>(grants: impl Iterator<Item = &'a Grant> + Clone) -> io::Result<()> {
+    let status = restrict(grants.clone()).map_err(|error| io::Error::other(format!("landlock: {error}")))?;
     let abi = match status.landlock {
         LandlockStatus::Available { effective_abi, .. } => effective_abi as i32,
         LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
     };
-    let paths = grants.len();
+    let paths = grants.count();
     match (status.ruleset, abi) {
         (RulesetStatus::FullyEnforced, _) => tracing::debug!(abi, paths, "landlock: all paths but these are given up"),
         (RulesetStatus::NotEnforced, 0) => {
@@ -91,7 +89,7 @@ pub fn give_up(grants: &[Grant]) -> io::Result<()> {
     Ok(())
 }
 
-fn restrict(grants: &[Grant]) -> Result<landlock::RestrictionStatus, RulesetError> {
+fn restrict<'a>(grants: impl Iterator<Item = &'a Grant>) -> Result<landlock::RestrictionStatus, RulesetError> {
     use landlock::Access as _;
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
