@@ -58,6 +58,10 @@ fn grants(api: Option<&ApiSocket>, args: &ServiceArgs) -> Vec<Grant> {
         Some(_) if args.grant.is_empty() => vec![PathBuf::from("/")],
         Some(_) => args.grant.iter().map(PathBuf::from).collect(),
     };
+    if api.is_some() {
+        // Where the metrics of memory and threads come from.
+        grants.push(Grant { path: PathBuf::from("/proc/self"), access: Access::Read });
+    }
     grants.extend(named.into_iter().map(|path| Grant { path, access: Access::Use }));
     grants
 }

@@ -169,7 +169,7 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
     (
         &["--kernel", "k", "--disk", "a.img,read_onyl,path=b"],
         &[
-            "--disk a.img,read_onyl,path=b: unknown key «read_onyl» of --disk; did you mean «readonly»? known: path, \
+            "--disk a.img,read_onyl,path=b: unknown key «read_onyl» of --disk; did you mean «readonly»? known: path, fd, \
                  readonly, direct, serial, queues, id",
             "--disk a.img,read_onyl,path=b: the key «path» is repeated; give it once",
         ],

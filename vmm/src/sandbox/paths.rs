@@ -18,6 +18,8 @@ const NEWEST: ABI = ABI::V8;
 pub enum Access {
     /// Files and sockets can be removed from the directory, and nothing in it opened.
     Remove,
+    /// What is at or below the path can be read.
+    Read,
     /// What is at or below the path can be read and written to, and files and sockets be made and removed; programs
     /// cannot be started.
     Use,
@@ -27,6 +29,7 @@ impl Access {
     fn rights(self) -> BitFlags<AccessFs> {
         match self {
             Self::Remove => AccessFs::RemoveFile.into(),
+            Self::Read => AccessFs::ReadFile.into(),
             Self::Use => {
                 AccessFs::ReadFile
                     | AccessFs::WriteFile
