@@ -7,23 +7,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use compile::Policy;
-
-/// Kinds of thread, each with the lists that its policy consists of. A thread's children begin under its policy, and
-/// each policy after that can only take away: the owner thread, which makes all others, needs what they need. The list
-/// with the most frequent ioctl comes first.
-const POLICIES: [(&str, &[&str]); 7] = [
-    ("vmm", &["vcpu", "io", "console", "loader", "vmm", "common"]),
-    ("clients", &["vcpu", "io", "console", "loader", "vmm", "clients", "common"]),
-    ("vcpu", &["vcpu", "common"]),
-    ("io", &["io", "common"]),
-    ("console", &["console", "common"]),
-    ("api", &["api", "common"]),
-    ("loader", &["loader", "common"]),
-];
-
-/// `AUDIT_ARCH_X86_64`: a 64-bit, little-endian machine with ELF's number 62.
-const X86_64: u32 = 0xc000_003e;
+use compile::{POLICIES, Policy, X86_64};
 
 fn main() {
     let folder = Path::new(&env::var("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("../resources/seccomp");
