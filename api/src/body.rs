@@ -4,6 +4,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 
 use crate::config::VmConfig;
+use crate::device::DeviceConfig;
 use crate::diagnose::{self, Diagnosis};
 use crate::host::HostFacts;
 use crate::openapi::{OPENAPI_JSON, SCHEMAS};
@@ -44,12 +45,8 @@ pub fn parse_body<T: DeserializeOwned>(text: &str, type_name: &str) -> Result<T,
     let schema = description.pointer(&format!("{SCHEMAS}/{type_name}")).unwrap_or(&Value::Null);
     let Diagnosis { problems: found, unusable, usable } = diagnose::walk(&tree, &description, schema);
     problems.extend(found);
-    if type_name == "VmConfig"
-        && let Some(Ok(config)) = usable.map(serde_json::from_value::<VmConfig>)
-    {
-        let apart = |problem: &Problem| !unusable.iter().any(|field| diagnose::depends(problem, field));
-        problems.extend(validate(&config, &HostFacts::unlimited()).into_iter().filter(apart));
-    }
+    let apart = |problem: &Problem| !unusable.iter().any(|field| diagnose::depends(problem, field));
+    problems.extend(usable.map(|usable| rules(usable, type_name)).unwrap_or_default().into_iter().filter(apart));
     if problems.is_empty() {
         // The schema allows what serde does not. Better said in serde's words than not at all.
         problems.extend(refused.map(|error| Problem::new("", error.to_string(), "")));
@@ -58,10 +55,36 @@ pub fn parse_body<T: DeserializeOwned>(text: &str, type_name: &str) -> Result<T,
     Err(BodyError::Problems(Problems(problems)))
 }
 
+/// What breaks a configuration's rules in a value of this type, where it has some.
+fn rules(value: Value, type_name: &str) -> Vec<Problem> {
+    match type_name {
+        "VmConfig" => match serde_json::from_value::<VmConfig>(value) {
+            Ok(config) => validate(&config, &HostFacts::unlimited()),
+            Err(_) => Vec::new(),
+        },
+        "DeviceConfig" => match serde_json::from_value(value) {
+            Ok(device) => of_device(device),
+            Err(_) => Vec::new(),
+        },
+        _ => Vec::new(),
+    }
+}
+
+/// What is wrong with a device, wherever it will stand.
+fn of_device(device: DeviceConfig) -> Vec<Problem> {
+    let config = VmConfig { devices: vec![device], ..VmConfig::new("any") };
+    let problems = validate(&config, &HostFacts::unlimited()).into_iter();
+    let of_it = problems.filter_map(|problem| {
+        let field = problem.field.strip_prefix("devices[0]")?.trim_start_matches('.').to_owned();
+        Some(Problem { field, ..problem })
+    });
+    of_it.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeviceConfig, Shutdown, VcpusPatch};
+    use crate::{Shutdown, VcpusPatch};
 
     fn problems<T: DeserializeOwned + std::fmt::Debug>(text: &str, name: &str) -> Vec<String> {
         match parse_body::<T>(text, name) {
@@ -83,8 +106,7 @@ mod tests {
         let told = problems::<VmConfig>(r#"{"kernel": {}, "cpus": {"count": 300}, "x": 1}"#, "VmConfig");
         let fields: Vec<&str> = told.iter().filter_map(|problem| problem.split(": ").next()).collect();
         assert_eq!(fields, ["kernel.path", "x", "cpus.count"], "{told:?}");
-        let told =
-            problems::<DeviceConfig>(r#"{"type": "disk", "path": 1, "readonly": 1, "queues": "x"}"#, "DeviceConfig");
+        let told = problems::<DeviceConfig>(r#"{"type": "disk", "readonly": 1, "queues": "x"}"#, "DeviceConfig");
         assert_eq!(told.len(), 3, "{told:?}");
         assert_eq!(problems::<VcpusPatch>("[]", "VcpusPatch").len(), 1);
         assert_eq!(problems::<VcpusPatch>("null", "VcpusPatch").len(), 1);

@@ -66,7 +66,7 @@ impl DeviceConfig {
     }
 }
 
-/// A disk. The file's format is raw, and never guessed from its contents.
+/// A disk, given by path or as an open descriptor. The file's format is raw, and never guessed from its contents.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
@@ -74,9 +74,10 @@ pub struct Disk {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub id: String,
     /// A file or a block device, a multiple of 512 bytes long. Either this or `fd` is needed.
-    #[serde(default, skip_serializing_if = "is_empty")]
-    pub path: PathBuf,
-    /// An inherited descriptor of such a file, opened for reading and, unless `readonly`, writing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// An open descriptor of one: an inherited one, or one that comes with the request, the first as number 3. It must
+    /// be open for writing, unless the disk is `readonly`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 3))]
     pub fd: Option<i32>,
@@ -96,10 +97,6 @@ pub struct Disk {
     pub queues: u16,
 }
 
-fn is_empty(path: &Path) -> bool {
-    path.as_os_str().is_empty()
-}
-
 fn one() -> u16 {
     1
 }
@@ -109,7 +106,7 @@ impl Disk {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             id: String::new(),
-            path: path.into(),
+            path: Some(path.into()),
             fd: None,
             readonly: false,
             direct: false,
@@ -130,7 +127,8 @@ pub struct Net {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 15))]
     pub tap: Option<String>,
-    /// An inherited descriptor of a tap interface, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
+    /// A descriptor of a tap interface, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR: an inherited one, or one that
+    /// comes with the request, the first as number 3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 3))]
     pub fd: Option<i32>,

@@ -231,17 +231,11 @@ fn path(report: &mut Report, field: &str, path: &Path) {
 }
 
 fn disk(report: &mut Report, at: &str, disk: &Disk) {
-    match disk.fd {
-        Some(_) if !disk.path.as_os_str().is_empty() => {
-            report.add(at, "both `path` and `fd` are given", "leave one of them out");
-        }
-        Some(fd) if fd < 3 => report.add(
-            format!("{at}.fd"),
-            format!("descriptor {fd} cannot be a disk"),
-            "0 to 2 are the standard streams; pass another one",
-        ),
-        Some(_) => {}
-        None => path(report, &format!("{at}.path"), &disk.path),
+    match (&disk.path, disk.fd) {
+        (None, None) => report.add(at, "nothing is named that the disk is on", "give `path` or `fd`"),
+        (Some(_), Some(_)) => report.add(at, "both `path` and `fd` are given", "leave one of them out"),
+        (Some(named), None) => path(report, &format!("{at}.path"), named),
+        (None, Some(fd)) => descriptor(report, at, fd, "a disk"),
     }
     if let Some(serial) = &disk.serial {
         let field = format!("{at}.serial");
@@ -265,6 +259,16 @@ fn disk(report: &mut Report, at: &str, disk: &Disk) {
             format!("{at}.queues"),
             format!("{} queues are not possible", disk.queues),
             format!("1 to {MAX_QUEUES} are"),
+        );
+    }
+}
+
+fn descriptor(report: &mut Report, at: &str, fd: i32, what: &str) {
+    if fd < 3 {
+        report.add(
+            format!("{at}.fd"),
+            format!("descriptor {fd} cannot be {what}"),
+            "0 to 2 are the standard streams; pass another one",
         );
     }
 }
@@ -295,12 +299,8 @@ fn net(report: &mut Report, at: &str, net: &Net) {
             );
         }
     }
-    if let Some(fd) = net.fd.filter(|fd| *fd < 3) {
-        report.add(
-            format!("{at}.fd"),
-            format!("descriptor {fd} cannot be a tap interface"),
-            "0 to 2 are the standard streams; pass another one",
-        );
+    if let Some(fd) = net.fd {
+        descriptor(report, at, fd, "a tap interface");
     }
     if let Some(mac) = net.mac {
         let field = format!("{at}.mac");
@@ -361,13 +361,13 @@ fn conflicts(report: &mut Report, config: &VmConfig) {
             descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
         }
         match device {
-            DeviceConfig::Disk(disk) if !disk.path.as_os_str().is_empty() => {
-                let (first, all_readonly) = disks.entry(&disk.path).or_insert((index, true));
-                *all_readonly &= disk.readonly;
+            DeviceConfig::Disk(Disk { path: Some(path), readonly, .. }) if !path.as_os_str().is_empty() => {
+                let (first, all_readonly) = disks.entry(path).or_insert((index, true));
+                *all_readonly &= readonly;
                 if *first != index && !*all_readonly {
                     report.add(
                         format!("{at}.path"),
-                        format!("{} is the disk of devices[{first}] already", shorten(&disk.path.to_string_lossy())),
+                        format!("{} is the disk of devices[{first}] already", shorten(&path.to_string_lossy())),
                         "two disks may share a file only where both are `readonly`",
                     );
                 }

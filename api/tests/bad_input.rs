@@ -29,8 +29,8 @@ fn every_unknown_field_is_reported_with_its_place_and_a_suggestion() {
              initramfs, path",
             "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: cpus, devices, kernel, kind, \
              lifecycle, memory, platform, serial",
-            "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, \
-             id, path, queues, readonly, serial, type",
+            "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, id, \
+             path, queues, readonly, serial, type",
         ]
     );
 }
@@ -81,7 +81,7 @@ devices:
             "vm.yaml:12:3: serial.type: it is missing; it is one of: stdio, file, socket, pty, api, off",
             "vm.yaml:14:11: devices[0].type: «disc» is no type here; did you mean «disk»? Known are: disk, net, console, rng",
             "vm.yaml:16:5: devices[1].type: it is missing; it is one of: disk, net, console, rng",
-            "vm.yaml:17:5: devices[2].path: the path is empty; name a file",
+            "vm.yaml:17:5: devices[2]: nothing is named that the disk is on; give `path` or `fd`",
             "vm.yaml:19:5: devices[3].tap: «interface-name-that-is-too-long» is 31 bytes long; an interface's name has at most 15",
             "vm.yaml:20:10: devices[3].mac: «52:54:00:12:34» is not a hardware address: write six pairs of hexadecimal digits, \
              as in 52:54:00:12:34:56",

@@ -24,10 +24,12 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
 }
 
 fn device() -> impl Strategy<Value = DeviceConfig> {
-    let disk = (any::<String>(), any::<String>(), any::<(bool, bool, u16)>(), any::<(Option<String>, Option<i32>)>())
-        .prop_map(|(id, path, (readonly, direct, queues), (serial, fd))| {
-            DeviceConfig::Disk(Disk { id, path: path.into(), fd, readonly, direct, serial, queues })
-        });
+    let place = any::<(Option<String>, Option<i32>)>();
+    let disk = (any::<String>(), place, any::<(bool, bool, u16)>(), option::of(any::<String>())).prop_map(
+        |(id, (path, fd), (readonly, direct, queues), serial)| {
+            DeviceConfig::Disk(Disk { id, path: path.map(Into::into), fd, readonly, direct, serial, queues })
+        },
+    );
     let net = any::<(String, Option<String>, Option<i32>, Option<[u8; 6]>, Option<u16>)>()
         .prop_map(|(id, tap, fd, mac, mtu)| DeviceConfig::Net(Net { id, tap, fd, mac: mac.map(MacAddr::new), mtu }));
     let console = (any::<String>(), any::<Option<String>>(), endpoint())

@@ -281,7 +281,9 @@ fn a_configuration_is_changed_before_the_boot_and_only_the_one_that_is_known() {
     assert_eq!(change(&mut client, br#"{"readonly": null}"#, &[]).status, 200);
     assert!(matches!(client.device("root").unwrap(), DeviceConfig::Disk(disk) if !disk.readonly));
     assert_eq!(change(&mut client, br#"{"path": "/nonexistent"}"#, &[]).status, 422);
-    assert!(matches!(client.device("root").unwrap(), DeviceConfig::Disk(known) if known.path == disk.path()));
+    assert!(
+        matches!(client.device("root").unwrap(), DeviceConfig::Disk(known) if known.path.as_deref() == Some(disk.path()))
+    );
 
     assert_eq!(client.set_vcpus(2).unwrap().config.count, 2);
     assert_eq!(client.vcpus().unwrap().present, 0);
@@ -509,6 +511,21 @@ fn descriptors_come_with_a_request_and_those_that_nobody_claims_are_closed() {
     let document: api::ProblemDocument = serde_json::from_slice(&reply.body).unwrap();
     assert_eq!((document.status, document.problems[0].pointer.as_str()), (422, "/fd"), "{document}");
     assert_eq!(fds(), with_inputs);
+    // A disk on a descriptor, which the guest then has.
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(b"written by the host").unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let mut config = config("blk");
+    config.devices.push(DeviceConfig::Disk(Disk { id: "root".into(), path: None, fd: Some(4), ..Disk::new("") }));
+    client.destroy().unwrap();
+    let body = serde_json::to_vec(&config).unwrap();
+    let disk = fs::OpenOptions::new().read(true).write(true).open(file.path()).unwrap();
+    let all = [far.as_fd(), disk.as_fd()];
+    let options = Options { body: Some(&body), descriptors: &all, ..Options::default() };
+    let created = client.send("PUT", "/api/v1/vm", &options).unwrap();
+    assert_eq!(created.status, 201, "{}", String::from_utf8_lossy(&created.body));
+    client.boot().unwrap();
+    Console::open(&client, "serial").wait_for("written by the guest");
 }
 
 #[test]

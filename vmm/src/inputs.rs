@@ -74,15 +74,16 @@ impl DeviceInput {
         match device {
             DeviceConfig::Disk(disk) => {
                 let options = DiskOptions { readonly: disk.readonly, direct: disk.direct };
-                let opened = match disk.fd {
-                    None => RawDisk::open(&disk.path, options).map_err(|error| ("path", error.to_string())),
-                    Some(number) => {
+                let opened = match (&disk.path, disk.fd) {
+                    (Some(path), _) => RawDisk::open(path, options).map_err(|error| ("path", error.to_string()))?,
+                    (None, Some(number)) => {
                         let fd = take(number, descriptors)?;
                         RawDisk::from_file(&format!("fd {number}"), fd.into(), options)
-                            .map_err(|error| ("fd", error.to_string()))
+                            .map_err(|error| ("fd", error.to_string()))?
                     }
+                    (None, None) => return Err(("path", "is missing; name a file, or a descriptor with fd".into())),
                 };
-                Ok(Self::Disk(Arc::new(opened?)))
+                Ok(Self::Disk(Arc::new(opened)))
             }
             DeviceConfig::Net(net) => open_tap(net, descriptors).map(Self::Tap),
             DeviceConfig::Console(_) | DeviceConfig::Rng(_) => Ok(Self::None),

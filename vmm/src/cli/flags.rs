@@ -181,7 +181,7 @@ impl Flags {
     }
 
     fn disk(&mut self, at: &str, text: &str) -> DeviceConfig {
-        let mut disk = Disk::new("");
+        let mut disk = Disk { path: None, ..Disk::new("") };
         for Pair { key, value } in
             self.list(at, text, Some("path"), &["path", "fd", "readonly", "direct", "serial", "queues", "id"])
         {
@@ -193,7 +193,7 @@ impl Flags {
                 _ => {
                     let Some(value) = self.given(at, &key, value) else { continue };
                     match key.as_str() {
-                        "path" => disk.path = value.into(),
+                        "path" => disk.path = Some(value.into()),
                         "serial" => disk.serial = Some(value),
                         _ => disk.id = value,
                     }

@@ -174,7 +174,10 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
             "--disk a.img,read_onyl,path=b: the key «path» is repeated; give it once",
         ],
     ),
-    (&["--kernel", "k", "--disk", "readonly"], &["--disk readonly: path: the path is empty; name a file"]),
+    (
+        &["--kernel", "k", "--disk", "readonly"],
+        &["--disk readonly: nothing is named that the disk is on; give `path` or `fd`"],
+    ),
     (
         &["--kernel", "k", "--disk", "a,queues=many", "--disk", "b,id"],
         &[

@@ -192,6 +192,9 @@ impl Owner {
     }
 
     fn handle_event(&mut self, event: Event) {
+        if matches!(event, Event::Quit) {
+            self.ending = Some(Signal::SIGINT);
+        }
         // A report of a machine that is gone.
         let Some(lifecycle) = self.phase.prepared().map(|prepared| prepared.config.lifecycle.clone()) else { return };
         match event {
@@ -201,7 +204,6 @@ impl Owner {
             Event::Platform(PlatformEvent::CrashLoaded) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: true });
             }
-            Event::Quit => self.ending = Some(Signal::SIGINT),
             _ => {}
         }
         match decide(&lifecycle, event) {

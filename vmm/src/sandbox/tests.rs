@@ -40,7 +40,7 @@ fn child() {
     begin(if mode == "log" { Mode::Log } else { Mode::On }, Vec::new());
     confine(&[]).unwrap();
     let kind = Thread::ALL.into_iter().find(|thread| thread.name() == kind).unwrap();
-    let call: usize = call.parse().unwrap();
+    let call: libc::c_long = call.parse().unwrap();
     let work = move || {
         enter(kind);
         forbidden(call);
@@ -50,26 +50,26 @@ fn child() {
 }
 
 /// Calls that are not on every list, made with arguments with which they can do no harm.
-const FORBIDDEN: [(&str, usize); 6] = [
-    ("execve", libc::SYS_execve as usize),
-    ("ptrace", libc::SYS_ptrace as usize),
-    ("ioctl", libc::SYS_ioctl as usize),
-    ("mprotect", libc::SYS_mprotect as usize),
-    ("kill", libc::SYS_kill as usize),
-    ("getppid", libc::SYS_getppid as usize),
+const FORBIDDEN: [(&str, libc::c_long); 6] = [
+    ("execve", libc::SYS_execve),
+    ("ptrace", libc::SYS_ptrace),
+    ("ioctl", libc::SYS_ioctl),
+    ("mprotect", libc::SYS_mprotect),
+    ("kill", libc::SYS_kill),
+    ("getppid", libc::SYS_getppid),
 ];
 
 #[expect(unsafe_code, reason = "system calls by their numbers")]
-fn forbidden(call: usize) {
+fn forbidden(call: libc::c_long) {
     // An ioctl with the request TIOCSTI, no memory to be made executable, signal 0 to nobody.
-    let args: [usize; 3] = match i64::try_from(call).unwrap() {
+    let args: [usize; 3] = match call {
         libc::SYS_ioctl => [usize::MAX, 0x5412, 0],
         libc::SYS_mprotect => [0, 0, 4],
         libc::SYS_kill => [usize::MAX >> 1, 0, 0],
         _ => [usize::MAX, 0, 0],
     };
     // SAFETY: no memory is named that the kernel would write to.
-    unsafe { libc::syscall(call as i64, args[0], args[1], args[2]) };
+    unsafe { libc::syscall(call, args[0], args[1], args[2]) };
 }
 
 #[test]

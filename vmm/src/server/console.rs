@@ -26,7 +26,7 @@ pub fn wants_upgrade(headers: &HeaderMap) -> bool {
 /// What a request that does not ask for it is told.
 pub fn upgrade_required() -> Problem {
     let detail = format!("a console is a stream: send `Connection: upgrade` and `Upgrade: {CONSOLE_PROTOCOL}`");
-    Problem::new(StatusCode::UPGRADE_REQUIRED, detail)
+    Problem::new(StatusCode::UPGRADE_REQUIRED, detail).with_header(UPGRADE, CONSOLE_PROTOCOL)
 }
 
 /// Lets the connection of `request` become the client of a console, whose place was set aside.

@@ -9,9 +9,7 @@ use std::time::{Duration, Instant};
 use api::routes::{Found, METRICS_TEXT, Operation, Verb, find};
 use api::{BodyError, DeviceConfig, MemoryInfo, Pong, Vcpus, Version, VmConfig, parse_body};
 use hyper::body::{Body, Incoming};
-use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, LOCATION, UPGRADE,
-};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, LOCATION};
 use hyper::{Method, Request, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -20,7 +18,7 @@ use tokio::time::timeout;
 
 use super::connections::{Activity, Connection};
 use super::events::EventStream;
-use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, problem, text, unusable};
+use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, text, unusable};
 use super::{Context, console, metrics};
 use crate::host;
 use crate::request::{Answer, Asked, Change, Descriptors, Request as Ask};
@@ -50,10 +48,7 @@ pub async fn answer(context: &Arc<Context>, connection: &Arc<Connection>, reques
     // Descriptors that nobody claimed are closed with their request.
     drop(connection.received.take());
     drop(done);
-    let mut reply = outcome.unwrap_or_else(|Problem(mut document)| {
-        document.request_id.clone_from(&id);
-        problem(&document)
-    });
+    let mut reply = outcome.unwrap_or_else(|problem| problem.into_reply(&id));
     if matches!(reply.body(), ReplyBody::Events(_)) {
         // It goes on after this: nobody may have its place.
         connection.does(Activity::Working);
@@ -121,7 +116,7 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
     let verb = if request.method() == Method::HEAD { "GET" } else { request.method().as_str() };
     let (route, id) = match find(verb, &path) {
         Found::Route(route, id) => (route, id.map(std::borrow::Cow::into_owned).unwrap_or_default()),
-        Found::OtherVerbs(verbs) => return Ok(other_verbs(verb, &verbs)),
+        Found::OtherVerbs(verbs) => return Err(other_verbs(verb, &verbs)),
         Found::Nothing => return Err(Problem::new(StatusCode::NOT_FOUND, "there is no such path")),
     };
     let body = match route.body {
@@ -177,18 +172,14 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
     }
 }
 
-fn other_verbs(verb: &str, verbs: &[Verb]) -> Reply {
+fn other_verbs(verb: &str, verbs: &[Verb]) -> Problem {
     let mut names: Vec<&str> = verbs.iter().map(|verb| verb.as_str()).collect();
     if names.contains(&"GET") {
         names.push("HEAD");
     }
     let allowed = names.join(", ");
     let detail = format!("{verb} is not possible here; {allowed} are");
-    let mut reply = problem(&Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail).0);
-    if let Ok(value) = HeaderValue::from_str(&allowed) {
-        reply.headers_mut().insert(ALLOW, value);
-    }
-    reply
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail).with_header(ALLOW, &allowed)
 }
 
 fn no_job(id: &str) -> Problem {
@@ -347,9 +338,7 @@ async fn open_console(context: &Context, mut request: Request<Incoming>, id: Str
         Some(_) => return Err(bad_request("the query can be `takeover=true` or `takeover=false`")),
     };
     if !console::wants_upgrade(request.headers()) {
-        let mut reply = problem(&console::upgrade_required().0);
-        reply.headers_mut().insert(UPGRADE, HeaderValue::from_static(api::routes::CONSOLE_PROTOCOL));
-        return Ok(reply);
+        return Err(console::upgrade_required());
     }
     match ask(context, Ask::OpenConsole { id, take_over }).await? {
         Answer::Console(reservation) => Ok(console::hand_over(&mut request, reservation)),

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use api::{PROBLEM_JSON, ProblemDocument};
 use hyper::body::{Body, Bytes, Frame, SizeHint};
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
@@ -52,13 +52,35 @@ impl Body for ReplyBody {
 
 /// Why a request is not answered as it wishes.
 #[derive(Debug)]
-pub struct Problem(pub Box<ProblemDocument>);
+pub struct Problem {
+    document: Box<ProblemDocument>,
+    /// A header that goes with it.
+    header: Option<(HeaderName, HeaderValue)>,
+}
 
 impl Problem {
     /// A problem with this status, and what happened.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         let title = status.canonical_reason().unwrap_or_default();
-        Self(Box::new(ProblemDocument::new(status.as_u16(), title, detail)))
+        Self { document: Box::new(ProblemDocument::new(status.as_u16(), title, detail)), header: None }
+    }
+
+    /// The same, with a header.
+    #[must_use]
+    pub fn with_header(mut self, name: HeaderName, value: &str) -> Self {
+        self.header = HeaderValue::from_str(value).ok().map(|value| (name, value));
+        self
+    }
+
+    /// The reply that tells it to the request with this id.
+    pub fn into_reply(self, request_id: &str) -> Reply {
+        let Self { mut document, header } = self;
+        request_id.clone_into(&mut document.request_id);
+        let status = StatusCode::from_u16(document.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let bytes = serde_json::to_vec(&document).unwrap_or_default();
+        let mut reply = with_type(status, PROBLEM_JSON, bytes.into());
+        reply.headers_mut().extend(header);
+        reply
     }
 }
 
@@ -82,8 +104,8 @@ pub fn unusable(problems: &api::Problems) -> Problem {
         [one] => one.to_string(),
         all => format!("the body has {} problems", all.len()),
     };
-    let Problem(document) = Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail);
-    Problem(Box::new(document.with_problems(&problems.0)))
+    let Problem { document, header } = Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail);
+    Problem { document: Box::new(document.with_problems(&problems.0)), header }
 }
 
 /// A reply of JSON.
@@ -92,7 +114,7 @@ pub fn json(status: StatusCode, value: &impl Serialize) -> Reply {
         Ok(bytes) => with_type(status, "application/json", bytes.into()),
         Err(error) => {
             let detail = format!("the reply cannot be written: {error}");
-            problem(&Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail).0)
+            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail).into_reply("")
         }
     }
 }
@@ -112,13 +134,6 @@ pub fn empty(status: StatusCode) -> Reply {
     let mut reply = Response::new(ReplyBody::Whole(None));
     *reply.status_mut() = status;
     reply
-}
-
-/// The reply that tells a problem.
-pub fn problem(document: &ProblemDocument) -> Reply {
-    let status = StatusCode::from_u16(document.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let bytes = serde_json::to_vec(document).unwrap_or_default();
-    with_type(status, PROBLEM_JSON, bytes.into())
 }
 
 fn with_type(status: StatusCode, media: &'static str, bytes: Bytes) -> Reply {
