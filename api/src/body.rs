@@ -97,8 +97,8 @@ mod tests {
     fn bodies_are_read() {
         let config: VmConfig = parse_body(r#"{"kernel": {"path": "k"}}"#, "VmConfig").unwrap();
         assert_eq!(config, VmConfig::new("k"));
-        let shutdown: Shutdown = parse_body(r#"{"deadline": 3}"#, "Shutdown").unwrap();
-        assert_eq!(shutdown, Shutdown { deadline: Some(3), force: false });
+        let shutdown: Shutdown = parse_body(r#"{"deadline": "3s"}"#, "Shutdown").unwrap();
+        assert_eq!(shutdown, Shutdown { deadline: Some(crate::TimeSpan::from_millis(3000)), force: false });
     }
 
     #[test]

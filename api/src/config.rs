@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceConfig, Endpoint};
 use crate::host::KindName;
-use crate::units::ByteSize;
+use crate::units::{ByteSize, TimeSpan};
 
 /// A VM: what it boots, its processors and memory, its devices, and what happens when it stops.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -43,7 +43,13 @@ impl VmConfig {
     /// A VM that boots `kernel`, all else by default.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
-            kernel: Kernel { path: kernel.into(), initramfs: None, cmdline: None },
+            kernel: Kernel {
+                path: kernel.into(),
+                initramfs: None,
+                cmdline: None,
+                system_map: None,
+                cache: KernelCache::User,
+            },
             cpus: Cpus::default(),
             memory: Memory::default(),
             kind: Kind::default(),
@@ -68,6 +74,55 @@ pub struct Kernel {
     /// somewhere, and one for the first console, so that the guest's log appears.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
+    /// The kernel's `System.map`, by which addresses in it get names where a boot takes too long. Without it: one beside
+    /// the kernel or in /boot with the kernel's version in its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_map: Option<PathBuf>,
+    /// Where unpacked kernels are kept, so that the next VM need not unpack the same bzImage again: `user` is the
+    /// directory `halyard/unpacked` where this user's caches are, `off` keeps none, and else it is a directory of its
+    /// own. Only its owner may be able to write to it.
+    #[serde(default, skip_serializing_if = "KernelCache::is_default")]
+    pub cache: KernelCache,
+}
+
+/// Where unpacked kernels are kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(from = "PathBuf", into = "PathBuf")]
+#[schemars(with = "String")]
+pub enum KernelCache {
+    /// Where this user's caches are.
+    #[default]
+    User,
+    /// Nowhere.
+    Off,
+    /// In this directory.
+    Directory(PathBuf),
+}
+
+impl KernelCache {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl From<PathBuf> for KernelCache {
+    fn from(text: PathBuf) -> Self {
+        match text.to_str() {
+            Some("user") => Self::User,
+            Some("off") => Self::Off,
+            _ => Self::Directory(text),
+        }
+    }
+}
+
+impl From<KernelCache> for PathBuf {
+    fn from(cache: KernelCache) -> Self {
+        match cache {
+            KernelCache::User => "user".into(),
+            KernelCache::Off => "off".into(),
+            KernelCache::Directory(path) => path,
+        }
+    }
 }
 
 /// The VM's processors.
@@ -225,16 +280,38 @@ pub struct Lifecycle {
     pub on_reset: OnReset,
     /// When the guest's kernel panics and says so through pvpanic.
     pub on_panic: OnPanic,
-    /// How many seconds a guest has to switch itself off after its power button was pressed, where whoever pressed it
-    /// did not say: a SIGTERM, or a request without a deadline.
-    #[schemars(range(max = 86400))]
-    pub shutdown_timeout: u32,
+    /// How long a guest has to switch itself off after its power button was pressed, where whoever pressed it did not
+    /// say: a SIGTERM, or a request without a deadline. At most 24h.
+    pub shutdown_timeout: TimeSpan,
+    /// How long a boot may take to user space. Where it takes longer, the run ends with exit code 6 and says what holds
+    /// it up. Without it: for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_timeout: Option<TimeSpan>,
+    /// What tells that user space is reached, for `boot_timeout`.
+    pub boot_until: BootUntil,
 }
 
 impl Default for Lifecycle {
     fn default() -> Self {
-        Self { on_reset: OnReset::default(), on_panic: OnPanic::default(), shutdown_timeout: 90 }
+        Self {
+            on_reset: OnReset::default(),
+            on_panic: OnPanic::default(),
+            shutdown_timeout: TimeSpan::from_millis(90_000),
+            boot_timeout: None,
+            boot_until: BootUntil::default(),
+        }
     }
+}
+
+/// What tells that user space is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootUntil {
+    /// A vCPU is seen in user mode, or the guest tells. Programs of an initramfs count, too.
+    #[default]
+    UserMode,
+    /// The guest tells: a program writes to the I/O port 0x508, or to the named port of a console.
+    Told,
 }
 
 /// What happens when the guest resets.

@@ -9,7 +9,7 @@ use crate::problem::{Position, Problem};
 use crate::schema::SCHEMA_JSON;
 use crate::suggest::did_you_mean;
 use crate::tree::{Node, Shape, join};
-use crate::units::{ByteSize, MacAddr, shorten};
+use crate::units::{ByteSize, MacAddr, TimeSpan, UnitError, shorten};
 use crate::validate::validate;
 
 /// Every problem of `tree`, given what serde said of it. Values that cannot be used are replaced by harmless ones, so
@@ -215,13 +215,12 @@ impl<'schema> Walk<'schema> {
             "string" if !value.is_string() => {
                 self.mismatch(node, path, "a text", &format!("write it in quotes: \"{}\"", shorten(text)))
             }
-            "string" if format == "mac-address" => match text.parse::<MacAddr>() {
-                Ok(_) => Some(value.clone()),
-                Err(error) => {
-                    self.add(node.at, path, error.to_string(), "");
-                    None
-                }
-            },
+            "string" if format == "mac-address" => {
+                self.parsed(node, path, text.parse::<MacAddr>().map(|_| value.clone()))
+            }
+            "string" if format == "time-span" => {
+                self.parsed(node, path, text.parse::<TimeSpan>().map(|_| value.clone()))
+            }
             _ => Some(value.clone()),
         }
     }
@@ -233,13 +232,12 @@ impl<'schema> Walk<'schema> {
         if value.is_null() {
             return self.mismatch(node, path, "a size such as 512M", "");
         }
-        match text.parse::<ByteSize>() {
-            Ok(_) => Some(text.into()),
-            Err(error) => {
-                self.add(node.at, path, error.to_string(), "");
-                None
-            }
-        }
+        self.parsed(node, path, text.parse::<ByteSize>().map(|_| text.into()))
+    }
+
+    /// A value that a type's own reading accepts.
+    fn parsed(&mut self, node: &Node, path: &str, value: Result<Value, UnitError>) -> Option<Value> {
+        value.map_err(|error| self.add(node.at, path, error.to_string(), "")).ok()
     }
 
     fn mismatch(&mut self, node: &Node, path: &str, expected: &str, remedy: &str) -> Option<Value> {

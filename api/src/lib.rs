@@ -31,7 +31,10 @@ mod vm;
 
 pub use body::{BodyError, parse_body};
 pub use client::{Client, ClientError, Events, Options, Response};
-pub use config::{Cpus, Hugepages, Kernel, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology, VmConfig};
+pub use config::{
+    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology,
+    VmConfig,
+};
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, pointer};
 pub use event::{Event, EventKind, Job, JobKind, JobState};
@@ -42,6 +45,6 @@ pub use parse::{ConfigText, MAX_CONFIG_BYTES, parse};
 pub use problem::{Position, Problem, Problems};
 pub use schema::{SCHEMA_JSON, schema};
 pub use suggest::did_you_mean;
-pub use units::{ByteSize, MacAddr, UnitError};
+pub use units::{ByteSize, MacAddr, TimeSpan, UnitError};
 pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate};
 pub use vm::{MemoryInfo, MemoryPatch, PhaseName, Pong, Reason, Shutdown, Vcpus, VcpusPatch, Version, VmInfo};

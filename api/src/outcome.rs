@@ -20,6 +20,11 @@ pub enum Outcome {
         /// What happened, and on which vCPU.
         reason: String,
     },
+    /// User space was not reached in time.
+    BootTimeout {
+        /// In which time, and what the guest last did.
+        reason: String,
+    },
     /// The guest wrote to the debug-exit port.
     DebugExit {
         /// The byte that it wrote.
@@ -51,7 +56,8 @@ impl Outcome {
             Self::Reset => 3,
             Self::Panicked => 4,
             Self::Crashed { .. } => 5,
-            Self::Destroyed => 6,
+            Self::Destroyed => 7,
+            Self::BootTimeout { .. } => 6,
             Self::DebugExit { value } => 64 + (value & 0x1f),
             Self::Quit => 130,
             Self::Signalled { signal } => 128 + (signal & 0x7f),
@@ -66,6 +72,7 @@ impl fmt::Display for Outcome {
             Self::Reset => f.write_str("the guest reset"),
             Self::Panicked => f.write_str("the guest's kernel panicked"),
             Self::Crashed { reason } => write!(f, "the guest crashed: {reason}"),
+            Self::BootTimeout { reason } => write!(f, "the guest did not come up: {reason}"),
             Self::DebugExit { value } => write!(f, "the guest wrote {value:#04x} to the debug-exit port"),
             Self::Quit => f.write_str("ended from the terminal"),
             Self::Destroyed => f.write_str("destroyed by a request"),

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Visitor};
@@ -123,6 +124,81 @@ impl JsonSchema for ByteSize {
             "format": "byte-size",
             "minimum": 0,
             "pattern": "^[0-9]+ *([Bb]|[KMGTkmgt]([Ii][Bb]?)?)?$"
+        })
+    }
+}
+
+/// A span of time. Written as a whole number with a unit, `ms`, `s`, `m` or `h`, as in `30s`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TimeSpan {
+    /// In milliseconds.
+    milliseconds: u64,
+}
+
+/// Units of time in milliseconds, the largest first.
+const TIME_UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
+
+impl TimeSpan {
+    /// This many milliseconds.
+    pub const fn from_millis(milliseconds: u64) -> Self {
+        Self { milliseconds }
+    }
+
+    /// As the standard library has it.
+    pub const fn duration(self) -> Duration {
+        Duration::from_millis(self.milliseconds)
+    }
+}
+
+impl FromStr for TimeSpan {
+    type Err = UnitError;
+
+    fn from_str(text: &str) -> Result<Self, UnitError> {
+        let wrong = |why: &str| UnitError(format!("«{}» is not a span of time: {why}", shorten(text)));
+        let trimmed = text.trim();
+        let digits = trimmed.len() - trimmed.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (number, unit) = trimmed.split_at(digits);
+        let known = TIME_UNITS.iter().find(|(known, _)| *known == unit.trim_start());
+        let (Ok(number), Some((_, factor))) = (number.parse::<u64>(), known) else {
+            return Err(wrong("write a whole number with ms, s, m or h, as in 30s"));
+        };
+        number.checked_mul(*factor).map(Self::from_millis).ok_or_else(|| wrong("it is longer than can be counted"))
+    }
+}
+
+/// As it is written: in the largest unit that leaves a whole number.
+impl fmt::Display for TimeSpan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fits = |(_, factor): &&(&str, u64)| self.milliseconds != 0 && self.milliseconds.is_multiple_of(*factor);
+        let (unit, factor) = TIME_UNITS.iter().find(fits).unwrap_or(&("s", 1000));
+        write!(f, "{}{unit}", self.milliseconds / factor)
+    }
+}
+
+impl Serialize for TimeSpan {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for TimeSpan {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(de::Error::custom)
+    }
+}
+
+impl JsonSchema for TimeSpan {
+    fn schema_name() -> Cow<'static, str> {
+        "TimeSpan".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "A whole number with ms, s, m or h, as in 30s.",
+            "type": "string",
+            "format": "time-span",
+            "pattern": "^[0-9]+ *(ms|s|m|h)$"
         })
     }
 }

@@ -7,7 +7,7 @@ use crate::config::{Cpus, Kernel, Memory, VmConfig};
 use crate::device::{Console, DeviceConfig, Disk, Endpoint, Net};
 use crate::host::HostFacts;
 use crate::problem::Problem;
-use crate::units::{ByteSize, shorten};
+use crate::units::{ByteSize, TimeSpan, shorten};
 
 /// The most vCPUs of a VM: local APIC ids are 8 bits wide (xAPIC), 255 is broadcast and the I/O APIC takes one.
 pub const MAX_VCPUS: u32 = 254;
@@ -30,8 +30,8 @@ const MAX_DISK_SERIAL_BYTES: usize = 20;
 const MAX_QUEUES: u16 = 64;
 /// The smallest MTU that a network card may advise (virtio 1.2 §5.1.4.1).
 const MIN_MTU: u16 = 68;
-/// The longest time, in seconds, that a guest may be given to switch itself off: a day.
-const MAX_SHUTDOWN_TIMEOUT: u32 = 86_400;
+/// The longest time that a guest may be given to switch itself off: a day.
+const MAX_SHUTDOWN_TIMEOUT: TimeSpan = TimeSpan::from_millis(86_400_000);
 /// The id of the serial port, which is no device.
 const SERIAL_ID: &str = "serial";
 
@@ -56,8 +56,8 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
     if config.lifecycle.shutdown_timeout > MAX_SHUTDOWN_TIMEOUT {
         report.add(
             "lifecycle.shutdown_timeout",
-            format!("{} seconds are too many", config.lifecycle.shutdown_timeout),
-            format!("at most {MAX_SHUTDOWN_TIMEOUT}, a day, are possible"),
+            format!("{} is too long", config.lifecycle.shutdown_timeout),
+            format!("{MAX_SHUTDOWN_TIMEOUT} is the most"),
         );
     }
     if config.devices.len() > usize::try_from(host.max_devices).unwrap_or(usize::MAX) {
@@ -65,6 +65,13 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
             "devices",
             format!("{} devices are too many", config.devices.len()),
             format!("a VM has room for {}", host.max_devices),
+        );
+    }
+    if config.lifecycle.boot_timeout.is_some_and(|time| time.duration().is_zero()) {
+        report.add(
+            "lifecycle.boot_timeout",
+            "no guest boots in no time",
+            "write 30s, or leave it out to wait for ever",
         );
     }
     if let Some(serial) = &config.serial {
@@ -103,6 +110,9 @@ fn kernel(report: &mut Report, kernel: &Kernel) {
     }
     if let Some(initramfs) = &kernel.initramfs {
         path(report, "kernel.initramfs", initramfs);
+    }
+    if let Some(map) = &kernel.system_map {
+        path(report, "kernel.system_map", map);
     }
     let Some(cmdline) = &kernel.cmdline else { return };
     if let Some(position) = cmdline.find(|c: char| c.is_control() && c != '\t') {

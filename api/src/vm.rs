@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Cpus, Memory, VmConfig};
 use crate::outcome::Outcome;
+use crate::units::{ByteSize, TimeSpan};
 
 /// Where a VM is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -92,11 +93,10 @@ pub struct VmInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Shutdown {
-    /// How many seconds the guest has, beginning with the press of its power button. Without it: the configuration's
-    /// `lifecycle.shutdown_timeout`.
+    /// How long the guest has, beginning with the press of its power button; 24h at most. Without it: the
+    /// configuration's `lifecycle.shutdown_timeout`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(max = 86400))]
-    pub deadline: Option<u32>,
+    pub deadline: Option<TimeSpan>,
     /// What happens at the deadline: the VM is destroyed, or else it runs on and the job fails.
     pub force: bool,
 }
@@ -115,7 +115,7 @@ pub struct VcpusPatch {
 #[serde(deny_unknown_fields)]
 pub struct MemoryPatch {
     /// How much memory.
-    pub size: crate::units::ByteSize,
+    pub size: ByteSize,
 }
 
 /// The VM's processors.

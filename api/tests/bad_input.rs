@@ -25,8 +25,8 @@ fn every_unknown_field_is_reported_with_its_place_and_a_suggestion() {
             "kernel: {path: k, cmdlne: quiet}\nmemroy: {size: 1G}\ndevices:\n  - type: disk\n    path: a\n    read-only: true\n"
         ),
         [
-            "vm.yaml:1:19: kernel.cmdlne: «cmdlne» is no field here; did you mean «cmdline»? Known are: cmdline, \
-             initramfs, path",
+            "vm.yaml:1:19: kernel.cmdlne: «cmdlne» is no field here; did you mean «cmdline»? Known are: cache, cmdline, \
+             initramfs, path, system_map",
             "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: cpus, devices, kernel, kind, \
              lifecycle, memory, platform, serial",
             "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, id, \

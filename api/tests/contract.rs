@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use api::{
-    ByteSize, ConfigText, Console, Cpus, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, Kind, Lifecycle,
-    MAX_CONFIG_BYTES, MacAddr, Memory, Net, OnPanic, OnReset, Outcome, Platform, Rng, Topology, VmConfig, parse,
-    validate,
+    BootUntil, ByteSize, ConfigText, Console, Cpus, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, Kind,
+    Lifecycle, MAX_CONFIG_BYTES, MacAddr, Memory, Net, OnPanic, OnReset, Outcome, Platform, Rng, TimeSpan, Topology,
+    VmConfig, parse, validate,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -57,10 +57,14 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
     let platform = any::<[bool; 2]>().prop_map(|flags| Platform { pvpanic: flags[0], debug_exit: flags[1] });
     let on_reset = prop_oneof![Just(OnReset::Restart), Just(OnReset::Exit)];
     let on_panic = prop_oneof![Just(OnPanic::Exit), Just(OnPanic::Restart), Just(OnPanic::Ignore)];
-    let lifecycle = (on_reset, on_panic, any::<u32>()).prop_map(|(on_reset, on_panic, shutdown_timeout)| Lifecycle {
+    let boot = (option::of(any::<u64>()), prop_oneof![Just(BootUntil::UserMode), Just(BootUntil::Told)]);
+    let times = (any::<u64>(), boot);
+    let lifecycle = (on_reset, on_panic, times).prop_map(|(on_reset, on_panic, (off, (time, boot_until)))| Lifecycle {
         on_reset,
         on_panic,
-        shutdown_timeout,
+        shutdown_timeout: TimeSpan::from_millis(off),
+        boot_timeout: time.map(TimeSpan::from_millis),
+        boot_until,
     });
     (cpus, memory, kind, platform, lifecycle)
 }
@@ -309,7 +313,8 @@ fn every_outcome_has_its_exit_code() {
         (Outcome::Reset, 3),
         (Outcome::Panicked, 4),
         (crashed, 5),
-        (Outcome::Destroyed, 6),
+        (Outcome::BootTimeout { reason: "30s".into() }, 6),
+        (Outcome::Destroyed, 7),
         (Outcome::Failed { reason: "no memory".into() }, 1),
         (Outcome::DebugExit { value: 0 }, 64),
         (Outcome::DebugExit { value: 0xff }, 95),
@@ -336,4 +341,25 @@ fn the_examples_are_configurations_without_problems() {
         }
     }
     assert!(seen >= 2, "only {seen} examples in {directory}");
+}
+
+#[test]
+fn spans_of_time_are_written_with_a_unit() {
+    let cases = [("30s", 30_000), ("500ms", 500), ("2m", 120_000), ("1h", 3_600_000), (" 90 s ", 90_000), ("0s", 0)];
+    for (text, millis) in cases {
+        assert_eq!(text.parse(), Ok(TimeSpan::from_millis(millis)), "{text}");
+    }
+    for (millis, text) in [(90_000, "90s"), (120_000, "2m"), (1500, "1500ms"), (7_200_000, "2h"), (0, "0s")] {
+        assert_eq!(TimeSpan::from_millis(millis).to_string(), text);
+    }
+    for text in ["30", "s", "", "-1s", "1.5s", "3 days", "99999999999999999999s", "18446744073709551615h"] {
+        let error = text.parse::<TimeSpan>().unwrap_err().to_string();
+        assert!(error.contains("is not a span of time"), "{error}");
+    }
+    let error = parse("kernel: {path: k}\nlifecycle: {boot_timeout: 30}\n").unwrap_err().to_string();
+    assert!(error.contains("a text must stand here, not the number 30"), "{error}");
+    let error = parse("kernel: {path: k}\nlifecycle: {boot_timeout: 30 days}\n").unwrap_err().to_string();
+    assert!(error.contains("write a whole number with ms, s, m or h"), "{error}");
+    let config = parse("kernel: {path: k}\nlifecycle: {boot_timeout: 0s}\n").unwrap();
+    assert_eq!(validate(&config, &HostFacts::unlimited()).len(), 1);
 }

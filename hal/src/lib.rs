@@ -27,7 +27,9 @@ pub use state::{
     DescriptorTable, EventState, MpState, Msr, Registers, STATE_VERSION, Segment, SystemRegisters, VcpuSnapshot,
     VcpuState,
 };
-pub use vcpu::{BootRegisters, CrashInfo, Exit, ExitHandler, Kick, KickTarget, ResetState, Vcpu, VcpuId};
+pub use vcpu::{
+    BootRegisters, Counter, Counters, CrashInfo, Exit, ExitHandler, Kick, KickTarget, ResetState, Vcpu, VcpuId,
+};
 pub use vm::{DirtyLog, DirtyTracking, Hypervisor, Launch, Vm, VmSpec, VmState};
 
 /// Opens the hypervisor of this host: KVM through `/dev/kvm`.

@@ -35,6 +35,27 @@ pub trait Vcpu: Send {
 
     /// The vCPU's saved state, where its kind lets the monitor see it.
     fn state(&mut self) -> Option<&mut dyn VcpuState>;
+
+    /// What the hypervisor itself counts of this vCPU, from its creation on, where it does.
+    fn counters(&self) -> Option<Box<dyn Counters>>;
+}
+
+/// A hypervisor's own counters of a vCPU: of exits that it answers without the monitor's help, too.
+pub trait Counters: Send + Sync {
+    /// All of them. Any thread may ask, whether the vCPU runs or not.
+    ///
+    /// # Errors
+    /// [`crate::Error::System`] where they cannot be read.
+    fn read(&self) -> Result<Vec<Counter>>;
+}
+
+/// How often something happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counter {
+    /// The hypervisor's name for it; every backend has `exits`, all exits from the guest.
+    pub name: String,
+    /// How often.
+    pub value: u64,
 }
 
 /// What a vCPU is before its first instruction.

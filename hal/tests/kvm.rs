@@ -675,3 +675,18 @@ fn the_end_of_a_vm_frees_everything() {
     rounds(300);
     assert!(descriptors() < before + 150, "{before} descriptors, then {}", descriptors());
 }
+
+#[test]
+fn kvms_own_counters_grow_with_the_exits() {
+    let Some(kvm) = kvm() else { return };
+    let guest = Guest::new(&kvm, &then_die(&[0xe6, 0x10, 0xe6, 0x10, 0xe6, 0x10]));
+    let mut vcpu = guest.vcpu(&kvm);
+    let Some(counters) = vcpu.counters() else {
+        eprintln!("skipped: this kernel has no KVM_GET_STATS_FD");
+        return;
+    };
+    let exits = || counters.read().unwrap().into_iter().find(|counter| counter.name == "exits").unwrap().value;
+    let before = exits();
+    assert_eq!(vcpu.run(&Recorder::new().0).unwrap(), Exit::Shutdown);
+    assert!(exits() >= before + 3, "{} after {before}", exits());
+}

@@ -4,6 +4,7 @@
 //! machine, or a size.
 
 pub mod boot;
+pub mod boot_trace;
 pub mod memory;
 pub mod startup;
 

@@ -350,7 +350,7 @@ fn story_a_stock_kernel_is_driven_through_the_api_socket() -> Result<()> {
     assert_eq!(times(&mut client)?, before, "a guest that is paused has exits");
     client.resume()?;
 
-    let job = client.shutdown(&api::Shutdown { deadline: Some(60), force: false })?;
+    let job = client.shutdown(&api::Shutdown { deadline: Some(api::TimeSpan::from_millis(60000)), force: false })?;
     let ended = events.find_map(|event| match event {
         Ok(api::Event { event: api::EventKind::Phase { phase: api::PhaseName::Stopped, outcome, .. }, .. }) => outcome,
         _ => None,
@@ -413,5 +413,54 @@ fn story_another_user_in_a_read_only_root_has_disk_and_network_by_descriptors() 
     vm.wait_line("it pings")?;
     vm.write(b"poweroff -f\n")?;
     ensure!(vm.wait()? == Status::Exited(0), "{}", vm.last_words());
+    Ok(())
+}
+
+#[test]
+fn story_a_boot_trace_shows_the_way_to_user_space() -> Result<()> {
+    let host = &Lent::take()?;
+    let path = format!("{}/boot.json", host.folder()?);
+    let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.cpus(2).disk(&format!("path={}", image(host, 8)?));
+    // The agent's first words on its port tell of user space.
+    let vm = boot(host, &spec.args(["--rng", "--boot-trace", &path]))?;
+    ask(&vm, "true")?;
+    power_off(&vm)?;
+    let report: serde_json::Value = serde_json::from_slice(&host.read_file(&path)?)?;
+    let steps = report["milestones"].as_array().context("milestones")?;
+    let names: Vec<&str> = steps.iter().filter_map(|step| step["name"].as_str()).collect();
+    let once = ["exec", "configuration", "memory", "kernel", "vm", "vcpus", "first-entry", "first-pci-access"];
+    let at =
+        |name: &str| names.iter().position(|known| *known == name).with_context(|| format!("no {name}: {report:#}"));
+    for pair in once.windows(2) {
+        ensure!(at(pair[0])? < at(pair[1])?, "{pair:?} in {names:?}");
+    }
+    ensure!(at("first-pci-access")? < at("driver-ok")? && names.last() == Some(&"user-space"), "{names:?}");
+    let times: Vec<u64> = steps.iter().filter_map(|step| step["at_us"].as_u64()).collect();
+    ensure!(times.len() == names.len() && times.is_sorted(), "{times:?}");
+    let devices = report["devices"].as_array().context("devices")?;
+    ensure!(devices.len() == 3 && devices.iter().all(|device| device["driver_ok_us"].is_u64()), "{devices:?}");
+    let (all, answered) = (&report["guest"]["hypervisor"]["exits"], &report["guest"]["exits"]);
+    ensure!(all.as_u64() > answered.as_u64() && answered.as_u64() > Some(100), "{all} exits, {answered} answered");
+    let picture = host.read_file(&path.replace(".json", ".svg"))?;
+    ensure!(picture.starts_with(b"<svg"), "no picture");
+    Ok(())
+}
+
+#[test]
+fn story_a_guest_without_its_root_disk_is_told_by_phase_and_symbol() -> Result<()> {
+    let host = &Lent::take()?;
+    let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.without_agent();
+    // Neither the initramfs nor a disk has what comes next: the kernel waits for the disk for ever.
+    let spec = spec.words("rdinit=/nowhere root=/dev/vda rootwait").args(["--boot-timeout", "45s"]);
+    let vm = host.halyard(&spec)?;
+    let status = vm.process().wait_for(Duration::from_secs(100));
+    let told = vm.process().error_output();
+    let status = status.with_context(|| told.clone())?;
+    ensure!(status == Status::Exited(6), "{status}\n{told}");
+    for text in ["no user space after 45", "and no program runs", "kallsyms", "«root=»"] {
+        ensure!(told.contains(text), "no {text:?} in\n{told}");
+    }
+    let processor = told.lines().find(|line| line.contains("vCPU 0: ")).context("vCPU 0")?;
+    ensure!(processor.contains("+0x"), "no symbol in {processor:?}\n{told}");
     Ok(())
 }

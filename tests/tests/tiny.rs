@@ -453,3 +453,124 @@ fn guests_are_built_once() {
     assert_eq!(guest("first-byte"), before);
     assert_eq!(fs::metadata(&before).unwrap().modified().unwrap(), made);
 }
+
+/// The report that a run's `--boot-trace` wrote, and its picture.
+fn trace_of(guest: &Tiny, code: i32) -> (serde_json::Value, String, Run) {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("boot.json");
+    let run = guest.clone().args(["--boot-trace", path.to_str().unwrap()]).run().expect_code(code);
+    let report = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    (report, fs::read_to_string(path.with_extension("svg")).unwrap(), run)
+}
+
+/// How often a place was accessed, in all of its addresses.
+fn accesses(exits: &serde_json::Value, reason: &str, name: &str) -> u64 {
+    let places = exits["by_place"].as_array().unwrap().iter();
+    let fitting = places.filter(|place| place["reason"] == reason && place["name"] == name);
+    fitting.map(|place| place["count"].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn the_boot_trace_has_each_step_and_counts_each_exit() {
+    let (report, picture, run) = trace_of(&tiny!("boot-marker").args(["--rng"]), debug_exit(0));
+    assert_eq!(run.output(), "up\nafter\n");
+    let steps = report["milestones"].as_array().unwrap();
+    let names: Vec<&str> = steps.iter().map(|step| step["name"].as_str().unwrap()).collect();
+    let expected = [
+        "exec",
+        "configuration",
+        "memory",
+        "kernel",
+        "vm",
+        "vcpus",
+        "first-entry",
+        "first-pci-access",
+        "driver-ok",
+        "first-output",
+        "user-space",
+    ];
+    assert_eq!(names, expected);
+    let times: Vec<u64> = steps.iter().map(|step| step["at_us"].as_u64().unwrap()).collect();
+    assert!(times.is_sorted() && times[0] == 0 && times[1] > 0, "{times:?}");
+    assert_eq!(report["devices"][0]["id"], "rng0");
+    assert_eq!(report["devices"][0]["driver_ok_us"], times[8]);
+    assert_eq!((&report["user_space"], &report["end_us"]), (&true.into(), &times[10].into()));
+
+    // The eighth read of the clock and the second text come after user space.
+    assert_eq!(accesses(&report["guest"], "pio-read", "clock (CMOS)"), 7);
+    assert_eq!(accesses(&report["guest"], "pio-write", "serial"), 3);
+    assert_eq!(accesses(&report["guest"], "pio-write", "boot marker"), 1);
+    // Status 0, ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK, and what is set up in between.
+    assert!(accesses(&report["guest"], "mmio-write", "rng0 common configuration") > 5, "{report:#}");
+    let phases = report["phases"].as_array().unwrap();
+    let entry = phases.iter().find(|phase| phase["after"] == "first-entry").unwrap();
+    assert_eq!((&entry["exits"], &entry["by_reason"]["pio-read"]), (&7.into(), &7.into()));
+    let sum: u64 = phases.iter().map(|phase| phase["exits"].as_u64().unwrap()).sum();
+    assert_eq!(report["guest"]["exits"], sum);
+    if let Some(all) = report["guest"]["hypervisor"]["exits"].as_u64() {
+        assert!(all >= sum, "{all} exits by the hypervisor's count, {sum} by ours");
+    }
+    assert!(picture.starts_with("<svg") && picture.contains("driver-ok rng0"), "{picture}");
+}
+
+#[test]
+fn a_boot_trace_without_user_space_tells_how_far_it_came() {
+    let (report, picture, _) = trace_of(&tiny!("first-byte"), debug_exit(0));
+    assert_eq!(report["user_space"], false);
+    let last = report["milestones"].as_array().unwrap().last().unwrap();
+    assert_eq!((&last["name"], &last["subject"]), (&"first-output".into(), &"serial".into()));
+    assert_eq!(report["guest"]["exits"], 2);
+    assert!(picture.contains("no user space"), "{picture}");
+}
+
+#[test]
+fn a_boot_trace_that_cannot_be_written_is_refused() {
+    for (path, says) in [("/nowhere/boot.json", "No such file"), ("boot.svg", "name the JSON file")] {
+        let run = tiny!("first-byte").args(["--boot-trace", path]).run().expect_code(2);
+        run.expect_messages(&["--boot-trace", says]);
+    }
+}
+
+/// Exit code of a run that `--boot-timeout` ended.
+const NOT_UP: i32 = 6;
+
+#[test]
+fn a_guest_that_loops_is_ended_with_what_it_does() {
+    let guest = tiny!("stuck").cmdline("loop").args(["--boot-timeout", "400ms", "--disk"]);
+    let disk = disk();
+    let run = guest.args([disk.path()]).run().expect_code(NOT_UP);
+    run.expect_messages(&[
+        "no user space after 0.",
+        "has said nothing and touched no device; last milestone: first-entry",
+        "without a driver: disk0",
+        "vCPU 0: running, instruction pointer 0x10",
+        "vCPU 0's last exits:",
+        "read 0xff (1 bytes) from clock (CMOS) 0x71",
+        "what may help: «console=ttyS0»",
+        "the guest did not come up: no user space after",
+    ]);
+}
+
+#[test]
+fn a_guest_that_stops_itself_is_ended_with_what_it_did_last() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("boot.json");
+    let guest = tiny!("stuck").cmdline("halt").args(["--cpus", "2", "--boot-timeout", "400ms,until=told"]);
+    let run = guest.args(["--boot-trace", path.to_str().unwrap()]).run().expect_code(NOT_UP);
+    assert_eq!(run.output(), "so far\n");
+    run.expect_messages(&[
+        "its kernel runs, but has not looked for devices; last milestone: first-output serial",
+        "vCPU 0: halted with interrupts off, which nothing ends, instruction pointer 0x10",
+        "vCPU 1: not started by the guest",
+        "wrote 0xa (1 bytes) to serial 0x3f8",
+        "every vCPU has stopped itself for good",
+    ]);
+    let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    assert!(report["diagnosis"][0].as_str().unwrap().starts_with("no user space after"), "{report:#}");
+}
+
+#[test]
+fn a_guest_that_comes_up_in_time_goes_on() {
+    let run = success(tiny!("boot-marker").args(["--rng", "--boot-timeout", "20s,until=told"]).run());
+    assert_eq!(run.output(), "up\nafter\n");
+}

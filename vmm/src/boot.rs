@@ -1,12 +1,17 @@
 //! The guest before its devices: memory with the kernel, its boot data and the platform's tables in it.
 
+use std::fs::File;
+
 use api::{Problem, Problems, VmConfig};
-use arch::{BootError, BootSource, LoadedKernel, Platform, Topology};
+use arch::{BootError, BootSource, KernelError, LoadedKernel, Platform, Topology};
+use devices::virtio::rng::kernel_random;
 use hal::HostCaps;
 
 use crate::Failure;
 use crate::inputs::Inputs;
+use crate::kernel::{self, Image};
 use crate::memory::{self, Ram};
+use crate::trace::{Milestone, Trace};
 
 /// A guest ready to be given processors and devices.
 pub struct Loaded {
@@ -23,7 +28,7 @@ pub struct Loaded {
 /// # Errors
 /// [`Failure::BadInput`] where kernel, initramfs or command line cannot be booted; [`Failure::Host`] where the host has
 /// no such memory.
-pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loaded, Failure> {
+pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) -> Result<Loaded, Failure> {
     let topology = topology(config)?;
     let ram = config.memory.size.bytes();
     let mut platform = Platform::direct_boot(ram, caps.physical_address_bits, topology)
@@ -31,19 +36,73 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs) -> Result<Loade
     platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
     platform.pvpanic = config.platform.pvpanic;
 
-    let memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache);
+    let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
-    let source = BootSource {
-        kernel: &inputs.kernel,
-        initramfs: inputs.initramfs.as_ref(),
-        cmdline: &cmdline,
-        protocol: None,
-        gigabyte_pages: arch::gigabyte_pages(&caps.cpuid),
+    let mut image = image.wait();
+    trace.mark(Milestone::KernelDecompressed);
+    let kernel = loop {
+        let source = BootSource {
+            kernel: &inputs.kernel,
+            unpacked: image.unpacked(),
+            random: image.unpacked().map(|_| random()).transpose()?,
+            initramfs: inputs.initramfs.as_ref(),
+            cmdline: &cmdline,
+            protocol: None,
+            gigabyte_pages: arch::gigabyte_pages(&caps.cpuid),
+        };
+        match arch::load_kernel(&memory.map, &platform, &source) {
+            Ok(kernel) => break kernel,
+            Err(error) => image = next_best(image, error, &inputs.kernel).map_err(|error| bad_boot(config, &error))?,
+        }
+        // A part of the kernel may be there already.
+        memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
     };
-    let kernel = arch::load_kernel(&memory.map, &platform, &source).map_err(|error| bad_boot(config, &error))?;
     arch::acpi::write(&memory.map, &platform)?;
-    tracing::debug!(protocol = %kernel.protocol, kernel = ?kernel.kernel, initramfs = ?kernel.initramfs, "kernel loaded");
+    trace.mark(Milestone::Kernel);
+    tell(&kernel, &image);
     Ok(Loaded { memory, platform, kernel })
+}
+
+/// What is tried when an image could not be loaded: a kept kernel that is damaged is unpacked anew, and what was
+/// unpacked and cannot be entered unpacks itself.
+fn next_best(image: Image, error: BootError, kernel: &File) -> Result<Image, BootError> {
+    match (image, error) {
+        (Image::Cached(_), BootError::Payload(_) | BootError::Kernel(KernelError::Read(_))) => {
+            tracing::warn!("a kept kernel is damaged, and is unpacked anew");
+            Ok(kernel::remake(kernel))
+        }
+        (Image::Unpacked(_), BootError::Payload(error)) => {
+            kernel::unpacks_itself(&error);
+            Ok(Image::File)
+        }
+        (_, error) => Err(error),
+    }
+}
+
+fn tell(kernel: &LoadedKernel, image: &Image) {
+    if image.unpacked().is_some() && kernel.slide.is_none() {
+        tracing::info!(
+            "the kernel is not placed at random: it has no relocation table, or its command line forbids it"
+        );
+    }
+    tracing::debug!(
+        protocol = %kernel.protocol, kernel = ?kernel.kernel, slide = ?kernel.slide, initramfs = ?kernel.initramfs,
+        "kernel loaded"
+    );
+}
+
+/// Two random numbers of the host kernel's.
+fn random() -> Result<[u64; 2], Failure> {
+    let mut bytes = [[0; 8]; 2];
+    let flat = bytes.as_flattened_mut();
+    if kernel_random(flat) != flat.len() {
+        return Err(Failure::Host(
+            "the host kernel gives no random numbers for the place of the guest's kernel".into(),
+        ));
+    }
+    Ok(bytes.map(u64::from_le_bytes))
 }
 
 fn topology(config: &VmConfig) -> Result<Topology, Failure> {
@@ -62,6 +121,7 @@ fn bad(field: &str, problem: &str) -> Failure {
 fn bad_boot(config: &VmConfig, error: &BootError) -> Failure {
     let kernel = &config.kernel;
     match error {
+        BootError::Payload(error) => bad("kernel.path", &format!("{}: {error}", kernel.path.display())),
         BootError::Kernel(error) => bad("kernel.path", &format!("{}: {error}", kernel.path.display())),
         BootError::Initramfs(error) => {
             let path = kernel.initramfs.clone().unwrap_or_default();

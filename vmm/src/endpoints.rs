@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::Failure;
 use crate::board::Board;
 use crate::sandbox::{self, Thread};
+use crate::trace::Trace;
 
 /// How long the end of a run waits for readers to take the last output.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -99,6 +100,15 @@ impl Endpoints {
         // What was typed before there was a port to take it.
         port.0.fill();
         Ok(port)
+    }
+
+    /// Has the trace told of the guest's first words on each of them.
+    pub fn watch(&self, config: &VmConfig, trace: &Trace) {
+        for Wanted { id, protocol, .. } in wanted(config) {
+            if let Some(endpoint) = self.by_id.get(&id) {
+                endpoint.on_next_output(trace.on_output(&id, protocol));
+            }
+        }
     }
 
     /// Readable when the person at the terminal has asked to quit.

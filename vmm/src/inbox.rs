@@ -17,6 +17,8 @@ pub enum Event {
     Platform(PlatformEvent),
     /// A vCPU's run ended.
     Vcpu(VcpuEnd),
+    /// User space was not reached in time, for this reason.
+    BootTimeout(String),
     /// The person at the terminal asked to quit.
     Quit,
 }

@@ -14,14 +14,19 @@ use api::{DeviceConfig, Problem, VmConfig};
 use devices::disk::{DiskOptions, RawDisk};
 use devices::net::Tap;
 
+use crate::kernel::Kernels;
 use crate::request::Descriptors;
 
 /// The opened inputs of a VM.
 pub struct Inputs {
-    /// The kernel image.
+    /// The kernel file.
     pub kernel: File,
+    /// What makes it ready to be loaded.
+    pub kernels: Kernels,
     /// The initial file system.
     pub initramfs: Option<File>,
+    /// The kernel's System.map, where one is named, or one is wanted and found.
+    pub system_map: Option<File>,
     /// What devices take over, by the device's id.
     pub devices: BTreeMap<String, DeviceInput>,
 }
@@ -49,6 +54,7 @@ impl Inputs {
             .initramfs
             .as_ref()
             .map(|path| open_regular(path, "kernel.initramfs", "a cpio archive", &mut problems));
+        let system_map = system_map(config, &mut problems);
         let mut devices = BTreeMap::new();
         for (index, device) in config.devices.iter().enumerate() {
             match DeviceInput::open(device, descriptors) {
@@ -58,7 +64,8 @@ impl Inputs {
         }
         match (kernel, initramfs) {
             (Some(kernel), initramfs) if problems.is_empty() => {
-                Ok(Self { kernel, initramfs: initramfs.flatten(), devices })
+                let kernels = Kernels::default();
+                Ok(Self { kernel, kernels, initramfs: initramfs.flatten(), system_map, devices })
             }
             _ => Err(problems),
         }
@@ -89,6 +96,18 @@ impl DeviceInput {
             DeviceConfig::Console(_) | DeviceConfig::Rng(_) => Ok(Self::None),
         }
     }
+}
+
+/// Opens the System.map that is named; or, where a boot has a limit, one that bears the kernel's version.
+fn system_map(config: &VmConfig, problems: &mut Vec<Problem>) -> Option<File> {
+    if let Some(path) = &config.kernel.system_map {
+        return open_regular(path, "kernel.system_map", "the System.map of this kernel", problems);
+    }
+    config.lifecycle.boot_timeout?;
+    let kernel = &config.kernel.path;
+    let version = kernel.file_name()?.to_str()?.split_once('-')?.1;
+    let name = format!("System.map-{version}");
+    [kernel.with_file_name(&name), Path::new("/boot").join(name)].iter().find_map(|path| File::open(path).ok())
 }
 
 fn open_regular(path: &Path, field: &str, expected: &str, problems: &mut Vec<Problem>) -> Option<File> {

@@ -13,6 +13,7 @@ pub mod endpoints;
 pub mod host;
 pub mod inbox;
 pub mod inputs;
+pub mod kernel;
 pub mod machine;
 pub mod memory;
 pub mod notify;
@@ -22,6 +23,8 @@ mod run;
 pub mod sandbox;
 pub mod seams;
 pub mod server;
+pub mod trace;
 pub mod vcpu;
 
 pub use run::{Failure, Plan, carry_out, carry_out_on, run_on};
+pub use trace::Watching;

@@ -1,6 +1,7 @@
 //! The machine: everything between a loaded guest and its running processors, made in one function that reads from
 //! top to bottom, and taken apart in the order of the fields.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, Windows};
 use devices::virtio::transport::VirtioPci;
 use hal::{GpaRange, Hypervisor, MsiRoute, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
-use vm_memory::GuestMemoryAtomic;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::Loaded;
@@ -23,6 +24,7 @@ use crate::inputs::Inputs;
 use crate::memory::Ram;
 use crate::request::Refusal;
 use crate::seams::VmSeam;
+use crate::trace::{Attached, Milestone, Trace, View};
 use crate::vcpu::{ExitBuses, Mode, VcpuCounters, VcpuThreads};
 
 /// What a machine is made from beside the loaded guest.
@@ -37,11 +39,14 @@ pub struct Parts<'a> {
     pub endpoints: &'a Endpoints,
     /// Where the machine's events go.
     pub inbox: &'a Inbox,
+    /// Who looks at the boot, if somebody does.
+    pub trace: &'a Trace,
 }
 
 /// A VM with all its parts. Dropping it stops the vCPUs, then completes what devices have in flight, then frees memory.
 pub struct Machine {
     vcpus: Option<VcpuThreads>,
+    watcher: Option<Attached>,
     functions: Vec<Arc<VirtioPci>>,
     counters: Arc<MachineCounters>,
     platform: PlatformDevices,
@@ -80,6 +85,7 @@ impl Machine {
         let count = platform.topology.vcpu_ids().len();
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory)?;
+        parts.trace.mark(Milestone::Vm);
         let seam = VmSeam(vm.clone());
         let pio = Arc::new(Bus::new());
         let mmio = Arc::new(Bus::new());
@@ -97,6 +103,7 @@ impl Machine {
         let mut counters = MachineCounters::default();
         let mut machine = Self {
             vcpus: None,
+            watcher: None,
             functions: Vec::new(),
             counters: Arc::default(),
             platform: devices,
@@ -105,6 +112,8 @@ impl Machine {
             nmi: None,
             vm: vm.clone(),
         };
+        let ecam = ecam_base..ecam_base + pci.ecam_len();
+        let guest_memory = memory.map.clone();
         let memory = GuestMemoryAtomic::new(memory.map);
         for device in &parts.config.devices {
             let (virtio, counts) = crate::devices::create(device, parts)?;
@@ -116,11 +125,13 @@ impl Machine {
         }
 
         let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
+        parts.trace.mark(Milestone::Vcpus);
+        machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         if mode == Mode::Stand {
             machine.functions.iter().for_each(|function| function.suspend());
         }
-        threads.run(vcpus, &exits, mode);
+        threads.run(vcpus, &exits, parts.trace, mode);
         counters.vcpus = threads.counters().to_vec();
         machine.vcpus = Some(threads);
         machine.counters = Arc::new(counters);
@@ -187,6 +198,25 @@ impl Machine {
         self.counters.clone()
     }
 
+    /// Has the boot looked at, where somebody wants to.
+    fn watch(
+        &self,
+        parts: &Parts,
+        ecam: Range<u64>,
+        memory: GuestMemoryMmap,
+        kernel: &LoadedKernel,
+    ) -> Result<Option<Attached>, Failure> {
+        if !parts.trace.is_on() {
+            return Ok(None);
+        }
+        let ids = parts.config.devices.iter().map(|device| device.id().to_owned());
+        let functions = ids.zip(self.functions.iter().cloned()).collect();
+        let system_map = parts.inputs.system_map.as_ref().map(File::try_clone).transpose()?;
+        let slide = kernel.slide.map_or(0, |slide| slide.virt.into());
+        let view = View { functions, ecam, memory, slide, system_map };
+        Ok(parts.trace.attach(view, &parts.config.lifecycle, parts.inbox)?)
+    }
+
     /// Asks the guest to shut itself down.
     pub fn press_power_button(&self) {
         match self.platform.acpi.press_power_button() {
@@ -199,6 +229,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.vcpus = None;
+        self.watcher = None;
         for function in &self.functions {
             function.suspend();
         }

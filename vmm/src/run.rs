@@ -11,6 +11,7 @@ use crate::owner::{Owner, Until};
 use crate::request::Descriptors;
 use crate::sandbox::{self, Thread};
 use crate::server::{ApiSocket, KEPT_EVENTS, Server, SocketError};
+use crate::trace::Watching;
 
 /// Why there is no outcome.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,8 @@ pub struct Plan {
     pub api: Option<ApiSocket>,
     /// A file to write the process's number to, while it runs.
     pub pid_file: Option<PathBuf>,
+    /// What is wanted of the first boot.
+    pub watching: Watching,
     /// When the work is done.
     pub until: Until,
 }
@@ -76,6 +79,7 @@ pub fn carry_out(plan: Plan) -> Result<Option<Outcome>, Failure> {
 pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) -> Result<Option<Outcome>, Failure> {
     let board = Arc::new(Board::new(if plan.api.is_some() { KEPT_EVENTS } else { 0 }));
     let mut owner = Owner::new(hypervisor, board.clone())?;
+    owner.watch(plan.watching);
     let boot = plan.boot && plan.config.is_some();
     if let Some(config) = plan.config {
         owner.create(config, Descriptors::Inherited)?;
@@ -104,7 +108,8 @@ pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) ->
 /// # Errors
 /// As [`carry_out`].
 pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, config: VmConfig) -> Result<Outcome, Failure> {
-    let plan = Plan { config: Some(config), boot: true, api: None, pid_file: None, until: Until::VmEnds };
+    let (until, watching) = (Until::VmEnds, Watching::default());
+    let plan = Plan { config: Some(config), boot: true, api: None, pid_file: None, watching, until };
     Ok(carry_out_on(hypervisor, plan)?.unwrap_or(Outcome::Destroyed))
 }
 

@@ -14,6 +14,8 @@ use hal::{Exit, ExitHandler, Kick, Vcpu};
 
 use crate::inbox::{Event, Inbox, VcpuEnd};
 use crate::sandbox;
+use crate::trace::Trace;
+use crate::trace::exits::WatchedExits;
 
 /// How long vCPUs have to come to the gate: an exit that is being answered is the longest that they may take.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -26,6 +28,28 @@ pub struct ExitBuses {
     pub mmio: Arc<Bus>,
     /// Told of the end of level-triggered interrupts.
     pub ioapic: Arc<IoApic>,
+}
+
+impl ExitHandler for ExitBuses {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.pio.read(port.into(), data);
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.pio.write(port.into(), data);
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        self.mmio.read(gpa, data);
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        self.mmio.write(gpa, data);
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        self.ioapic.end_of_interrupt(vector);
+    }
 }
 
 /// What a vCPU has done since its machine was made.
@@ -47,36 +71,36 @@ pub struct VcpuCounters {
     pub kicks: AtomicU64,
 }
 
-/// Answers and counts one vCPU's exits.
+/// Counts one vCPU's exits on their way to who answers them.
 struct Exits<'a> {
-    buses: &'a ExitBuses,
+    answers: &'a dyn ExitHandler,
     counters: &'a VcpuCounters,
 }
 
 impl ExitHandler for Exits<'_> {
     fn pio_read(&self, port: u16, data: &mut [u8]) {
         count(&self.counters.pio_reads);
-        self.buses.pio.read(port.into(), data);
+        self.answers.pio_read(port, data);
     }
 
     fn pio_write(&self, port: u16, data: &[u8]) {
         count(&self.counters.pio_writes);
-        self.buses.pio.write(port.into(), data);
+        self.answers.pio_write(port, data);
     }
 
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         count(&self.counters.mmio_reads);
-        self.buses.mmio.read(gpa, data);
+        self.answers.mmio_read(gpa, data);
     }
 
     fn mmio_write(&self, gpa: u64, data: &[u8]) {
         count(&self.counters.mmio_writes);
-        self.buses.mmio.write(gpa, data);
+        self.answers.mmio_write(gpa, data);
     }
 
     fn end_of_interrupt(&self, vector: u8) {
         count(&self.counters.interrupt_ends);
-        self.buses.ioapic.end_of_interrupt(vector);
+        self.answers.end_of_interrupt(vector);
     }
 }
 
@@ -173,8 +197,14 @@ pub struct VcpuThreads {
     counters: Vec<Arc<VcpuCounters>>,
 }
 
-/// What a thread is handed: its vCPU, and where exits go.
-type Seat = (Box<dyn Vcpu>, Arc<ExitBuses>);
+/// What a thread is handed.
+struct Seat {
+    vcpu: Box<dyn Vcpu>,
+    /// Where exits go.
+    buses: Arc<ExitBuses>,
+    /// Who looks at the boot answers first.
+    watched: Option<WatchedExits>,
+}
 
 impl VcpuThreads {
     /// Starts `count` threads, named `CPU n/` and the backend's name: KubeVirt finds vCPU threads by it. They wait for
@@ -204,11 +234,12 @@ impl VcpuThreads {
     }
 
     /// Hands each thread its vCPU. With [`Mode::Stand`] their guests do not run before [`VcpuThreads::resume`].
-    pub fn run(&mut self, vcpus: Vec<Box<dyn Vcpu>>, buses: &Arc<ExitBuses>, mode: Mode) {
+    pub fn run(&mut self, vcpus: Vec<Box<dyn Vcpu>>, buses: &Arc<ExitBuses>, trace: &Trace, mode: Mode) {
         self.gate.order(mode);
         self.kicks = vcpus.iter().map(|vcpu| vcpu.kick()).collect();
         for (seat, vcpu) in self.seats.drain(..).zip(vcpus) {
-            if seat.send((vcpu, buses.clone())).is_err() {
+            let watched = trace.vcpu(&*vcpu, buses);
+            if seat.send(Seat { vcpu, buses: buses.clone(), watched }).is_err() {
                 tracing::error!("a vCPU thread has ended before its time");
             }
         }
@@ -270,12 +301,16 @@ impl Thread {
     fn run(self, vcpu: &Receiver<Seat>) {
         sandbox::enter(sandbox::Thread::Vcpu);
         // Where none comes, the machine was not made.
-        let Ok((mut vcpu, buses)) = vcpu.recv() else { return };
+        let Ok(Seat { mut vcpu, buses, watched }) = vcpu.recv() else { return };
         self.counters.thread.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
-        let exits = Exits { buses: &buses, counters: &self.counters };
+        let answers: &dyn ExitHandler = watched.as_ref().map_or(&*buses, |watched| watched);
+        let exits = Exits { answers, counters: &self.counters };
         while let Some(stood) = self.gate.pass() {
             if stood {
                 vcpu.stood_still();
+            }
+            if let Some(watched) = &watched {
+                watched.before_entry(&mut *vcpu);
             }
             let end = match vcpu.run(&exits) {
                 Ok(Exit::Kicked) => {
@@ -311,7 +346,7 @@ mod tests {
         let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new()) });
         let inbox = Inbox::new().unwrap();
         let mut threads = VcpuThreads::spawn("test", count.into(), &inbox).unwrap();
-        threads.run(vcpus, &buses, mode);
+        threads.run(vcpus, &buses, &Trace::off(), mode);
         (threads, inbox)
     }
 

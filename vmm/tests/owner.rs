@@ -9,7 +9,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use api::{
-    DeviceConfig, Endpoint, EventKind, JobState, Outcome, PhaseName, Reason, Rng, Shutdown, VcpusPatch, VmConfig,
+    DeviceConfig, Endpoint, EventKind, JobState, Outcome, PhaseName, Reason, Rng, Shutdown, TimeSpan, VcpusPatch,
+    VmConfig,
 };
 use arch::layout;
 use hal::fake::{Call, Fake, Live, Step};
@@ -267,9 +268,10 @@ fn who_asks_an_owner_that_ends_is_told_so() {
 #[test]
 fn a_request_during_a_shutdown_is_carried_out() {
     let service = Service::start_in(PhaseName::Running);
-    let shutdown = |deadline, force| Request::Shutdown(Shutdown { deadline: Some(deadline), force });
-    let Ok(Answer::Job(first)) = service.ask(shutdown(1000, false)) else { panic!("a job") };
-    let Ok(Answer::Job(second)) = service.ask(shutdown(1000, true)) else { panic!("a job") };
+    let shutdown =
+        |deadline, force| Request::Shutdown(Shutdown { deadline: Some(TimeSpan::from_millis(deadline)), force });
+    let Ok(Answer::Job(first)) = service.ask(shutdown(1_000_000, false)) else { panic!("a job") };
+    let Ok(Answer::Job(second)) = service.ask(shutdown(1_000_000, true)) else { panic!("a job") };
     assert_eq!(first, second, "who asks again waits for the same");
     service.ask(Request::Pause).unwrap();
     service.ask(Request::Resume).unwrap();

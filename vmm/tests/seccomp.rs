@@ -130,7 +130,7 @@ fn no_policy_lets_programs_be_started_or_code_be_made() {
 #[test]
 fn threads_that_serve_the_guest_open_nothing_and_make_no_threads() {
     use Sysno::{accept, bind, clone, clone3, connect, open, openat, openat2, seccomp, socket, unlink};
-    for (name, program, _, _) in policies().filter(|policy| ["vcpu", "io", "console", "loader"].contains(&policy.0)) {
+    for (name, program, _, _) in policies().filter(|policy| ["vcpu", "io", "console", "watch"].contains(&policy.0)) {
         for call in [open, openat, openat2, socket, connect, bind, accept, clone, clone3, seccomp, unlink] {
             assert_eq!(run(&program, X86_64, call as u32, [0; 6]), TRAP, "{name} allows {call}");
         }

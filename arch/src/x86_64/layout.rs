@@ -26,7 +26,7 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Boot data: the global descriptor table at the 64-bit entry. One page.
 pub const BOOT_GDT: u64 = 0x8000;
-/// Boot data: the page tables at the 64-bit entry. Six pages at the most.
+/// Boot data: the page tables at the 64-bit entry. Eight pages at the most.
 pub const PAGE_TABLES: u64 = 0x9000;
 /// Boot data: the kernel's command line with its closing zero byte.
 pub const CMDLINE: u64 = 0x2_0000;
@@ -65,6 +65,9 @@ pub const COM1_PIN: u8 = 4;
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
 /// The first of the keyboard controller's ports, where a platform has one.
 pub const I8042_PORT: u16 = 0x60;
+/// Where software in a guest says that user space is reached: a byte of any value. Nothing answers here unless the boot
+/// is watched, and it is named in no ACPI table.
+pub const BOOT_MARKER_PORT: u16 = 0x508;
 /// The port of the panic device, one byte: reading tells the events it knows, writing reports one.
 pub const PVPANIC_PORT: u16 = 0x505;
 

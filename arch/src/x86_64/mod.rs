@@ -9,8 +9,8 @@ mod platform;
 mod topology;
 
 pub use boot::{
-    BootError, BootSource, CmdlineError, InitramfsError, KernelError, LoadedKernel, MemoryError, Protocol,
-    gigabyte_pages, load_kernel,
+    BootError, BootSource, CmdlineError, InitramfsError, KernelError, KernelImage, LoadedKernel, MemoryError, Protocol,
+    Sink, Slide, gigabyte_pages, load_kernel, payload,
 };
 pub use cpuid::CpuidTable;
 pub use msr::boot_msrs;

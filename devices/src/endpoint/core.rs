@@ -1,6 +1,7 @@
 //! The state of an endpoint: what devices put in and take out, and what the host's side does.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
@@ -25,6 +26,15 @@ pub(super) const OUTPUT_CAPACITY: usize = 64 << 10;
 
 /// Bytes read at a time.
 const PIECE: usize = 4096;
+
+/// Told of a guest's next output.
+pub(super) struct OnOutput(pub(super) Box<dyn FnOnce() + Send>);
+
+impl fmt::Debug for OnOutput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnOutput")
+    }
+}
 
 /// What an endpoint and its handles share.
 #[derive(Debug)]
@@ -58,6 +68,8 @@ struct State {
     stalled: Option<Instant>,
     /// Patience is at an end: the oldest output is given up, until the reader takes some again.
     impatient: bool,
+    /// Called, and forgotten, when the guest next writes something.
+    on_output: Option<OnOutput>,
     /// An error of a file was told of.
     complained: bool,
     /// Keeps the descriptors' events coming. `None` for what is never waited for.
@@ -93,6 +105,7 @@ impl Core {
                 patience,
                 stalled: None,
                 impatient: false,
+                on_output: None,
                 complained: false,
                 registration: None,
             }),
@@ -166,7 +179,15 @@ impl Core {
     /// See [`super::EndpointHandle::write`].
     pub(super) fn write(&self, data: &[u8], excess: Excess) -> usize {
         let mut state = lock(&self.state);
+        if let Some(OnOutput(tell)) = state.on_output.take_if(|_| !data.is_empty()) {
+            tell();
+        }
         self.emit(&mut state, data, excess)
+    }
+
+    /// See [`super::Endpoint::on_next_output`].
+    pub(super) fn on_next_output(&self, tell: Option<OnOutput>) {
+        lock(&self.state).on_output = tell;
     }
 
     /// See [`super::EndpointHandle::read`].

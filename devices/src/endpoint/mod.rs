@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::arrivals::{Arrivals, Listening, Pty};
 use self::connection::Connection;
-use self::core::{Core, Excess, OUTPUT_CAPACITY};
+use self::core::{Core, Excess, OUTPUT_CAPACITY, OnOutput};
 use self::poller::Source;
 
 pub use self::poller::ConsoleIo;
@@ -233,6 +233,12 @@ impl Endpoint {
     /// called before the monitor ends.
     pub fn drain(&self, timeout: Duration) -> bool {
         self.core.drain(timeout)
+    }
+
+    /// Has `tell` called, once, when the guest next writes something, instead of one before. It is called on the
+    /// device's thread in the middle of the write and with the endpoint locked: it must not wait, nor use the endpoint.
+    pub fn on_next_output(&self, tell: Option<Box<dyn FnOnce() + Send>>) {
+        self.core.on_next_output(tell.map(OnOutput));
     }
 
     /// Bytes of output that no reader got, since it did not read in time.

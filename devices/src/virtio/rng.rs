@@ -139,7 +139,7 @@ fn fill(chain: &Chain, bytes: &AtomicU64) -> std::result::Result<u32, Fault> {
 
 /// Fills `data` with the host kernel's random numbers, and tells how many bytes it got.
 #[expect(unsafe_code, reason = "getrandom has no safe wrapper among the crates in use")]
-fn kernel_random(data: &mut [u8]) -> usize {
+pub fn kernel_random(data: &mut [u8]) -> usize {
     loop {
         // SAFETY: the pointer and the length are those of `data`.
         let got = unsafe { libc::getrandom(data.as_mut_ptr().cast(), data.len(), 0) };

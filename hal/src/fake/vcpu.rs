@@ -1,15 +1,16 @@
 //! A scripted vCPU: it does what its guest's script says, one step after another.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::vm::Shared;
 use super::{Call, new_event};
 use crate::{
-    CrashInfo, Error, EventState, Exit, ExitHandler, GpaRange, IoAddr, Kick, KickTarget, MpState, MsiMessage,
-    Registers, ResetState, Result, STATE_VERSION, SystemRegisters, Vcpu, VcpuId, VcpuSnapshot, VcpuState, Visibility,
+    Counter, Counters, CrashInfo, Error, EventState, Exit, ExitHandler, GpaRange, IoAddr, Kick, KickTarget, MpState,
+    MsiMessage, Registers, ResetState, Result, STATE_VERSION, SystemRegisters, Vcpu, VcpuId, VcpuSnapshot, VcpuState,
+    Visibility,
 };
 
 /// One thing that a guest does.
@@ -90,6 +91,7 @@ pub(super) struct FakeVcpu {
     vm: Arc<Shared>,
     id: VcpuId,
     kick: Arc<Kicked>,
+    exits: Arc<Exits>,
     /// `None` where the kind of VM hides it.
     state: Option<VcpuSnapshot>,
 }
@@ -108,13 +110,23 @@ impl KickTarget for Kicked {
     }
 }
 
+/// How often a handler was asked.
+#[derive(Default)]
+struct Exits(AtomicU64);
+
+impl Counters for Arc<Exits> {
+    fn read(&self) -> Result<Vec<Counter>> {
+        Ok(vec![Counter { name: "exits".into(), value: self.0.load(Ordering::SeqCst) }])
+    }
+}
+
 impl FakeVcpu {
     pub(super) fn create(vm: &Arc<Shared>, id: VcpuId, readable: bool) -> Result<Self> {
         let wake = Arc::new(new_event().map_err(|error| Error::system("eventfd", error))?);
         vm.world.watch(&wake);
         vm.world.state().live_vcpus += 1;
         let kick = Arc::new(Kicked { pending: AtomicBool::new(false), wake });
-        Ok(Self { vm: vm.clone(), id, kick, state: readable.then(|| power_on(id)) })
+        Ok(Self { vm: vm.clone(), id, kick, exits: Arc::default(), state: readable.then(|| power_on(id)) })
     }
 
     fn next(&self) -> Option<Step> {
@@ -133,12 +145,23 @@ impl FakeVcpu {
         self.vm.world.wait(&self.kick.wake, until, None).map_err(|error| Error::system("epoll_wait", error))
     }
 
+    /// Counts what becomes a call of the handler.
+    fn exit(&self) {
+        self.exits.0.fetch_add(1, Ordering::SeqCst);
+    }
+
     fn read(&self, at: IoAddr, size: usize, host: &dyn ExitHandler) {
         let mut data = vec![0xff; size];
         match at {
-            IoAddr::Pio(port) => host.pio_read(port, &mut data),
             IoAddr::Mmio(gpa) if self.vm.read_memory(gpa, &mut data) => {}
-            IoAddr::Mmio(gpa) => host.mmio_read(gpa, &mut data),
+            IoAddr::Pio(port) => {
+                self.exit();
+                host.pio_read(port, &mut data);
+            }
+            IoAddr::Mmio(gpa) => {
+                self.exit();
+                host.mmio_read(gpa, &mut data);
+            }
         }
         self.vm.world.state().reads.entry(self.id).or_default().push(GuestRead { at, data });
     }
@@ -147,8 +170,14 @@ impl FakeVcpu {
         match at {
             IoAddr::Mmio(gpa) if self.vm.write_memory(gpa, data) => {}
             _ if self.vm.ring(at, data) => {}
-            IoAddr::Pio(port) => host.pio_write(port, data),
-            IoAddr::Mmio(gpa) => host.mmio_write(gpa, data),
+            IoAddr::Pio(port) => {
+                self.exit();
+                host.pio_write(port, data);
+            }
+            IoAddr::Mmio(gpa) => {
+                self.exit();
+                host.mmio_write(gpa, data);
+            }
         }
     }
 
@@ -179,6 +208,7 @@ impl FakeVcpu {
                 None
             }
             Step::Eoi(vector) => {
+                self.exit();
                 host.end_of_interrupt(vector);
                 None
             }
@@ -239,6 +269,10 @@ impl Vcpu for FakeVcpu {
 
     fn state(&mut self) -> Option<&mut dyn VcpuState> {
         if self.state.is_some() { Some(self) } else { None }
+    }
+
+    fn counters(&self) -> Option<Box<dyn Counters>> {
+        Some(Box::new(self.exits.clone()))
     }
 }
 

@@ -7,6 +7,7 @@
 //! fast, and no PIC, PIT or I/O APIC there, whose creation alone costs several milliseconds.
 
 mod convert;
+mod counters;
 mod irq;
 mod kick;
 mod memory;

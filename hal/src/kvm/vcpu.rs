@@ -12,12 +12,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::counters::KvmCounters;
 use super::kick::{self, KickState, Running};
 use super::vm::Shared;
 use super::{failed, state};
 use crate::{
-    BootRegisters, CpuidEntry, CrashInfo, Error, Exit, ExitHandler, GpaRange, Kick, ResetState, Result, Vcpu, VcpuId,
-    VcpuState, Visibility,
+    BootRegisters, Counters, CpuidEntry, CrashInfo, Error, Exit, ExitHandler, GpaRange, Kick, ResetState, Result, Vcpu,
+    VcpuId, VcpuState, Visibility,
 };
 
 /// A vCPU of KVM's.
@@ -183,6 +184,10 @@ impl Vcpu for KvmVcpu {
 
     fn state(&mut self) -> Option<&mut dyn VcpuState> {
         Some(self)
+    }
+
+    fn counters(&self) -> Option<Box<dyn Counters>> {
+        Some(Box::new(KvmCounters::open(&self.fd)?))
     }
 }
 

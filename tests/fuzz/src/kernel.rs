@@ -42,6 +42,8 @@ pub fn load(how: Step, content: &[u8]) {
         cmdline: &cmdline,
         protocol: [None, Some(Protocol::Linux64), Some(Protocol::Pvh)][usize::from(how.a % 3)],
         gigabyte_pages: how.c & 1 != 0,
+        unpacked: None,
+        random: None,
     };
     let topology = Topology::flat(1).expect("one processor");
     let platform = Platform::direct_boot(RAM, 46, topology).expect("a platform");
@@ -53,7 +55,7 @@ pub fn load(how: Step, content: &[u8]) {
                 let end = loaded.kernel.start + loaded.kernel.len;
                 assert!(loaded.kernel.start >= layout::HIGH_RAM_START && end <= RAM, "{loaded:?}");
                 assert!((loaded.kernel.start..end).contains(&loaded.registers.regs.rip), "{loaded:?}");
-                allowed.push(layout::PVH_START_INFO..layout::PAGE_TABLES + 6 * layout::PAGE_SIZE);
+                allowed.push(layout::PVH_START_INFO..layout::PAGE_TABLES + 8 * layout::PAGE_SIZE);
                 allowed.push(layout::CMDLINE..layout::CMDLINE + layout::CMDLINE_MAX);
                 allowed.push(layout::RESET_VECTOR..layout::RESET_VECTOR + 16);
                 allowed.push(loaded.kernel.start..end);

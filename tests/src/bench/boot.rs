@@ -15,8 +15,11 @@ use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
 const LIMIT: f64 = 0.8;
 /// What user space says. The command line, which the kernel might print, does not have it in one piece.
 const MARKER: &str = "HALYARD-user-space";
+/// QEMU's machines with the options with which they boot Linux fastest.
+pub(super) const MICROVM: &str = "microvm,rtc=on";
+pub(super) const Q35: &str = "q35,usb=off,vmport=off,smbus=off,sata=off,hpet=off";
 /// How long a boot may take.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Measures Halyard and QEMU's `microvm` and `q35`, in turn, in a host of their own. Says each boot as it is done.
 ///
@@ -36,8 +39,8 @@ pub fn measure(rounds: usize) -> Result<Finding> {
     let files = ["-kernel", &image, "-initrd", &initramfs, "-append", words];
     let monitors = [
         ("halyard", Cmd::new(halyard).args(own).args(own_files)),
-        ("qemu microvm", qemu("microvm,rtc=on", &files)),
-        ("qemu q35", qemu("q35,usb=off,vmport=off,smbus=off,sata=off,hpet=off", &files)),
+        ("qemu microvm", qemu(MICROVM, &files)),
+        ("qemu q35", qemu(Q35, &files)),
     ];
     let mut times = monitors.each_ref().map(|_| Vec::new());
     for round in 0..rounds {
@@ -52,7 +55,8 @@ pub fn measure(rounds: usize) -> Result<Finding> {
     Ok(Finding::ratio(what, "s", series, LIMIT))
 }
 
-fn qemu(machine: &str, files: &[&str]) -> Cmd {
+/// QEMU with one of its machines and the common options.
+pub(super) fn qemu(machine: &str, files: &[&str]) -> Cmd {
     let common = ["-enable-kvm", "-cpu", "host", "-m", "256", "-nodefaults", "-no-user-config", "-display", "none"];
     let command = Cmd::new("qemu-system-x86_64").args(["-M", machine]).args(common);
     command.args(["-no-reboot", "-serial", "stdio"]).args(files.iter().copied())

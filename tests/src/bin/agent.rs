@@ -1,7 +1,7 @@
 //! The agent's executable: started in a lab host, in a guest, or beside the harness.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
@@ -22,6 +22,7 @@ use nix::unistd::Pid;
 const USAGE: &str = "usage: agent socket FOLDER              serve the socket on standard input
        agent lab                        serve the lab's port, and keep KVM in use
        agent guest                      serve the guest's port, and act on the power button
+       agent first [marker]             as a guest's first program: say so, then wait for a key and print the kernel's log
        agent guard FOLDER PROGRAM ARG…  run a program, and kill it when standard input ends
 FOLDER is removed at the end.";
 
@@ -37,6 +38,11 @@ fn main() -> ExitCode {
         ["socket", folder] => remove_after(folder, || socket().map(|()| ExitCode::SUCCESS)),
         ["lab"] => lab().map(|()| ExitCode::SUCCESS),
         ["guest"] => guest().map(|()| ExitCode::SUCCESS),
+        ["first"] => first().map(|()| ExitCode::SUCCESS),
+        ["first", "marker"] => {
+            mark_boot();
+            first().map(|()| ExitCode::SUCCESS)
+        }
         ["guard", folder, program, arguments @ ..] => remove_after(folder, || guard(program, arguments)),
         _ => {
             eprintln!("{USAGE}");
@@ -115,6 +121,43 @@ fn guest() -> Result<()> {
         }
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// What a guest's first program does whose boot is measured: it says so on the console, and then leaves the guest alone
+/// until it is sent a byte. Then it prints the kernel's log and ends, and the guest with it.
+fn first() -> Result<()> {
+    let up = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map(Duration::from)?;
+    println!("HALYARD-GUEST {:.6} s to the first words", up.as_secs_f64());
+    io::stdin().read_exact(&mut [0]).context("standard input")?;
+    io::stdout().write_all(&kernel_log()?).context("standard output")?;
+    println!("\nHALYARD-GUEST last words");
+    Ok(())
+}
+
+/// Writes to the port at which Halyard learns of user space. Not for QEMU's machines in an emulated host: they get a
+/// protection fault there, since that host's processor wants a task state segment that is marked as not busy.
+#[expect(unsafe_code, reason = "ports are reached by instructions of their own, once the kernel lets this process")]
+fn mark_boot() {
+    const MARKER: u16 = 0x508;
+    // SAFETY: plain numbers; it lets this process use one port that no real device has.
+    let refused = unsafe { nix::libc::ioperm(MARKER.into(), 1, 1) };
+    if refused == 0 {
+        // SAFETY: the process may use the port, and the instruction touches neither memory nor flags.
+        unsafe {
+            std::arch::asm!("out dx, al", in("dx") MARKER, in("al") 1_u8, options(nomem, nostack, preserves_flags))
+        };
+    }
+}
+
+/// The kernel's log so far.
+#[expect(unsafe_code, reason = "klogctl takes a raw buffer")]
+fn kernel_log() -> Result<Vec<u8>> {
+    const READ_ALL: i32 = 3; // SYSLOG_ACTION_READ_ALL of syslog(2)
+    let mut log = vec![0; 256 << 10];
+    // SAFETY: the buffer is as long as is said.
+    let length = unsafe { nix::libc::klogctl(READ_ALL, log.as_mut_ptr().cast(), i32::try_from(log.len())?) };
+    log.truncate(usize::try_from(length).context("reading the kernel's log")?);
+    Ok(log)
 }
 
 /// The device that leads to the harness, if there is one.

@@ -1,6 +1,6 @@
 //! Measures Halyard's speed and memory beside others, prints a table and writes it as JSON.
 //!
-//! Usage: `bench [startup] [memory] [boot]`, all of them where none is named. A missed limit is said, but is no failure:
+//! Usage: `bench [startup] [memory] [boot] [boot-trace]`, all of them where none is named. A missed limit is said, but is no failure:
 //! the exit code is 1 only where something could not be measured.
 //!
 //! Environment: `HALYARD_BIN` names the program (else what lies beside this one), `HALYARD_BENCH_ROUNDS` and
@@ -9,12 +9,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::bench::{Finding, boot, memory, startup};
+use halyard_tests::bench::{Finding, boot, boot_trace, memory, startup};
 use halyard_tests::vm;
 use serde::Serialize;
 
 /// What can be measured, by name.
-const ALL: [&str; 3] = ["startup", "memory", "boot"];
+const ALL: [&str; 4] = ["startup", "memory", "boot", "boot-trace"];
 
 #[derive(Serialize)]
 struct Report {
@@ -25,6 +25,9 @@ struct Report {
     /// The host's processor.
     processor: String,
     findings: Vec<Finding>,
+    /// Where the time and the exits of a boot go, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    boot_trace: Option<boot_trace::Table>,
 }
 
 fn main() -> Result<()> {
@@ -55,7 +58,15 @@ fn main() -> Result<()> {
     if wants("boot") {
         found(boot::measure(count("HALYARD_BENCH_BOOTS", 5)?)?);
     }
-    write(&Report { program: program.display().to_string(), host: host()?, processor: processor()?, findings })
+    let mut boot_trace = None;
+    if wants("boot-trace") {
+        let table = boot_trace::measure()?;
+        println!("{table}");
+        found(table.exits());
+        boot_trace = Some(table);
+    }
+    let program = program.display().to_string();
+    write(&Report { program, host: host()?, processor: processor()?, findings, boot_trace })
 }
 
 /// A number from the environment, at least 1.

@@ -133,7 +133,7 @@ pub struct ServiceArgs {
     /// What a guest that takes over a part of the monitor finds: on, off, or log [default: on]
     ///
     /// On: each thread may make the system calls that it needs and no others (one that does ends the process with exit
-    /// code 7), no path can be opened but what the configuration names, and there are no capabilities. Log: as on, but
+    /// code 8), no path can be opened but what the configuration names, and there are no capabilities. Log: as on, but
     /// calls that are not allowed are done, and the kernel's log names them. Off: none of this.
     #[arg(long, value_name = "on|off|log", help_heading = "Safety")]
     pub sandbox: Option<String>,
@@ -189,6 +189,13 @@ pub struct RunArgs {
     /// does, so that the guest's log appears.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = "Boot")]
     pub cmdline: Option<String>,
+
+    /// Where unpacked kernels are kept: a directory, user or off [default: user]
+    ///
+    /// What is in a bzImage is unpacked once and found again by the next VM. "user" is halyard/unpacked in
+    /// $XDG_CACHE_HOME or ~/.cache. At most 512 MiB are kept.
+    #[arg(long, value_name = "DIR|user|off", help_heading = "Boot")]
+    pub kernel_cache: Option<String>,
 
     /// How many vCPUs, 1 to 254, and how they are grouped [default: 1]
     ///
@@ -250,6 +257,31 @@ pub struct RunArgs {
     /// Add the I/O port 0xf4, with which test guests end the run
     #[arg(long, help_heading = "Devices")]
     pub debug_exit: bool,
+
+    /// Write where the time from exec to user space goes, as JSON to FILE and as a picture beside it (.svg).
+    ///
+    /// A timeline (configuration read, memory made, kernel placed, VM and vCPUs made, first entry, first output, first
+    /// PCI access, each device's driver, user space), and in each stretch the exits, by reason and by what was
+    /// accessed. User space is told by a write of any byte to I/O port 0x508, or by a program that writes to a
+    /// console's named port. The files are written when it is reached, or else when the run ends or the guest resets.
+    #[arg(long, value_name = "FILE", help_heading = "Watching the boot")]
+    pub boot_trace: Option<String>,
+
+    /// End the run with code 6, and say what holds the guest up, when it has not reached user space in this time.
+    ///
+    /// As in "30s", "500ms" or "2m", counted from the start of the run, and anew when the guest resets. User space is
+    /// reached when a vCPU is seen in user mode, which is looked for four times a second, or when the guest tells: by a
+    /// byte written to I/O port 0x508, or by a program that writes to a console's named port. Programs of an initramfs
+    /// count as user space: "30s,until=told" waits for the guest's own word.
+    #[arg(long, value_name = "TIME[,until=user-mode|told]", help_heading = "Watching the boot")]
+    pub boot_timeout: Option<String>,
+
+    /// Take the names of the kernel's addresses from this System.map, where --boot-timeout tells them
+    ///
+    /// Without it: from the running kernel's own table (kallsyms), once it is that far, else from a System.map-VERSION
+    /// beside the kernel or in /boot.
+    #[arg(long, value_name = "FILE", help_heading = "Watching the boot")]
+    pub system_map: Option<String>,
 
     /// When the guest resets: restart it, or exit with code 3 [default: restart]
     #[arg(long, value_name = "restart|exit", help_heading = "When the guest stops")]

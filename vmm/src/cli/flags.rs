@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use api::{
-    Console, DeviceConfig, Disk, Endpoint, Hugepages, Kind, MacAddr, Net, OnPanic, OnReset, Problem, Rng, Topology,
-    VmConfig, did_you_mean,
+    BootUntil, Console, DeviceConfig, Disk, Endpoint, Hugepages, Kind, MacAddr, Net, OnPanic, OnReset, Problem, Rng,
+    Topology, VmConfig, did_you_mean,
 };
 
 use vmm::sandbox::Mode;
@@ -40,6 +40,17 @@ impl Flags {
         if let Some(cmdline) = &args.cmdline {
             self.origin("kernel.cmdline", "--cmdline", cmdline);
             config.kernel.cmdline = Some(cmdline.clone());
+        }
+        if let Some(cache) = &args.kernel_cache {
+            self.origin("kernel.cache", "--kernel-cache", cache);
+            config.kernel.cache = PathBuf::from(cache).into();
+        }
+        if let Some(map) = &args.system_map {
+            self.origin("kernel.system_map", "--system-map", map);
+            config.kernel.system_map = Some(map.into());
+        }
+        if let Some(text) = &args.boot_timeout {
+            self.boot_timeout(text, config);
         }
         if let Some(text) = &args.cpus {
             self.cpus(text, config);
@@ -304,6 +315,21 @@ impl Flags {
                 "prefault" => memory.prefault = self.on(&at, &key, value),
                 "shared" => memory.shared = self.on(&at, &key, value),
                 _ => memory.lock = self.on(&at, &key, value),
+            }
+        }
+    }
+
+    fn boot_timeout(&mut self, text: &str, config: &mut VmConfig) {
+        let at = format!("--boot-timeout {}", brief(text));
+        self.origin("lifecycle.boot_timeout", "--boot-timeout", text);
+        let words = [("user-mode", BootUntil::UserMode), ("told", BootUntil::Told)];
+        for Pair { key, value } in self.list(&at, text, Some("time"), &["time", "until"]) {
+            if key == "time" {
+                config.lifecycle.boot_timeout = self.unit(&at, &key, value);
+            } else {
+                let word = self.given(&at, &key, value);
+                let word = word.and_then(|word| self.word(&format!("{at}: {key}"), &word, &words));
+                config.lifecycle.boot_until = word.unwrap_or_default();
             }
         }
     }

@@ -8,7 +8,7 @@ use vmm::inputs::Inputs;
 use vmm::owner::Until;
 use vmm::request::Descriptors;
 use vmm::server::ApiSocket;
-use vmm::{Failure, Plan};
+use vmm::{Failure, Plan, Watching};
 
 use super::args::{RunArgs, ServeArgs, ServiceArgs};
 use super::flags::Flags;
@@ -140,8 +140,8 @@ pub fn run(args: &RunArgs, service: &ServiceArgs, format: Format) -> ExitCode {
     }
     let config = source.checked();
     let ended = config.and_then(|config| {
-        let pid_file = service.pid_file.clone();
-        vmm::carry_out(Plan { config: Some(config), boot: true, api, pid_file, until: Until::VmEnds })
+        let (pid_file, watching) = (service.pid_file.clone(), watching(args));
+        vmm::carry_out(Plan { config: Some(config), boot: true, api, pid_file, watching, until: Until::VmEnds })
     });
     match ended {
         // A request has destroyed the VM, and with it all that is to be said of it.
@@ -167,8 +167,8 @@ pub fn serve(args: &ServeArgs, format: Format) -> ExitCode {
     }
     let config = if has_vm { source.checked().map(Some) } else { source.without_problems().map(|()| None) };
     let ended = config.and_then(|config| {
-        let pid_file = args.service.pid_file.clone();
-        vmm::carry_out(Plan { config, boot: args.boot, api, pid_file, until: Until::Signal })
+        let (pid_file, watching) = (args.service.pid_file.clone(), watching(&args.vm));
+        vmm::carry_out(Plan { config, boot: args.boot, api, pid_file, watching, until: Until::Signal })
     });
     match ended {
         // A VM that had to be ended by force is the only one whose end is the service's.
@@ -176,6 +176,10 @@ pub fn serve(args: &ServeArgs, format: Format) -> ExitCode {
         Ok(_) => ExitCode::SUCCESS,
         Err(failure) => source.fail(failure, format),
     }
+}
+
+fn watching(args: &RunArgs) -> Watching {
+    Watching { boot_trace: args.boot_trace.as_ref().map(Into::into) }
 }
 
 fn end(outcome: &Outcome) -> ExitCode {

@@ -33,8 +33,7 @@ pub fn prepare(
     if format == Format::Json {
         sandbox::report_as_json();
     }
-    sandbox::begin(mode, grants(api, args));
-    Ok(())
+    sandbox::begin(mode, grants(api, args))
 }
 
 fn claimed(config: Option<&VmConfig>, api: Option<&ApiSocket>) -> impl Iterator<Item = RawFd> {

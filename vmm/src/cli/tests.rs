@@ -45,7 +45,7 @@ fn the_command_line_is_well_formed() {
 
 #[test]
 fn flags_mean_what_the_file_says() {
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 11] = [
         (&["--kernel", "k"], "kernel: {path: k}"),
         (
             &["--kernel=k", "--initramfs", "i", "--cmdline", "-q console=hvc0"],
@@ -96,6 +96,10 @@ fn flags_mean_what_the_file_says() {
         (
             &["--kernel", "k", "--on-reset", "exit", "--on-panic", "ignore", "--pvpanic", "off"],
             "kernel: {path: k}\nlifecycle: {on_reset: exit, on_panic: ignore}\nplatform: {pvpanic: false}",
+        ),
+        (
+            &["--kernel", "k", "--boot-timeout", "90s,until=told", "--system-map", "m"],
+            "kernel: {path: k, system_map: m}\nlifecycle: {boot_timeout: 90s, boot_until: told}",
         ),
     ];
     for (line, yaml) in cases {

@@ -36,6 +36,7 @@ pub fn decide(lifecycle: &Lifecycle, event: Event) -> Verdict {
         }
         Event::Vcpu(VcpuEnd::TripleFault) => Verdict::Stop(Outcome::Crashed { reason: "a triple fault".into() }),
         Event::Vcpu(VcpuEnd::Crash(reason)) => Verdict::Stop(Outcome::Crashed { reason }),
+        Event::BootTimeout(reason) => Verdict::Stop(Outcome::BootTimeout { reason }),
         Event::Quit => Verdict::Stop(Outcome::Quit),
     }
 }
@@ -46,6 +47,7 @@ pub fn reason_of(outcome: &Outcome) -> Reason {
         Outcome::PoweredOff | Outcome::Reset | Outcome::DebugExit { .. } => Reason::Guest,
         Outcome::Panicked => Reason::Panic,
         Outcome::Crashed { .. } => Reason::Crash,
+        Outcome::BootTimeout { .. } => Reason::Deadline,
         Outcome::Destroyed => Reason::Request,
         Outcome::Failed { .. } => Reason::Host,
         Outcome::Quit | Outcome::Signalled { .. } => Reason::Operator,
@@ -83,6 +85,7 @@ mod tests {
             Event::Platform(PlatformEvent::Reset),
             Event::Platform(PlatformEvent::Panicked),
             Event::Vcpu(VcpuEnd::TripleFault),
+            Event::BootTimeout("in the way".into()),
             Event::Platform(PlatformEvent::DebugExit(7)),
             Event::Quit,
         ];
@@ -93,6 +96,6 @@ mod tests {
                 verdict => panic!("{verdict:?} does not end the run"),
             })
             .collect();
-        assert_eq!(codes, [0, 3, 4, 5, 71, 130]);
+        assert_eq!(codes, [0, 3, 4, 5, 6, 71, 130]);
     }
 }

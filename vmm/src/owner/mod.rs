@@ -28,9 +28,13 @@ use crate::machine::{Machine, Parts};
 use crate::notify::ServiceManager;
 use crate::request::{Answer, Asked, Change, Descriptors, Refusal, Request};
 use crate::sandbox;
+use crate::trace::{Milestone, Outputs, Trace, Watching};
 use crate::vcpu::Mode;
 use crate::{Failure, boot, host};
 use phase::no_device;
+
+/// The most time that a guest is given to switch itself off.
+const LONGEST_SHUTDOWN: Duration = Duration::from_secs(86_400);
 
 /// When the owner's work is at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +63,8 @@ pub struct Owner {
     reports: Reports,
     board: Arc<Board>,
     manager: ServiceManager,
+    /// What is wanted of the first boot, until it has begun.
+    watching: Option<Watching>,
     phase: Phase,
     closing: Option<Closing>,
     /// The signal that asked for the end.
@@ -84,10 +90,16 @@ impl Owner {
             inbox,
             board,
             manager: ServiceManager::from_environment(),
+            watching: None,
             phase: Phase::Empty,
             closing: None,
             ending: None,
         })
+    }
+
+    /// Has the first boot watched, which is counted from the start of the process.
+    pub fn watch(&mut self, watching: Watching) {
+        self.watching = Some(watching);
     }
 
     /// Where reports and requests go.
@@ -132,12 +144,19 @@ impl Owner {
     fn start(&mut self, prepared: &Prepared) -> Result<(Machine, Endpoints), Failure> {
         let Prepared { config, inputs, .. } = prepared;
         let hypervisor = self.hypervisor.as_deref().map_err(|error| Failure::Host(error.to_string()))?;
-        let loaded = boot::load(config, hypervisor.caps(), inputs)?;
+        let watching = self.watching.take();
+        let trace = watching.as_ref().map_or_else(|| Trace::again(config), |watching| Trace::new(config, watching));
+        trace.mark(Milestone::Configuration);
+        let loaded = boot::load(config, hypervisor.caps(), inputs, &trace)?;
         // Only now, when nothing in the input can be wrong any more, does anything appear on the host.
         let endpoints = Endpoints::open(config, &self.board)?;
+        if let Some(path) = watching.and_then(|watching| watching.boot_trace) {
+            trace.write_to(Outputs::create(&path)?);
+        }
         self.reports.listen_for_quit(endpoints.quit())?;
+        endpoints.watch(config, &trace);
         sandbox::confine(&sandbox::grants(config))?;
-        let parts = Parts { config, hypervisor, inputs, endpoints: &endpoints, inbox: &self.inbox };
+        let parts = Parts { config, hypervisor, inputs, endpoints: &endpoints, inbox: &self.inbox, trace: &trace };
         let machine = Machine::create(&parts, loaded, Mode::Run)?;
         endpoints.serve()?;
         Ok((machine, endpoints))
@@ -230,8 +249,10 @@ impl Owner {
             // A guest that stands still would not hear of it.
             self.resume(Reason::Operator);
         }
-        let timeout = self.phase.prepared().map_or(0, |prepared| prepared.config.lifecycle.shutdown_timeout);
-        let patience = Duration::from_secs(timeout.into());
+        let patience = self
+            .phase
+            .prepared()
+            .map_or(Duration::ZERO, |prepared| prepared.config.lifecycle.shutdown_timeout.duration());
         self.manager.stopping(patience);
         self.press_power_button(Reason::Operator, patience, Some(outcome), None);
     }
@@ -242,7 +263,8 @@ impl Owner {
         self.board.publish(EventKind::PowerButton { reason });
         // A job that waits already goes on to wait, as long as is asked for now.
         let job = job.or(self.closing.take().and_then(|closing| closing.job));
-        self.closing = Some(Closing { deadline: Instant::now() + patience, then, job });
+        let deadline = Instant::now() + patience.min(LONGEST_SHUTDOWN);
+        self.closing = Some(Closing { deadline, then, job });
     }
 
     fn mind_the_deadline(&mut self) {
@@ -326,8 +348,10 @@ impl Owner {
     fn make_again(&self, prepared: &Prepared, endpoints: &Endpoints, mode: Mode) -> Result<Machine, Failure> {
         let Prepared { config, inputs, .. } = prepared;
         let hypervisor = self.hypervisor.as_deref().map_err(|error| Failure::Host(error.to_string()))?;
-        let loaded = boot::load(config, hypervisor.caps(), inputs)?;
-        let parts = Parts { config, hypervisor, inputs, endpoints, inbox: &self.inbox };
+        let trace = Trace::again(config);
+        let loaded = boot::load(config, hypervisor.caps(), inputs, &trace)?;
+        endpoints.watch(config, &trace);
+        let parts = Parts { config, hypervisor, inputs, endpoints, inbox: &self.inbox, trace: &trace };
         Machine::create(&parts, loaded, mode)
     }
 
@@ -413,11 +437,11 @@ impl Owner {
 
     fn shutdown(&mut self, how: &Shutdown) -> Result<Answer, Refusal> {
         let Some(prepared) = self.phase.prepared() else { return Ok(Answer::Done) };
-        let seconds = how.deadline.unwrap_or(prepared.config.lifecycle.shutdown_timeout);
+        let patience = how.deadline.unwrap_or(prepared.config.lifecycle.shutdown_timeout).duration();
         let then = how.force.then_some(Outcome::Destroyed);
         let waiting = self.closing.as_ref().and_then(|closing| closing.job);
         let job = waiting.unwrap_or_else(|| self.board.start_job(JobKind::Shutdown));
-        self.press_power_button(Reason::Request, Duration::from_secs(seconds.into()), then, Some(job));
+        self.press_power_button(Reason::Request, patience, then, Some(job));
         Ok(Answer::Job(job))
     }
 
@@ -535,7 +559,7 @@ fn change_machine(
             )));
         }
         Change::PutDevice { device, .. } => {
-            let parts = Parts { config, hypervisor, inputs, endpoints, inbox };
+            let parts = Parts { config, hypervisor, inputs, endpoints, inbox, trace: &Trace::off() };
             machine.add_device(&parts, &device)?;
         }
         Change::RemoveDevice(id) if exists(&id) => machine.remove_device(&id)?,

@@ -51,12 +51,22 @@ pub enum Thread {
     Api,
     /// One that takes a kernel image apart.
     Loader,
+    /// The one that watches a boot.
+    Watch,
 }
 
 impl Thread {
     /// All kinds.
-    pub const ALL: [Self; 7] =
-        [Self::Owner, Self::OwnerWithClients, Self::Vcpu, Self::Io, Self::Console, Self::Api, Self::Loader];
+    pub const ALL: [Self; 8] = [
+        Self::Owner,
+        Self::OwnerWithClients,
+        Self::Vcpu,
+        Self::Io,
+        Self::Console,
+        Self::Api,
+        Self::Loader,
+        Self::Watch,
+    ];
 
     /// The name of its policy.
     pub fn name(self) -> &'static str {
@@ -68,6 +78,7 @@ impl Thread {
             Self::Console => "console",
             Self::Api => "api",
             Self::Loader => "loader",
+            Self::Watch => "watch",
         }
     }
 
@@ -80,6 +91,7 @@ impl Thread {
             Self::Console => &policies::CONSOLE,
             Self::Api => &policies::API,
             Self::Loader => &policies::LOADER,
+            Self::Watch => &policies::WATCH,
         }
     }
 }
@@ -103,7 +115,10 @@ static GRANTS: OnceLock<Vec<Grant>> = OnceLock::new();
 
 /// Says what [`confine`] and [`enter`] are to do in this process, and which paths it keeps whatever its VM is. Without
 /// it they do nothing.
-pub fn begin(mode: Mode, grants: Vec<Grant>) {
+///
+/// # Errors
+/// A signal cannot be handled.
+pub fn begin(mode: Mode, grants: Vec<Grant>) -> io::Result<()> {
     match mode {
         Mode::On => {}
         Mode::Log => tracing::warn!(
@@ -118,7 +133,11 @@ pub fn begin(mode: Mode, grants: Vec<Grant>) {
     }
     // Only the first call's count, as only the first confinement's do.
     GRANTS.get_or_init(|| grants);
+    if mode != Mode::Off {
+        violation::install_handler()?;
+    }
     MODE.store(mode as u8, Ordering::Relaxed);
+    Ok(())
 }
 
 /// Gives up what nobody in the process needs any more: capabilities, the way to new privileges, and every path but the
@@ -131,8 +150,20 @@ pub fn confine(grants: &[Grant]) -> io::Result<()> {
         return Ok(());
     }
     privileges::give_up_new()?;
-    violation::install_handler()?;
     paths::give_up(GRANTS.get().into_iter().flatten().chain(grants))?;
+    privileges::give_up_capabilities()
+}
+
+/// As [`confine`], for the calling thread alone, as often as it is called: every path but these.
+///
+/// # Errors
+/// As [`confine`].
+pub fn confine_thread(grants: &[Grant]) -> io::Result<()> {
+    if mode() == Mode::Off {
+        return Ok(());
+    }
+    privileges::give_up_new()?;
+    paths::give_up(grants.iter())?;
     privileges::give_up_capabilities()
 }
 

@@ -20,6 +20,8 @@ pub enum Access {
     Remove,
     /// What is at or below the path can be read.
     Read,
+    /// Files and links in the directory can be listed, read, written, made, renamed and removed.
+    Keep,
     /// What is at or below the path can be read and written to, and files and sockets be made and removed; programs
     /// cannot be started.
     Use,
@@ -30,6 +32,15 @@ impl Access {
         match self {
             Self::Remove => AccessFs::RemoveFile.into(),
             Self::Read => AccessFs::ReadFile.into(),
+            Self::Keep => {
+                AccessFs::ReadFile
+                    | AccessFs::ReadDir
+                    | AccessFs::WriteFile
+                    | AccessFs::Truncate
+                    | AccessFs::MakeReg
+                    | AccessFs::MakeSym
+                    | AccessFs::RemoveFile
+            }
             Self::Use => {
                 AccessFs::ReadFile
                     | AccessFs::WriteFile

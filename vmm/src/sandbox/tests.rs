@@ -37,7 +37,7 @@ fn child() {
     }
     let mut words = case.split(' ');
     let (Some(mode), Some(kind), Some(call)) = (words.next(), words.next(), words.next()) else { return };
-    begin(if mode == "log" { Mode::Log } else { Mode::On }, Vec::new());
+    begin(if mode == "log" { Mode::Log } else { Mode::On }, Vec::new()).unwrap();
     confine(&[]).unwrap();
     let kind = Thread::ALL.into_iter().find(|thread| thread.name() == kind).unwrap();
     let call: libc::c_long = call.parse().unwrap();
@@ -120,7 +120,7 @@ fn landlock_abi() -> i64 {
 }
 
 fn paths() {
-    begin(Mode::On, vec![Grant { path: "granted".into(), access: Access::Use }]);
+    begin(Mode::On, vec![Grant { path: "granted".into(), access: Access::Use }]).unwrap();
     confine(&[Grant::removal(Path::new("other/socket"))]).unwrap();
     let refused = |result: io::Result<()>, what: &str| {
         let error = result.expect_err(what);
@@ -162,7 +162,7 @@ fn capabilities_and_new_privileges_are_given_up() {
 }
 
 fn rights() {
-    begin(Mode::On, Vec::new());
+    begin(Mode::On, Vec::new()).unwrap();
     let mut file = File::open("/proc/thread-self/status").unwrap();
     confine(&[]).unwrap();
     let own = status(&mut file);

@@ -13,7 +13,7 @@ use syscalls::Sysno;
 use super::Thread;
 
 /// The exit code of a process that the sandbox ended.
-pub const EXIT_CODE: i32 = 7;
+pub const EXIT_CODE: i32 = 8;
 
 /// `SYS_SECCOMP`: a SIGSYS that a seccomp filter raised.
 const RAISED_BY_FILTER: i32 = 1;

@@ -19,7 +19,7 @@ pub const MAX_DESCRIPTORS: usize = 64;
 /// The most descriptors in one message (SCM_MAX_FD).
 const MAX_IN_MESSAGE: usize = 253;
 /// How long a client may take nothing of what is to be sent.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// The most that is read at once.
 const PIECE: usize = 8 << 10;
 

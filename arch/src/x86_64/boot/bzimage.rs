@@ -38,9 +38,7 @@ pub(super) fn plan(file: &KernelFile, map: &MemoryMap) -> Result<Kernel, KernelE
     let header = read_header(file)?;
     check_header(&header)?;
 
-    // 0 stands for 4, from times before the field (boot.rst, setup_sects); the boot sector comes on top.
-    let setup_sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
-    let setup_size = (setup_sectors + 1) * SECTOR;
+    let setup_size = setup_size(&header);
     let code_size = u64::from(header.syssize) * PARAGRAPH;
     // The last paragraph need not be full.
     let least = code_size.saturating_sub(PARAGRAPH - 1).max(ENTRY_64 + 1);
@@ -59,9 +57,16 @@ pub(super) fn plan(file: &KernelFile, map: &MemoryMap) -> Result<Kernel, KernelE
     })
 }
 
+/// The bytes in front of the protected-mode code: the boot sector, and the sectors of real-mode code. 0 of them stand for
+/// 4, from times before the field (boot.rst, `setup_sects`).
+pub(super) fn setup_size(header: &setup_header) -> u64 {
+    let setup_sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
+    (setup_sectors + 1) * SECTOR
+}
+
 /// The header as far as the file says it goes; what a newer kernel has beyond our structure is left out, what an older
 /// one lacks is zero.
-fn read_header(file: &KernelFile) -> Result<setup_header, KernelError> {
+pub(super) fn read_header(file: &KernelFile) -> Result<setup_header, KernelError> {
     let mut header = setup_header::default();
     let length = file.head().get(LENGTH_OFFSET).copied().unwrap_or(0);
     let len = (MAGIC_IN_HEADER + usize::from(length)).min(size_of::<setup_header>());
@@ -72,7 +77,7 @@ fn read_header(file: &KernelFile) -> Result<setup_header, KernelError> {
     Ok(header)
 }
 
-fn check_header(header: &setup_header) -> Result<(), KernelError> {
+pub(super) fn check_header(header: &setup_header) -> Result<(), KernelError> {
     let version = header.version;
     if version < OLDEST_VERSION {
         return Err(KernelError::BzImage {

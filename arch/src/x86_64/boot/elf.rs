@@ -63,6 +63,15 @@ pub(super) fn plan(file: &KernelFile, map: &MemoryMap) -> Result<Kernel, KernelE
     })
 }
 
+/// Where the file ends by its headers: behind the last segment, or the table of section headers.
+pub(super) fn end(file: &KernelFile) -> Result<u64, KernelError> {
+    let header: Elf64_Ehdr = parse(&file.bytes(0, size_of::<Elf64_Ehdr>(), "the ELF header")?);
+    let sections = u64::from(header.e_shentsize) * u64::from(header.e_shnum);
+    let segments = read_program_headers(file, &header)?;
+    let ends = segments.iter().map(|segment| segment.p_offset.saturating_add(segment.p_filesz));
+    Ok(ends.max().unwrap_or(0).max(header.e_shoff.saturating_add(sections)))
+}
+
 /// A segment to load, in memory and in the file.
 struct Segment {
     /// Its program header, counted from 0.

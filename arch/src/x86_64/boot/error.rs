@@ -6,6 +6,7 @@ use std::io;
 use vm_memory::GuestMemoryError;
 
 use super::Protocol;
+use super::payload::PayloadError;
 
 /// A kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +14,9 @@ pub enum BootError {
     /// The kernel file.
     #[error("kernel: {0}")]
     Kernel(#[from] KernelError),
+    /// The kernel inside a bzImage.
+    #[error("kernel: {0}")]
+    Payload(#[from] PayloadError),
     /// The initramfs file.
     #[error("initramfs: {0}")]
     Initramfs(#[from] InitramfsError),

@@ -9,7 +9,7 @@ use super::super::layout;
 use super::error::BootError;
 use super::map::MemoryMap;
 use super::plan::Kernel;
-use super::{BootSource, registers, write_boot_data};
+use super::{registers, write_boot_data};
 
 /// A boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -21,8 +21,9 @@ const HEADER_MAGIC: u32 = 0x5372_6448;
 const TABLE: u64 = 0b11;
 /// Page table entry: present, writable, and a page instead of a table.
 const LARGE_PAGE: u64 = 1 << 7 | 0b11;
+/// In a table.
 const ENTRIES: u64 = 512;
-/// What is mapped one to one: all addresses of 32 bits, in GiB.
+/// What is mapped one to one beside the kernel: all addresses of 32 bits, in GiB.
 const MAPPED_GIB: u64 = 4;
 
 /// Writes what the kernel finds at its entry, and tells the registers there.
@@ -31,13 +32,13 @@ pub(super) fn prepare(
     map: &MemoryMap,
     kernel: &Kernel,
     initramfs: Option<GpaRange>,
-    source: &BootSource,
+    gigabyte_pages: bool,
 ) -> Result<BootRegisters, BootError> {
     let params = zero_page(map, kernel, initramfs);
     write_boot_data(memory, "the zero page", layout::ZERO_PAGE, params.as_slice())?;
     let gdt = registers::gdt().map(u64::to_le_bytes);
     write_boot_data(memory, "the descriptor table", layout::BOOT_GDT, gdt.as_flattened())?;
-    let tables = page_tables(source.gigabyte_pages);
+    let tables = page_tables(kernel.range, gigabyte_pages);
     write_boot_data(memory, "the page tables", layout::PAGE_TABLES, &tables)?;
     Ok(registers::linux64(kernel.linux64_entry))
 }
@@ -65,18 +66,24 @@ fn zero_page(map: &MemoryMap, kernel: &Kernel, initramfs: Option<GpaRange>) -> b
     params
 }
 
-/// Page tables that map the first 4 GiB one to one: two pages with pages of 1 GiB, else six.
-fn page_tables(gigabyte_pages: bool) -> Vec<u8> {
-    let table = |index: u64| layout::PAGE_TABLES + index * layout::PAGE_SIZE;
-    let mut entries = vec![table(1) | TABLE];
-    entries.resize(512, 0);
-    if gigabyte_pages {
-        entries.extend((0..MAPPED_GIB).map(|gib| gib << 30 | LARGE_PAGE));
-        entries.resize(2 * 512, 0);
-    } else {
-        entries.extend((0..MAPPED_GIB).map(|gib| table(2 + gib) | TABLE));
-        entries.resize(2 * 512, 0);
-        entries.extend((0..MAPPED_GIB * ENTRIES).map(|page| page << 21 | LARGE_PAGE));
+/// Page tables that map the first 4 GiB one to one, and the kernel, wherever in the first 512 GiB it lies: two pages with
+/// pages of 1 GiB, else up to eight.
+fn page_tables(kernel: GpaRange, gigabyte_pages: bool) -> Vec<u8> {
+    let table = |index: usize| layout::PAGE_TABLES + layout::PAGE_SIZE * index as u64;
+    let last = (kernel.start + kernel.len.max(1) - 1) >> 30;
+    let mut gibs: Vec<u64> = (0..MAPPED_GIB).chain(kernel.start >> 30..=last).collect();
+    gibs.dedup();
+    gibs.retain(|gib| *gib < ENTRIES);
+    let mut tables = vec![[0; 512], [0; 512]];
+    tables[0][0] = table(1) | TABLE;
+    for gib in gibs {
+        let Ok(index) = usize::try_from(gib) else { continue };
+        if gigabyte_pages {
+            tables[1][index] = gib << 30 | LARGE_PAGE;
+        } else {
+            tables[1][index] = table(tables.len()) | TABLE;
+            tables.push(std::array::from_fn(|page| gib << 30 | (page as u64) << 21 | LARGE_PAGE));
+        }
     }
-    entries.into_iter().flat_map(u64::to_le_bytes).collect()
+    tables.as_flattened().iter().copied().flat_map(u64::to_le_bytes).collect()
 }

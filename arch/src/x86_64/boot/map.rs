@@ -51,7 +51,7 @@ impl Span {
         self.end - self.start
     }
 
-    fn cut(self, start: u64, end: u64) -> Self {
+    pub(super) fn cut(self, start: u64, end: u64) -> Self {
         Self::new(self.start.max(start), self.end.min(end))
     }
 }
@@ -107,6 +107,11 @@ impl MemoryMap {
 
     pub(super) fn entries(&self) -> &[(Span, Kind)] {
         &self.entries
+    }
+
+    /// All RAM.
+    pub(super) fn ram(&self) -> impl Iterator<Item = Span> {
+        self.entries.iter().filter(|(_, kind)| *kind == Kind::Ram).map(|(span, _)| *span)
     }
 
     /// The RAM from 1 MiB up to the hole below 4 GiB, where kernel and initramfs go.

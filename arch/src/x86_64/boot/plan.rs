@@ -1,68 +1,72 @@
-//! A kernel as a plan: which bytes of its file go where, and how it is entered.
+//! A kernel as a plan: which bytes of its image go where, and how it is entered.
 
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
 
 use hal::GpaRange;
 use linux_loader::bootparam::setup_header;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 use super::error::KernelError;
+use super::image::{self, KernelImage};
 use super::map::MemoryMap;
 use super::{Protocol, bzimage, elf};
 
 /// Bytes read from the start of a kernel file at once. The headers of a bzImage lie in them, and mostly those of an
 /// ELF file too.
-const HEAD_SIZE: usize = 4096;
+const HEAD_SIZE: u64 = 4096;
 
-/// A kernel file whose size is known and whose beginning has been read.
+/// A kernel image whose beginning has been read.
 pub(super) struct KernelFile<'a> {
-    file: &'a File,
-    size: u64,
+    image: &'a dyn KernelImage,
     head: Vec<u8>,
 }
 
 impl<'a> KernelFile<'a> {
-    pub(super) fn open(file: &'a File) -> Result<Self, KernelError> {
-        let size = regular_file_size(file).map_err(KernelError::Read)?.ok_or(KernelError::NotAFile)?;
-        if size == 0 {
+    pub(super) fn open(image: &'a dyn KernelImage) -> Result<Self, KernelError> {
+        if image.size() == 0 {
             return Err(KernelError::Empty);
         }
-        let head_size = usize::try_from(size).map_or(HEAD_SIZE, |size| size.min(HEAD_SIZE));
-        let mut head = vec![0; head_size];
-        file.read_exact_at(&mut head, 0).map_err(KernelError::Read)?;
-        Ok(Self { file, size, head })
+        let mut file = Self { image, head: Vec::new() };
+        file.head = file.read(0, image.size().min(HEAD_SIZE))?;
+        Ok(file)
     }
 
-    /// The file's size in bytes.
+    /// The image's size in bytes.
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.image.size()
     }
 
-    /// The first bytes of the file.
+    /// The first bytes of the image.
     pub(super) fn head(&self) -> &[u8] {
         &self.head
     }
 
-    /// Some bytes of the file. `what` names them in an error. The caller bounds `len`.
+    /// Some bytes of the image. `what` names them in an error. The caller bounds `len`.
     pub(super) fn bytes(&self, offset: u64, len: usize, what: &str) -> Result<Cow<'_, [u8]>, KernelError> {
-        self.check(offset, u64::try_from(len).unwrap_or(u64::MAX), what)?;
+        let size = u64::try_from(len).unwrap_or(u64::MAX);
+        self.check(offset, size, what)?;
         let in_head = usize::try_from(offset).ok().and_then(|start| self.head.get(start..start.checked_add(len)?));
-        if let Some(bytes) = in_head {
-            return Ok(Cow::Borrowed(bytes));
+        match in_head {
+            Some(bytes) => Ok(Cow::Borrowed(bytes)),
+            None => self.read(offset, size).map(Cow::Owned),
         }
-        let mut bytes = vec![0; len];
-        self.file.read_exact_at(&mut bytes, offset).map_err(KernelError::Read)?;
-        Ok(Cow::Owned(bytes))
     }
 
-    /// Checks that `len` bytes from `offset` on are within the file.
+    fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>, KernelError> {
+        let mut bytes = Vec::new();
+        let mut keep = |part: &[u8]| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        };
+        self.image.read(offset, len, &mut keep).map_err(KernelError::Read)?;
+        Ok(bytes)
+    }
+
+    /// Checks that `len` bytes from `offset` on are within the image.
     pub(super) fn check(&self, offset: u64, len: u64, what: &str) -> Result<(), KernelError> {
-        let needed = offset.saturating_add(len);
-        if needed > self.size {
-            return Err(KernelError::Truncated { what: what.to_owned(), needed, size: self.size });
+        let (needed, size) = (offset.saturating_add(len), self.size());
+        if needed > size {
+            return Err(KernelError::Truncated { what: what.to_owned(), needed, size });
         }
         Ok(())
     }
@@ -129,33 +133,21 @@ impl Kernel {
 
     /// Copies the kernel into guest memory.
     pub(super) fn load(&self, file: &KernelFile, memory: &GuestMemoryMmap) -> Result<(), KernelError> {
-        let mut handle = file.file;
         for piece in &self.pieces {
-            read_into(&mut handle, piece.file_offset, piece.to, memory).map_err(KernelError::Read)?;
+            image::copy(file.image, piece.file_offset, piece.to, memory).map_err(KernelError::Read)?;
         }
         Ok(())
     }
-}
 
-/// Reads a part of a file straight into guest memory.
-pub(super) fn read_into(
-    file: &mut &File,
-    offset: u64,
-    to: GpaRange,
-    memory: &GuestMemoryMmap,
-) -> Result<(), io::Error> {
-    file.seek(SeekFrom::Start(offset))?;
-    let len = usize::try_from(to.len).map_err(io::Error::other)?;
-    memory.read_exact_volatile_from(GuestAddress(to.start), file, len).map_err(|error| match error {
-        GuestMemoryError::IOError(error) => error,
-        other => io::Error::other(other),
-    })
-}
-
-/// The size of a regular file in bytes; `None` where it is a directory, a device or a pipe.
-pub(super) fn regular_file_size(file: &File) -> Result<Option<u64>, io::Error> {
-    let metadata = file.metadata()?;
-    Ok(metadata.is_file().then_some(metadata.len()))
+    /// Moves the plan to another place in guest memory, a number of bytes higher. The PVH entry point stays: that
+    /// protocol enters a kernel where it was linked.
+    pub(super) fn move_up(&mut self, bytes: u64) {
+        for piece in &mut self.pieces {
+            piece.to.start += bytes;
+        }
+        self.range.start += bytes;
+        self.linux64_entry += bytes;
+    }
 }
 
 /// What a file that is no kernel looks like.

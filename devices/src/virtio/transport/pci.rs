@@ -203,6 +203,23 @@ impl VirtioPci {
         self.lock().core.faults()
     }
 
+    /// Whether a driver runs the device: from DRIVER_OK until a reset.
+    pub fn driver_is_ok(&self) -> bool {
+        self.lock().core.is_live()
+    }
+
+    /// What lies at an offset into the base address register, for messages.
+    pub fn structure_at(offset: u64) -> &'static str {
+        match split(offset).0 {
+            COMMON => "common configuration",
+            ISR => "ISR status",
+            DEVICE => "device configuration",
+            NOTIFY => "notification",
+            MSIX_PENDING => "MSI-X pending bits",
+            _ => "MSI-X table",
+        }
+    }
+
     /// Stops all queues, drained, and keeps where they stand.
     pub fn suspend(&self) {
         self.lock().core.suspend();

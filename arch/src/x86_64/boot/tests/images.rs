@@ -55,6 +55,8 @@ impl<'a> Case<'a> {
             cmdline: self.cmdline,
             protocol: self.protocol,
             gigabyte_pages: self.gigabyte_pages,
+            unpacked: None,
+            random: None,
         };
         load_kernel(memory, &platform(self.ram), &source)
     }

@@ -213,7 +213,15 @@ fn what_is_no_regular_file_is_named() {
     let directory = std::fs::File::open("/").unwrap();
     let kernel = file(&pvh_kernel());
     let load = |kernel, initramfs| {
-        let source = BootSource { kernel, initramfs, cmdline: "", protocol: None, gigabyte_pages: true };
+        let source = BootSource {
+            kernel,
+            initramfs,
+            cmdline: "",
+            protocol: None,
+            gigabyte_pages: true,
+            unpacked: None,
+            random: None,
+        };
         load_kernel(&memory(32 * MIB), &platform(32 * MIB), &source).unwrap_err()
     };
     let error = load(&directory, None);

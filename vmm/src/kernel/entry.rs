@@ -1,0 +1,177 @@
+//! An unpacked kernel in a file: its bytes in blocks, a table with a checksum of each block, and a footer. A damaged
+//! block is found when it is read, and what is not read costs nothing.
+//!
+//! | Part   | Bytes               | Content                                                                         |
+//! |--------|---------------------|---------------------------------------------------------------------------------|
+//! | blocks | 256 KiB each        | the kernel, zeros behind its end; a block of zeros is a hole in the file        |
+//! | table  | 8 a block           | bit 32: the block is not all zeros; bits 31 to 0: its CRC-32                    |
+//! | footer | 32                  | [`MAGIC`], the kernel's bytes (64 bits), CRC-32 of the table (32 bits), zeros   |
+//!
+//! All numbers are little-endian.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use arch::{KernelImage, Sink};
+
+const MAGIC: &[u8; 16] = b"halyard kernel 1";
+const BLOCK: usize = 256 << 10;
+const FOOTER: usize = 32;
+/// In the table: the block is in the file.
+const FILLED: u64 = 1 << 32;
+/// No kernel is longer.
+const MAX_SIZE: u64 = 1 << 30;
+
+/// An unpacked kernel in a file.
+#[derive(Debug)]
+pub struct Entry {
+    file: File,
+    size: u64,
+    table: Vec<u64>,
+}
+
+impl Entry {
+    /// Reads footer and table of a file.
+    ///
+    /// # Errors
+    /// Reading failed, or they are damaged.
+    pub(super) fn open(file: File) -> io::Result<Self> {
+        let len = file.metadata()?.len();
+        let mut footer = [0; FOOTER];
+        let footer_at = len.checked_sub(FOOTER as u64).ok_or_else(damaged)?;
+        file.read_exact_at(&mut footer, footer_at)?;
+        let field = |range: std::ops::Range<usize>| {
+            footer.get(range).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
+        };
+        let size = field(16..24);
+        let blocks = size.div_ceil(BLOCK as u64);
+        if !footer.starts_with(MAGIC) || size > MAX_SIZE || footer_at != blocks * (BLOCK as u64 + 8) {
+            return Err(damaged());
+        }
+        let mut table = vec![0; usize::try_from(blocks * 8).map_err(io::Error::other)?];
+        file.read_exact_at(&mut table, blocks * BLOCK as u64)?;
+        if u64::from(crc32fast::hash(&table)) != field(24..32) {
+            return Err(damaged());
+        }
+        let table = table.as_chunks().0.iter().map(|word: &[u8; 8]| u64::from_le_bytes(*word)).collect();
+        Ok(Self { file, size, table })
+    }
+
+    /// Writes a file that [`Entry::open`] reads.
+    pub(super) fn write(file: &File, kernel: &[u8]) -> io::Result<()> {
+        let mut table = Vec::new();
+        for (number, block) in kernel.chunks(BLOCK).enumerate() {
+            let filled = block.iter().any(|byte| *byte != 0);
+            let mut word = 0;
+            if filled {
+                let mut padded = block.to_vec();
+                padded.resize(BLOCK, 0);
+                file.write_all_at(&padded, (number * BLOCK) as u64)?;
+                word = FILLED | u64::from(crc32fast::hash(&padded));
+            }
+            table.extend_from_slice(&word.to_le_bytes());
+        }
+        let table_at = kernel.len().div_ceil(BLOCK) * BLOCK;
+        let mut footer = [0; FOOTER];
+        footer[..16].copy_from_slice(MAGIC);
+        footer[16..24].copy_from_slice(&(kernel.len() as u64).to_le_bytes());
+        footer[24..].copy_from_slice(&u64::from(crc32fast::hash(&table)).to_le_bytes());
+        file.write_all_at(&table, table_at as u64)?;
+        file.write_all_at(&footer, (table_at + table.len()) as u64)
+    }
+
+    /// Reads a block and checks it.
+    fn read_block<'a>(&self, number: usize, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let word = self.table.get(number).copied().ok_or(io::ErrorKind::UnexpectedEof)?;
+        if word & FILLED == 0 {
+            buffer.fill(0);
+        } else {
+            self.file.read_exact_at(buffer, (number * BLOCK) as u64)?;
+            if word != FILLED | u64::from(crc32fast::hash(buffer)) {
+                return Err(damaged());
+            }
+        }
+        Ok(buffer)
+    }
+}
+
+impl KernelImage for Entry {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, offset: u64, len: u64, sink: &mut Sink) -> io::Result<()> {
+        let mut at = usize::try_from(offset).map_err(io::Error::other)?;
+        let end = usize::try_from(offset.saturating_add(len).min(self.size)).map_err(io::Error::other)?;
+        let mut buffer = vec![0; BLOCK];
+        while at < end {
+            let (number, start) = (at / BLOCK, at % BLOCK);
+            let block = self.read_block(number, &mut buffer)?;
+            let part = block.get(start..BLOCK.min(start + end - at)).ok_or_else(damaged)?;
+            sink(part)?;
+            at += part.len();
+        }
+        Ok(())
+    }
+}
+
+fn damaged() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "it is damaged")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kernel() -> Vec<u8> {
+        let mut kernel: Vec<u8> = (0..=252_u8).cycle().take(3 * BLOCK + 5000).collect();
+        kernel[BLOCK..2 * BLOCK].fill(0);
+        kernel
+    }
+
+    fn written(kernel: &[u8]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        Entry::write(&file, kernel).unwrap();
+        file
+    }
+
+    fn read(entry: &Entry, offset: u64, len: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        entry.read(offset, len, &mut |part| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        })?;
+        Ok(bytes)
+    }
+
+    #[test]
+    fn what_was_written_is_read_from_any_place() {
+        let kernel = kernel();
+        let entry = Entry::open(written(&kernel)).unwrap();
+        assert_eq!(entry.size(), kernel.len() as u64);
+        for (start, len) in [(0, kernel.len()), (5, 10), (BLOCK - 3, 7), (2 * BLOCK - 1, BLOCK + 2), (4, 0)] {
+            assert_eq!(read(&entry, start as u64, len as u64).unwrap(), kernel[start..start + len], "{start} {len}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_byte_is_found_wherever_it_is() {
+        let kernel = kernel();
+        let len = written(&kernel).metadata().unwrap().len();
+        let places = [0, BLOCK as u64 * 2, 3 * BLOCK as u64 + 6000, len - 40, len - 30, len - 10, len - 6];
+        for at in places {
+            let file = written(&kernel);
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x40], at).unwrap();
+            let result = Entry::open(file).and_then(|entry| read(&entry, 0, kernel.len() as u64));
+            assert!(result.is_err(), "byte {at} was changed, and nobody saw it");
+        }
+        for len in [0, 31, 32, 1000, len - 1] {
+            let file = written(&kernel);
+            file.set_len(len).unwrap();
+            assert!(Entry::open(file).is_err(), "{len}");
+        }
+    }
+}
