@@ -26,5 +26,5 @@ pub mod server;
 pub mod trace;
 pub mod vcpu;
 
-pub use run::{Failure, Plan, carry_out, carry_out_on, run_on};
+pub use run::{Failure, Plan, carry_out, carry_out_on};
 pub use trace::Watching;

@@ -88,6 +88,7 @@ pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) ->
     let listener = plan.api.map(|socket| socket.listen()).transpose()?;
     if listener.is_some() {
         // From here on there is another thread. Clients may have the owner open what is granted.
+        owner.open_trace()?;
         sandbox::confine(&[])?;
     }
     let owner_is = if listener.is_some() { Thread::OwnerWithClients } else { Thread::Owner };
@@ -101,16 +102,6 @@ pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) ->
     drop(owner);
     drop(server);
     outcome
-}
-
-/// Runs a VM on a hypervisor until it ends.
-///
-/// # Errors
-/// As [`carry_out`].
-pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, config: VmConfig) -> Result<Outcome, Failure> {
-    let (until, watching) = (Until::VmEnds, Watching::default());
-    let plan = Plan { config: Some(config), boot: true, api: None, pid_file: None, watching, until };
-    Ok(carry_out_on(hypervisor, plan)?.unwrap_or(Outcome::Destroyed))
 }
 
 /// A file with the process's number in it. Dropping it removes it.

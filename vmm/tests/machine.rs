@@ -8,7 +8,8 @@ use api::{BootUntil, DeviceConfig, Endpoint, OnPanic, OnReset, Outcome, TimeSpan
 use arch::layout;
 use hal::fake::{Call, Fake, Live, Step};
 use hal::{Error, Hypervisor, IoAddr, VcpuId};
-use vmm::{Failure, Watching, run_watched};
+use vmm::owner::Until;
+use vmm::{Failure, Plan, Watching, carry_out_on};
 
 mod guest;
 
@@ -40,14 +41,16 @@ impl Bench {
     }
 
     fn run(&self) -> Result<Outcome, Failure> {
-        self.run_watched(&Watching::default())
+        self.run_watched(Watching::default())
     }
 
-    fn run_watched(&self, watching: &Watching) -> Result<Outcome, Failure> {
+    fn run_watched(&self, watching: Watching) -> Result<Outcome, Failure> {
         let hypervisor: Box<dyn Hypervisor> = Box::new(self.fake.clone());
-        let outcome = run_watched(Ok(hypervisor), self.config.clone(), watching);
+        let (config, until) = (Some(self.config.clone()), Until::VmEnds);
+        let outcome =
+            carry_out_on(Ok(hypervisor), Plan { config, boot: true, api: None, pid_file: None, watching, until });
         assert_eq!(self.fake.live(), Live::default(), "something is left behind");
-        outcome
+        outcome.map(|outcome| outcome.expect("a VM that booted has an outcome"))
     }
 }
 
@@ -147,7 +150,7 @@ fn unclaimed_addresses_read_as_ones_and_ignore_writes() {
 /// The report of a watched run.
 fn report(bench: &Bench, expected: &Outcome) -> serde_json::Value {
     let path = bench.path("boot.json");
-    assert_eq!(bench.run_watched(&Watching { boot_trace: Some(path.clone()) }).unwrap(), *expected);
+    assert_eq!(bench.run_watched(Watching { boot_trace: Some(path.clone()) }).unwrap(), *expected);
     assert!(fs::read_to_string(path.with_extension("svg")).unwrap().ends_with("</svg>\n"));
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }

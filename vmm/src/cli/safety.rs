@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use api::{DeviceConfig, VmConfig};
+use api::{DeviceConfig, KernelCache, VmConfig};
 use vmm::sandbox::{self, Access, Grant, Mode};
 use vmm::server::ApiSocket;
 
@@ -33,7 +33,8 @@ pub fn prepare(
     if format == Format::Json {
         sandbox::report_as_json();
     }
-    sandbox::begin(mode, grants(api, args))
+    let cache = config.map(|config| config.kernel.cache.clone()).unwrap_or_default();
+    sandbox::begin(mode, grants(api, &cache, args))
 }
 
 fn claimed(config: Option<&VmConfig>, api: Option<&ApiSocket>) -> impl Iterator<Item = RawFd> {
@@ -46,7 +47,7 @@ fn claimed(config: Option<&VmConfig>, api: Option<&ApiSocket>) -> impl Iterator<
 }
 
 /// The paths that the process goes on to need: files that it removes at its end, and what clients may name.
-fn grants(api: Option<&ApiSocket>, args: &ServiceArgs) -> Vec<Grant> {
+fn grants(api: Option<&ApiSocket>, cache: &KernelCache, args: &ServiceArgs) -> Vec<Grant> {
     let socket = match api {
         Some(ApiSocket::Path { path, .. }) => Some(path),
         _ => None,
@@ -60,6 +61,7 @@ fn grants(api: Option<&ApiSocket>, args: &ServiceArgs) -> Vec<Grant> {
     if api.is_some() {
         // Where the metrics of memory and threads come from.
         grants.push(Grant { path: PathBuf::from("/proc/self"), access: Access::Read });
+        grants.extend(vmm::kernel::grant(cache));
     }
     grants.extend(named.into_iter().map(|path| Grant { path, access: Access::Use }));
     grants

@@ -27,6 +27,7 @@ use nix::unistd::{Uid, UnlinkatFlags, geteuid, symlinkat, unlinkat};
 use sha2::{Digest, Sha256};
 
 use super::entry::Entry;
+use crate::sandbox::{Access, Grant};
 
 /// The most that all entries may take on the disk, in bytes. The ones not used for longest make room.
 const CAPACITY: u64 = 512 << 20;
@@ -84,11 +85,7 @@ impl Cache {
     /// Opens, and where it is missing makes, the directory. `None` where there is none to be used, which is said in the
     /// log.
     pub(super) fn open(config: &KernelCache) -> Option<Self> {
-        let path = match config {
-            KernelCache::Off => return None,
-            KernelCache::Directory(path) => path.clone(),
-            KernelCache::User => user_directory()?,
-        };
+        let path = directory(config)?;
         Self::open_directory(path.clone())
             .map_err(|error| tracing::warn!("kernels are not kept in {}: {error}", path.display()))
             .ok()
@@ -100,7 +97,7 @@ impl Cache {
     }
 
     fn open_directory(path: PathBuf) -> io::Result<Self> {
-        let made = fs::DirBuilder::new().mode(0o700).recursive(true).create(&path);
+        let made = make(&path);
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_RDONLY;
         let directory = nix::fcntl::open(&path, flags, Mode::empty()).map_err(|errno| match (errno, made) {
             (_, Err(error)) => error,
@@ -248,6 +245,30 @@ fn check_owner(stat: &FileStat) -> io::Result<()> {
         return Err(io::Error::other("others may write to it: only its owner may (chmod go-w)"));
     }
     Ok(())
+}
+
+/// Where the cache is that `config` speaks of.
+fn directory(config: &KernelCache) -> Option<PathBuf> {
+    match config {
+        KernelCache::Off => None,
+        KernelCache::Directory(path) => Some(path.clone()),
+        KernelCache::User => user_directory(),
+    }
+}
+
+fn make(directory: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o700).recursive(true).create(directory)
+}
+
+/// What a process that serves clients must be granted for the cache, which is made where it is missing: the boot comes
+/// when the process is confined. `None` where there is no cache, or it cannot be made.
+pub fn grant(config: &KernelCache) -> Option<Grant> {
+    let path = directory(config)?;
+    if let Err(error) = make(&path) {
+        tracing::debug!("kernels cannot be kept in {}: {error}", path.display());
+        return None;
+    }
+    Some(Grant { path, access: Access::Keep })
 }
 
 /// Where this user's caches are (XDG Base Directory Specification).

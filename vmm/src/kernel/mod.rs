@@ -17,6 +17,7 @@ use api::KernelCache;
 use arch::KernelImage;
 use arch::payload::{self, Packed, PayloadError};
 
+pub use self::cache::grant;
 use self::cache::{Cache, Key};
 use self::entry::Entry;
 use crate::sandbox::{self, Access, Grant};

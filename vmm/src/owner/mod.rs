@@ -65,6 +65,10 @@ pub struct Owner {
     manager: ServiceManager,
     /// What is wanted of the first boot, until it has begun.
     watching: Option<Watching>,
+    /// Where the report on it goes, once that is open.
+    trace_files: Option<Outputs>,
+    /// Boots are clients' or the guest's.
+    serving: bool,
     phase: Phase,
     closing: Option<Closing>,
     /// The signal that asked for the end.
@@ -91,15 +95,30 @@ impl Owner {
             board,
             manager: ServiceManager::from_environment(),
             watching: None,
+            trace_files: None,
+            serving: false,
             phase: Phase::Empty,
             closing: None,
             ending: None,
         })
     }
 
-    /// Has the first boot watched, which is counted from the start of the process.
+    /// Has the first boot watched. Its time counts from the start of the process, unless a client asks for it.
     pub fn watch(&mut self, watching: Watching) {
         self.watching = Some(watching);
+    }
+
+    /// Opens the files that the report on the first boot goes to, where there is to be one: the boot does it otherwise,
+    /// and may not be allowed to any more.
+    ///
+    /// # Errors
+    /// [`Failure::BadInput`] names the file that cannot be written.
+    pub fn open_trace(&mut self) -> Result<(), Failure> {
+        let path = self.watching.as_ref().and_then(|watching| watching.boot_trace.as_deref());
+        if let (Some(path), None) = (path, &self.trace_files) {
+            self.trace_files = Some(Outputs::create(path)?);
+        }
+        Ok(())
     }
 
     /// Where reports and requests go.
@@ -144,14 +163,18 @@ impl Owner {
     fn start(&mut self, prepared: &Prepared) -> Result<(Machine, Endpoints), Failure> {
         let Prepared { config, inputs, .. } = prepared;
         let hypervisor = self.hypervisor.as_deref().map_err(|error| Failure::Host(error.to_string()))?;
-        let watching = self.watching.take();
-        let trace = watching.as_ref().map_or_else(|| Trace::again(config), |watching| Trace::new(config, watching));
+        let watching = self.watching.clone().unwrap_or_default();
+        // A client's boot begins when it is asked for.
+        let trace = if self.serving { Trace::again(config, &watching) } else { Trace::new(config, &watching) };
         trace.mark(Milestone::Configuration);
         let loaded = boot::load(config, hypervisor.caps(), inputs, &trace)?;
         // Only now, when nothing in the input can be wrong any more, does anything appear on the host.
         let endpoints = Endpoints::open(config, &self.board)?;
-        if let Some(path) = watching.and_then(|watching| watching.boot_trace) {
-            trace.write_to(Outputs::create(&path)?);
+        self.watching = None;
+        match (self.trace_files.take(), watching.boot_trace) {
+            (Some(files), _) => trace.write_to(files),
+            (None, Some(path)) => trace.write_to(Outputs::create(&path)?),
+            (None, None) => {}
         }
         self.reports.listen_for_quit(endpoints.quit())?;
         endpoints.watch(config, &trace);
@@ -168,6 +191,7 @@ impl Owner {
     /// [`Failure::Host`] where waiting itself fails.
     pub fn serve(&mut self, until: Until) -> Result<Option<Outcome>, Failure> {
         self.manager.ready();
+        self.serving = true;
         loop {
             let ends = until == Until::VmEnds || self.ending.is_some();
             match &self.phase {
@@ -348,7 +372,7 @@ impl Owner {
     fn make_again(&self, prepared: &Prepared, endpoints: &Endpoints, mode: Mode) -> Result<Machine, Failure> {
         let Prepared { config, inputs, .. } = prepared;
         let hypervisor = self.hypervisor.as_deref().map_err(|error| Failure::Host(error.to_string()))?;
-        let trace = Trace::again(config);
+        let trace = Trace::again(config, &Watching::default());
         let loaded = boot::load(config, hypervisor.caps(), inputs, &trace)?;
         endpoints.watch(config, &trace);
         let parts = Parts { config, hypervisor, inputs, endpoints, inbox: &self.inbox, trace: &trace };

@@ -6,7 +6,8 @@
 //! `resources/seccomp`, one for each [`Thread`], and are compiled when Halyard is. A call that is not on its thread's
 //! list ends the process with [`EXIT_CODE`] and its name in the log.
 //!
-//! Rights pass from a thread to those that it makes, so the process is confined while it has one thread only.
+//! Rights pass from a thread to those that it makes, so the process is confined while it has one thread only, but for
+//! the one that takes a kernel image apart, which confines itself: see [`confine_thread`].
 
 mod paths;
 mod policies;
@@ -163,7 +164,7 @@ pub fn confine_thread(grants: &[Grant]) -> io::Result<()> {
         return Ok(());
     }
     privileges::give_up_new()?;
-    paths::give_up(grants.iter())?;
+    paths::restrict(grants.iter())?;
     privileges::give_up_capabilities()
 }
 

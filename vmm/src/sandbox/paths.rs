@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use api::{DeviceConfig, Endpoint, VmConfig};
 use landlock::{
-    ABI, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd,
+    RestrictionStatus, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 /// The newest rights that are given up. Later ABIs add the right to send to a socket by its path, which telling the
@@ -22,8 +22,8 @@ pub enum Access {
     Read,
     /// Files and links in the directory can be listed, read, written, made, renamed and removed.
     Keep,
-    /// What is at or below the path can be read and written to, and files and sockets be made and removed; programs
-    /// cannot be started.
+    /// What is at or below the path can be listed, read and written to, and files, links and sockets be made and removed;
+    /// programs cannot be started.
     Use,
 }
 
@@ -43,9 +43,11 @@ impl Access {
             }
             Self::Use => {
                 AccessFs::ReadFile
+                    | AccessFs::ReadDir
                     | AccessFs::WriteFile
                     | AccessFs::Truncate
                     | AccessFs::MakeReg
+                    | AccessFs::MakeSym
                     | AccessFs::MakeSock
                     | AccessFs::RemoveFile
                     | AccessFs::IoctlDev
@@ -87,7 +89,7 @@ pub fn grants(config: &VmConfig) -> Vec<Grant> {
 
 /// Gives up every path but the granted, as far as the kernel can, and says in the log how far that was.
 pub fn give_up<'a>(grants: impl Iterator<Item = &'a Grant> + Clone) -> io::Result<()> {
-    let status = restrict(grants.clone()).map_err(|error| io::Error::other(format!("landlock: {error}")))?;
+    let status = restrict(grants.clone())?;
     let abi = match status.landlock {
         LandlockStatus::Available { effective_abi, .. } => effective_abi as i32,
         LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
@@ -103,7 +105,12 @@ pub fn give_up<'a>(grants: impl Iterator<Item = &'a Grant> + Clone) -> io::Resul
     Ok(())
 }
 
-fn restrict<'a>(grants: impl Iterator<Item = &'a Grant>) -> Result<landlock::RestrictionStatus, RulesetError> {
+/// Gives up every path but the granted, as far as the kernel can.
+pub fn restrict<'a>(grants: impl Iterator<Item = &'a Grant>) -> io::Result<RestrictionStatus> {
+    apply(grants).map_err(|error| io::Error::other(format!("landlock: {error}")))
+}
+
+fn apply<'a>(grants: impl Iterator<Item = &'a Grant>) -> Result<RestrictionStatus, RulesetError> {
     use landlock::Access as _;
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)

@@ -182,14 +182,17 @@ impl Trace {
 
     /// Looks at the boot that began with this process, where `watching` asks for it.
     pub fn new(config: &VmConfig, watching: &Watching) -> Self {
-        let wanted = watching.boot_trace.is_some() || config.lifecycle.boot_timeout.is_some();
-        Self(wanted.then(|| Arc::new(Recorder::new(start::since_exec()))))
+        Self::since(config, watching, start::since_exec)
     }
 
-    /// Looks at the boot that begins now, after a reset, where `config` limits its time.
-    pub fn again(config: &VmConfig) -> Self {
-        let wanted = config.lifecycle.boot_timeout.is_some();
-        Self(wanted.then(|| Arc::new(Recorder::new(Duration::ZERO))))
+    /// Looks at the boot that begins now, on a client's request or after a reset.
+    pub fn again(config: &VmConfig, watching: &Watching) -> Self {
+        Self::since(config, watching, || Duration::ZERO)
+    }
+
+    fn since(config: &VmConfig, watching: &Watching, start: impl FnOnce() -> Duration) -> Self {
+        let wanted = watching.boot_trace.is_some() || config.lifecycle.boot_timeout.is_some();
+        Self(wanted.then(|| Arc::new(Recorder::new(start()))))
     }
 
     /// Whether somebody looks.
