@@ -8,6 +8,8 @@ use api::{
     Topology, VmConfig, did_you_mean,
 };
 
+use vmm::server::{Access, ApiSocket};
+
 use super::args::RunArgs;
 use super::keys::{Pair, pairs};
 
@@ -94,6 +96,41 @@ impl Flags {
         self.problems.iter().filter_map(|known| known.field.strip_prefix(flag)).any(of_flag)
     }
 
+    /// What `--api-socket` says.
+    pub fn api_socket(&mut self, text: Option<&str>) -> Option<ApiSocket> {
+        let text = text?;
+        let at = format!("--api-socket {}", brief(text));
+        let (mut path, mut fd, mut access) = (None, None, Access::default());
+        for Pair { key, value } in self.list(&at, text, Some("path"), &["path", "fd", "mode", "uid", "gid"]) {
+            match key.as_str() {
+                "path" => path = self.given(&at, &key, value).map(PathBuf::from),
+                "fd" => fd = self.value(&at, &key, value, "the number of a descriptor"),
+                "uid" => access.uid = self.value(&at, &key, value, "the number of a user"),
+                "gid" => access.gid = self.value(&at, &key, value, "the number of a group"),
+                _ => {
+                    let Some(value) = self.given(&at, &key, value) else { continue };
+                    match u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777) {
+                        Some(mode) => access.mode = mode,
+                        None => self.add(&at, format!("mode: «{}» is no mode", brief(&value)), "write 0600 or 0660"),
+                    }
+                }
+            }
+        }
+        match (path, fd) {
+            (Some(path), None) if !path.as_os_str().is_empty() => Some(ApiSocket::Path { path, access }),
+            (None, Some(fd)) => Some(ApiSocket::Fd(fd)),
+            _ => {
+                self.add(&at, "it names no socket, or more than one", "give a path, or fd=N");
+                None
+            }
+        }
+    }
+
+    /// A flag that is needed is not there.
+    pub fn missing(&mut self, flag: &str, problem: &str, remedy: &str) {
+        self.add(flag, problem, remedy);
+    }
+
     fn origin_of(&self, problem: &Problem) -> Option<(&str, &str)> {
         let fitting = self.origins.iter().filter(|(field, _)| problem.field.starts_with(field.as_str()));
         fitting.max_by_key(|(field, _)| field.len()).map(|(field, flag)| (field.as_str(), flag.as_str()))
@@ -147,18 +184,19 @@ impl Flags {
     }
 
     fn disk(&mut self, at: &str, text: &str) -> DeviceConfig {
-        let mut disk = Disk::new("");
+        let mut disk = Disk { path: None, ..Disk::new("") };
         for Pair { key, value } in
-            self.list(at, text, Some("path"), &["path", "readonly", "direct", "serial", "queues", "id"])
+            self.list(at, text, Some("path"), &["path", "fd", "readonly", "direct", "serial", "queues", "id"])
         {
             match key.as_str() {
                 "readonly" => disk.readonly = self.on(at, &key, value),
                 "direct" => disk.direct = self.on(at, &key, value),
+                "fd" => disk.fd = self.value(at, &key, value, "the number of a descriptor"),
                 "queues" => disk.queues = self.value(at, &key, value, "a number").unwrap_or(disk.queues),
                 _ => {
                     let Some(value) = self.given(at, &key, value) else { continue };
                     match key.as_str() {
-                        "path" => disk.path = value.into(),
+                        "path" => disk.path = Some(value.into()),
                         "serial" => disk.serial = Some(value),
                         _ => disk.id = value,
                     }
@@ -209,7 +247,7 @@ impl Flags {
     }
 
     fn endpoint(&mut self, at: &str, parts: &[Pair]) -> Option<Endpoint> {
-        const CHOICE: &str = "choose stdio, pty, off, file=PATH or socket=PATH";
+        const CHOICE: &str = "choose stdio, pty, api, off, file=PATH or socket=PATH";
         let [Pair { key, value }] = parts else {
             let problem = if parts.is_empty() { "it does not say where it leads" } else { "it leads to more than one" };
             self.add(at, problem, CHOICE);
@@ -219,6 +257,7 @@ impl Flags {
         match (key.as_str(), path) {
             ("stdio", None) => Some(Endpoint::Stdio {}),
             ("pty", None) => Some(Endpoint::Pty {}),
+            ("api", None) => Some(Endpoint::Api {}),
             ("off", None) => Some(Endpoint::Off {}),
             ("file", Some(path)) => Some(Endpoint::File { path }),
             ("socket", Some(path)) => Some(Endpoint::Socket { path }),
@@ -351,7 +390,7 @@ const PANICS: [(&str, OnPanic); 3] =
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
 /// The keys of an endpoint, of which one is given.
-const ENDPOINT_KEYS: [&str; 5] = ["stdio", "pty", "off", "file", "socket"];
+const ENDPOINT_KEYS: [&str; 6] = ["stdio", "pty", "api", "off", "file", "socket"];
 
 /// A flag's value, cut so that a message stays readable.
 fn brief(text: &str) -> String {

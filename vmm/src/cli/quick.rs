@@ -9,7 +9,7 @@ use std::ffi::OsString;
 
 use clap::ValueEnum;
 
-use super::args::{Action, Cli, LogArgs, RunArgs};
+use super::args::{Action, Cli, LogArgs, RunArgs, ServiceArgs};
 use crate::logging::{Format, Level};
 
 /// Where a flag's value belongs.
@@ -52,7 +52,7 @@ pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
     }
     let level = log.level.map_or(Ok(Level::Info), |word| Level::from_str(&word, false)).ok()?;
     let format = log.format.map_or(Ok(Format::Text), |word| Format::from_str(&word, false)).ok()?;
-    Some(Cli { action: Action::Run(Box::new(args)), log: LogArgs { level, format } })
+    Some(Cli { action: Action::Run(Box::new(args), ServiceArgs::default()), log: LogArgs { level, format } })
 }
 
 /// The log's flags as they were written.
