@@ -179,6 +179,8 @@ pub struct Memory {
     /// Memory is a file (memfd) that other processes can map, as vhost-user devices need it; otherwise it is
     /// anonymous.
     pub shared: bool,
+    /// Keep the memory in the host's: it is populated before the guest starts and never swapped out.
+    pub lock: bool,
 }
 
 impl Default for Memory {
@@ -189,6 +191,7 @@ impl Default for Memory {
             transparent_huge_pages: true,
             prefault: false,
             shared: false,
+            lock: false,
         }
     }
 }

@@ -47,6 +47,14 @@ impl DeviceConfig {
         }
     }
 
+    /// The number of the descriptor that the device is on, where it names one.
+    pub fn fd(&self) -> Option<i32> {
+        match self {
+            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => *fd,
+            Self::Console(_) | Self::Rng(_) => None,
+        }
+    }
+
     /// The device's `type`, as the configuration writes it.
     pub fn type_name(&self) -> &'static str {
         match self {

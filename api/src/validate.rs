@@ -366,7 +366,7 @@ fn conflicts(report: &mut Report, config: &VmConfig) {
         if !device.id().is_empty() {
             ids.take(report, format!("{at}.id"), device.id(), "a device's id must be its own");
         }
-        if let DeviceConfig::Disk(Disk { fd: Some(fd), .. }) | DeviceConfig::Net(Net { fd: Some(fd), .. }) = device {
+        if let Some(fd) = device.fd() {
             let remedy = "each device needs a descriptor of its own";
             descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
         }

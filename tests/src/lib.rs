@@ -17,6 +17,7 @@ pub mod bench;
 pub mod cache;
 pub mod client;
 pub mod command;
+pub mod confined;
 pub mod cpio;
 pub mod forward;
 pub mod host;

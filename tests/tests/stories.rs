@@ -5,7 +5,9 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Vm, VmSpec};
+use halyard_tests::confined::Confined;
+use halyard_tests::vm::halyard;
+use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Vm, VmSpec, images};
 
 const KERNELS: [Kernel; 2] = [Kernel::Debian6_1Cloud, Kernel::Debian6_12Cloud];
 
@@ -367,6 +369,50 @@ fn until(lines: &mut impl std::io::BufRead, text: &str) -> Result<()> {
         line.clear();
         ensure!(lines.read_line(&mut line)? > 0, "{text:?} did not come");
     }
+    Ok(())
+}
+
+#[test]
+fn story_another_user_in_a_read_only_root_has_disk_and_network_by_descriptors() -> Result<()> {
+    let host = &Lent::take()?;
+    let (disk, tap) = (image(host, 8)?, host.tap(None)?);
+    host.run(format!("ip addr add 10.7.0.1/24 dev {}", tap.name()))?.ok()?;
+    let kernel = Kernel::Debian6_12Cloud;
+    let words = "console=ttyS0 quiet panic=-1 halyard.shell";
+    let arguments = ["run", "--kernel", "/kernel", "--initramfs", "/initramfs", "--cmdline", words, "--memory", "256M"];
+    let devices = ["--disk", "fd=3", "--net", "fd=4", "--rng", "--serial", "stdio"];
+    let confined = Confined {
+        root: host.folder()?,
+        helper: env!("CARGO_BIN_EXE_with-descriptors").into(),
+        halyard: halyard()?.display().to_string(),
+        files: [(kernel.bzimage()?, "kernel"), (images::guest(kernel)?, "initramfs")]
+            .map(|(path, name)| (path.display().to_string(), name.into()))
+            .into(),
+        descriptors: ["--file", &disk, "--tap", tap.name()].map(Into::into).into(),
+        arguments: arguments.into_iter().chain(devices).map(Into::into).collect(),
+    };
+    let mut command = confined.command().into_iter();
+    let vm = host.spawn(Cmd::new(command.next().context("a command")?).args(command))?;
+    vm.wait_line("HALYARD-GUEST ready")?;
+    let status = host.run(format!("cat /proc/{}/status", vm.pid()))?.ok()?;
+    for line in ["Uid:\t107\t107\t107\t107", "CapPrm:\t0000000000000000", "Seccomp:\t2", "NoNewPrivs:\t1"] {
+        ensure!(status.contains(line), "no {line:?} in\n{status}");
+    }
+
+    // The shell shows what it is told, so what it is to say is told in two parts.
+    vm.write(
+        b"head -c 1048576 /dev/urandom >/file && dd if=/file of=/dev/vda bs=64k seek=16 conv=fsync && \
+          sha256sum </file | sed 's/$/ was ''written/'\n",
+    )?;
+    let line = vm.wait_line(" was written")?;
+    let read = host.run(format!("dd if={disk} bs=1M skip=1 count=1 2>/dev/null | sha256sum"))?.ok()?;
+    ensure!(line.contains(&read), "{line:?} is to name {read}");
+    vm.write(
+        b"ip addr add 10.7.0.2/24 dev eth0 && ip link set eth0 up && ping -c 3 -w 30 10.7.0.1 && echo it ''pings\n",
+    )?;
+    vm.wait_line("it pings")?;
+    vm.write(b"poweroff -f\n")?;
+    ensure!(vm.wait()? == Status::Exited(0), "{}", vm.last_words());
     Ok(())
 }
 

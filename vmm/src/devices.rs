@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use api::DeviceConfig;
+use devices::io_thread::IoThread;
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Blk, BlkCounters, BlkOptions};
 use devices::virtio::console::{Console, Port};
@@ -12,6 +13,7 @@ use devices::virtio::rng::Rng;
 use crate::Failure;
 use crate::inputs::DeviceInput;
 use crate::machine::Parts;
+use crate::sandbox::{self, Thread};
 
 /// A device, and what it counts.
 pub type Created = (Box<dyn VirtioDevice>, DeviceCounters);
@@ -41,7 +43,8 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
             if let Some(serial) = &disk.serial {
                 options.serial.clone_from(serial);
             }
-            let device = Blk::new(opened.clone(), &options);
+            let threads: Result<Vec<_>, _> = (0..disk.queues).map(|_| io_thread(&disk.id)).collect();
+            let device = Blk::new(opened.clone(), &options).on_threads(threads?);
             let counters = DeviceCounters::Disk(device.counters());
             (Box::new(device), counters)
         }
@@ -50,7 +53,7 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
             let mac = net.mac.ok_or_else(missing)?;
             let mut options = NetOptions::new(&net.id, mac.bytes());
             options.mtu = net.mtu;
-            let device = Net::new(tap.try_clone()?, &options);
+            let device = Net::new(tap.try_clone()?, &options).on_thread(io_thread(&net.id)?);
             let counters = DeviceCounters::Net(device.counters());
             (Box::new(device), counters)
         }
@@ -58,8 +61,18 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
             let endpoint = parts.endpoints.console(&console.id).ok_or_else(missing)?;
             let name = console.name.clone().unwrap_or_default();
             let port = Port { console: name.is_empty(), name, endpoint };
-            (Box::new(Console::new(&console.id, vec![port], None)?), DeviceCounters::None)
+            let device = Console::new(&console.id, vec![port], None)?.on_thread(io_thread(&console.id)?);
+            (Box::new(device), DeviceCounters::None)
         }
-        DeviceConfig::Rng(rng) => (Box::new(Rng::new(&rng.id)), DeviceCounters::None),
+        DeviceConfig::Rng(rng) => (Box::new(Rng::new(&rng.id).on_thread(io_thread(&rng.id)?)), DeviceCounters::None),
     })
+}
+
+/// A thread for a device's queues. It is made here, and not when the guest's driver starts the queues: a thread that is
+/// made by a vCPU's has no more rights than that.
+fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
+    let thread = IoThread::spawn_with(id, || sandbox::enter(Thread::Io))?;
+    // Its loop makes a descriptor without the flag.
+    sandbox::close_on_exec();
+    Ok(thread)
 }

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Failure;
 use crate::board::Board;
+use crate::sandbox::{self, Thread};
 use crate::trace::Trace;
 
 /// How long the end of a run waits for readers to take the last output.
@@ -34,18 +35,18 @@ pub struct Endpoints {
     quit: EventFd,
     /// Gives the terminal its mode back when dropped.
     _terminal: Option<RawTerminal>,
-    _io: ConsoleIo,
+    io: ConsoleIo,
 }
 
 impl Endpoints {
-    /// Makes the endpoints that `config` names. A terminal on standard input is put into raw mode if one of them uses
-    /// it.
+    /// Makes the endpoints that `config` names, which nobody serves before [`Endpoints::serve`]. A terminal on standard
+    /// input is put into raw mode if one of them uses it.
     ///
     /// # Errors
     /// [`Failure::BadInput`] where a file or socket cannot be had, [`Failure::Host`] where the host has nothing left;
     /// those made before are removed again.
     pub fn open(config: &VmConfig, board: &Arc<Board>) -> Result<Self, Failure> {
-        let io = ConsoleIo::new()?;
+        let io = ConsoleIo::held()?;
         let quit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let mut by_id = BTreeMap::new();
         let mut stdio = false;
@@ -65,7 +66,15 @@ impl Endpoints {
             by_id.insert(id, opened);
         }
         let terminal = if stdio { RawTerminal::enter(&std::io::stdin())? } else { None };
-        Ok(Self { by_id, quit, _terminal: terminal, _io: io })
+        Ok(Self { by_id, quit, _terminal: terminal, io })
+    }
+
+    /// Serves the host's side of all endpoints from now on, on a thread of its own.
+    ///
+    /// # Errors
+    /// The thread cannot be made.
+    pub fn serve(&self) -> std::io::Result<()> {
+        self.io.start(|| sandbox::enter(Thread::Console))
     }
 
     /// A console's endpoint; the serial port's is [`SERIAL`].

@@ -20,6 +20,7 @@ pub mod notify;
 pub mod owner;
 pub mod request;
 mod run;
+pub mod sandbox;
 pub mod seams;
 pub mod server;
 pub mod trace;

@@ -82,6 +82,8 @@ impl Machine {
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
         let Loaded { memory, platform, kernel } = loaded;
+        let count = platform.topology.vcpu_ids().len();
+        let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory)?;
         parts.trace.mark(Milestone::Vm);
         let seam = VmSeam(vm.clone());
@@ -129,8 +131,7 @@ impl Machine {
         if mode == Mode::Stand {
             machine.functions.iter().for_each(|function| function.suspend());
         }
-        let backend = parts.hypervisor.caps().backend;
-        let threads = VcpuThreads::start(backend, vcpus, &exits, parts.inbox, parts.trace, mode)?;
+        threads.run(vcpus, &exits, parts.trace, mode);
         counters.vcpus = threads.counters().to_vec();
         machine.vcpus = Some(threads);
         machine.counters = Arc::new(counters);

@@ -9,6 +9,7 @@ use hal::Hypervisor;
 use crate::board::Board;
 use crate::owner::{Owner, Until};
 use crate::request::Descriptors;
+use crate::sandbox::{self, Thread};
 use crate::server::{ApiSocket, KEPT_EVENTS, Server, SocketError};
 use crate::trace::Watching;
 
@@ -85,10 +86,16 @@ pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) ->
     }
     let _pid_file = plan.pid_file.map(PidFile::write).transpose()?;
     let listener = plan.api.map(|socket| socket.listen()).transpose()?;
+    if listener.is_some() {
+        // From here on there is another thread. Clients may have the owner open what is granted.
+        sandbox::confine(&[])?;
+    }
+    let owner_is = if listener.is_some() { Thread::OwnerWithClients } else { Thread::Owner };
     let server = listener.map(|listener| Server::start(listener, board, owner.inbox().clone())).transpose()?;
     if boot {
         owner.boot()?;
     }
+    sandbox::enter(owner_is);
     let outcome = owner.serve(plan.until);
     // Who still asks is told before the server ends.
     drop(owner);

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use devices::ioapic::IoApic;
 use hal::{Exit, ExitHandler, Kick, Vcpu};
 
 use crate::inbox::{Event, Inbox, VcpuEnd};
+use crate::sandbox;
 use crate::trace::Trace;
 use crate::trace::exits::WatchedExits;
 
@@ -187,42 +189,60 @@ impl Gate {
 
 /// The vCPU threads of a machine. Dropping it stops them.
 pub struct VcpuThreads {
-    threads: Vec<(Kick, JoinHandle<()>)>,
+    threads: Vec<JoinHandle<()>>,
+    /// Where the threads' vCPUs are handed over.
+    seats: Vec<Sender<Seat>>,
+    kicks: Vec<Kick>,
     gate: Arc<Gate>,
     counters: Vec<Arc<VcpuCounters>>,
 }
 
+/// What a thread is handed.
+struct Seat {
+    vcpu: Box<dyn Vcpu>,
+    /// Where exits go.
+    buses: Arc<ExitBuses>,
+    /// Who looks at the boot answers first.
+    watched: Option<WatchedExits>,
+}
+
 impl VcpuThreads {
-    /// Starts a thread for each vCPU, named `CPU n/` and the backend's name: KubeVirt finds vCPU threads by it. With
-    /// [`Mode::Stand`] their guests do not run before [`VcpuThreads::resume`].
+    /// Starts `count` threads, named `CPU n/` and the backend's name: KubeVirt finds vCPU threads by it. They wait for
+    /// [`VcpuThreads::run`]: what a thread has to do before it can run a vCPU goes on beside the making of its machine.
     ///
     /// # Errors
     /// A thread cannot be made; those that were are stopped again.
-    pub fn start(
-        backend: &str,
-        vcpus: Vec<Box<dyn Vcpu>>,
-        buses: &Arc<ExitBuses>,
-        inbox: &Inbox,
-        trace: &Trace,
-        mode: Mode,
-    ) -> io::Result<Self> {
-        let gate = Arc::new(Gate::new(mode));
-        let mut all = Self { threads: Vec::with_capacity(vcpus.len()), gate, counters: Vec::new() };
-        for (number, vcpu) in vcpus.into_iter().enumerate() {
-            let kick = vcpu.kick();
+    pub fn spawn(backend: &str, count: usize, inbox: &Inbox) -> io::Result<Self> {
+        let gate = Arc::new(Gate::new(Mode::Stand));
+        let mut all = Self {
+            threads: Vec::with_capacity(count),
+            seats: Vec::with_capacity(count),
+            kicks: Vec::with_capacity(count),
+            gate,
+            counters: Vec::with_capacity(count),
+        };
+        for number in 0..count {
             let counters = Arc::<VcpuCounters>::default();
-            let thread = Thread {
-                buses: buses.clone(),
-                watched: trace.vcpu(&*vcpu, buses),
-                inbox: inbox.clone(),
-                gate: all.gate.clone(),
-                counters: counters.clone(),
-            };
-            let handle = Builder::new().name(format!("CPU {number}/{backend}")).spawn(move || thread.run(vcpu))?;
-            all.threads.push((kick, handle));
+            let thread = Thread { inbox: inbox.clone(), gate: all.gate.clone(), counters: counters.clone() };
+            let (seat, vcpu) = channel();
+            let work = move || thread.run(&vcpu);
+            all.threads.push(Builder::new().name(format!("CPU {number}/{backend}")).spawn(work)?);
+            all.seats.push(seat);
             all.counters.push(counters);
         }
         Ok(all)
+    }
+
+    /// Hands each thread its vCPU. With [`Mode::Stand`] their guests do not run before [`VcpuThreads::resume`].
+    pub fn run(&mut self, vcpus: Vec<Box<dyn Vcpu>>, buses: &Arc<ExitBuses>, trace: &Trace, mode: Mode) {
+        self.gate.order(mode);
+        self.kicks = vcpus.iter().map(|vcpu| vcpu.kick()).collect();
+        for (seat, vcpu) in self.seats.drain(..).zip(vcpus) {
+            let watched = trace.vcpu(&*vcpu, buses);
+            if seat.send(Seat { vcpu, buses: buses.clone(), watched }).is_err() {
+                tracing::error!("a vCPU thread has ended before its time");
+            }
+        }
     }
 
     /// What each vCPU has done, in their order.
@@ -253,17 +273,16 @@ impl VcpuThreads {
     }
 
     fn kick(&self) {
-        for (kick, _) in &self.threads {
-            kick.kick();
-        }
+        self.kicks.iter().for_each(Kick::kick);
     }
 }
 
 impl Drop for VcpuThreads {
     fn drop(&mut self) {
         self.gate.order(Mode::End);
+        self.seats.clear();
         self.kick();
-        for (_, handle) in self.threads.drain(..) {
+        for handle in self.threads.drain(..) {
             if handle.join().is_err() {
                 tracing::error!("a vCPU thread panicked");
             }
@@ -273,24 +292,24 @@ impl Drop for VcpuThreads {
 
 /// What a vCPU's thread has beside the vCPU.
 struct Thread {
-    buses: Arc<ExitBuses>,
-    /// Who looks at the boot answers first.
-    watched: Option<WatchedExits>,
     inbox: Inbox,
     gate: Arc<Gate>,
     counters: Arc<VcpuCounters>,
 }
 
 impl Thread {
-    fn run(self, mut vcpu: Box<dyn Vcpu>) {
+    fn run(self, vcpu: &Receiver<Seat>) {
+        sandbox::enter(sandbox::Thread::Vcpu);
+        // Where none comes, the machine was not made.
+        let Ok(Seat { mut vcpu, buses, watched }) = vcpu.recv() else { return };
         self.counters.thread.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
-        let answers: &dyn ExitHandler = self.watched.as_ref().map_or(&*self.buses, |watched| watched);
+        let answers: &dyn ExitHandler = watched.as_ref().map_or(&*buses, |watched| watched);
         let exits = Exits { answers, counters: &self.counters };
         while let Some(stood) = self.gate.pass() {
             if stood {
                 vcpu.stood_still();
             }
-            if let Some(watched) = &self.watched {
+            if let Some(watched) = &watched {
                 watched.before_entry(&mut *vcpu);
             }
             let end = match vcpu.run(&exits) {
@@ -322,11 +341,13 @@ mod tests {
 
     fn start(fake: &Fake, count: u8, mode: Mode) -> (VcpuThreads, Inbox) {
         let vm = fake.create(&VmSpec { max_vcpus: count.into(), ..VmSpec::default() }).unwrap();
-        let vcpus = (0..count).map(|id| vm.create_vcpu(VcpuId(id)).unwrap()).collect();
+        let vcpus: Vec<_> = (0..count).map(|id| vm.create_vcpu(VcpuId(id)).unwrap()).collect();
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new()) });
         let inbox = Inbox::new().unwrap();
-        (VcpuThreads::start("test", vcpus, &buses, &inbox, &Trace::off(), mode).unwrap(), inbox)
+        let mut threads = VcpuThreads::spawn("test", count.into(), &inbox).unwrap();
+        threads.run(vcpus, &buses, &Trace::off(), mode);
+        (threads, inbox)
     }
 
     fn runs(fake: &Fake) -> usize {

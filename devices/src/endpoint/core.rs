@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::arrivals::Arrivals;
 use super::connection::{Connection, Peer, Waiting};
@@ -109,9 +109,9 @@ impl Core {
                 complained: false,
                 registration: None,
             }),
-            input_event: EventFd::new(EFD_NONBLOCK)?,
-            writable_event: EventFd::new(EFD_NONBLOCK)?,
-            connection_event: EventFd::new(EFD_NONBLOCK)?,
+            input_event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            writable_event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            connection_event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             quit,
             observer: None,
             listener: Mutex::default(),

@@ -116,7 +116,7 @@ pub struct ProbeArgs {
     pub json: bool,
 }
 
-/// How the process is reached.
+/// How the process is reached, and what it may do.
 #[derive(Debug, Clone, PartialEq, Args, Default)]
 pub struct ServiceArgs {
     /// Serve the HTTP API on a Unix socket at PATH, or on an inherited listening socket: fd=N.
@@ -129,6 +129,24 @@ pub struct ServiceArgs {
     /// Write the process's number to this file while it runs
     #[arg(long, value_name = "FILE", help_heading = "Service")]
     pub pid_file: Option<PathBuf>,
+
+    /// What a guest that takes over a part of the monitor finds: on, off, or log [default: on]
+    ///
+    /// On: each thread may make the system calls that it needs and no others (one that does ends the process with exit
+    /// code 8), no path can be opened but what the configuration names, and there are no capabilities. Log: as on, but
+    /// calls that are not allowed are done, and the kernel's log names them. Off: none of this.
+    #[arg(long, value_name = "on|off|log", help_heading = "Safety")]
+    pub sandbox: Option<String>,
+
+    /// Let a crash of the monitor write a core dump, which holds the guest's memory
+    #[arg(long, help_heading = "Safety")]
+    pub core_dumps: bool,
+
+    /// Let clients of the API name what is at or below PATH: disks, kernels, sockets; repeatable.
+    ///
+    /// Without it they may name whatever the process's user may use. "/dev/net/tun" is for taps by their names.
+    #[arg(long, value_name = "PATH", help_heading = "Safety")]
+    pub grant: Vec<String>,
 }
 
 /// A service, and the virtual machine that it begins with.
@@ -189,7 +207,8 @@ pub struct RunArgs {
     ///
     /// Further keys: hugepages=off|2M|1G takes it from the host's reserved huge pages, transparent_huge_pages=on|off
     /// (default on) lets the host use transparent ones, prefault=on|off (default off) populates all of it at the
-    /// start, shared=on|off (default off) makes it a memfd that other processes can map.
+    /// start, shared=on|off (default off) makes it a memfd that other processes can map,
+    /// lock=on|off (default off) keeps it from being swapped out.
     #[arg(long, value_name = "SIZE[,KEY=VALUE]…", help_heading = "Processors and memory")]
     pub memory: Option<String>,
 

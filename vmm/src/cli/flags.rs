@@ -8,6 +8,7 @@ use api::{
     Topology, VmConfig, did_you_mean,
 };
 
+use vmm::sandbox::Mode;
 use vmm::server::{Access, ApiSocket};
 
 use super::args::RunArgs;
@@ -75,6 +76,13 @@ impl Flags {
         self.choose("platform.pvpanic", "--pvpanic", args.pvpanic.as_deref(), &SWITCH, &mut config.platform.pvpanic);
         config.platform.debug_exit |= args.debug_exit;
         self.devices(args, config);
+    }
+
+    /// What `--sandbox` says. It is no part of the configuration: whoever may configure the VM is not who decides on the
+    /// walls around it.
+    pub fn sandbox(&mut self, text: Option<&str>) -> Mode {
+        let Some(text) = text else { return Mode::On };
+        self.word(&format!("--sandbox {}", brief(text)), text, &SANDBOXES).unwrap_or(Mode::On)
     }
 
     /// A problem with the flag that has it in the place of the configuration's field, where a flag set the field.
@@ -292,7 +300,7 @@ impl Flags {
     fn memory(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--memory {}", brief(text));
         self.origin("memory", "--memory", text);
-        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared"];
+        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared", "lock"];
         let sizes = [("off", Hugepages::Off), ("2M", Hugepages::Size2M), ("1G", Hugepages::Size1G)];
         let memory = &mut config.memory;
         for Pair { key, value } in self.list(&at, text, Some("size"), &known) {
@@ -305,7 +313,8 @@ impl Flags {
                 }
                 "transparent_huge_pages" => memory.transparent_huge_pages = self.on(&at, &key, value),
                 "prefault" => memory.prefault = self.on(&at, &key, value),
-                _ => memory.shared = self.on(&at, &key, value),
+                "shared" => memory.shared = self.on(&at, &key, value),
+                _ => memory.lock = self.on(&at, &key, value),
             }
         }
     }
@@ -387,6 +396,7 @@ const KINDS: [(&str, Kind); 4] = [
 const RESETS: [(&str, OnReset); 2] = [("restart", OnReset::Restart), ("exit", OnReset::Exit)];
 const PANICS: [(&str, OnPanic); 3] =
     [("exit", OnPanic::Exit), ("restart", OnPanic::Restart), ("ignore", OnPanic::Ignore)];
+const SANDBOXES: [(&str, Mode); 3] = [("on", Mode::On), ("off", Mode::Off), ("log", Mode::Log)];
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
 /// The keys of an endpoint, of which one is given.

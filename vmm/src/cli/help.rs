@@ -46,6 +46,7 @@ Exit codes:
     5  the guest crashed: a triple fault, or an instruction that cannot be carried out
     6  user space was not reached within --boot-timeout; what holds the guest up is told
     7  a request at the API socket destroyed the machine
+    8  the sandbox ended the monitor: a thread made a system call that it never should
    64  and up to 95: the guest wrote to the debug-exit port; its five low bits are added
   130  ended from the terminal by Ctrl-a x
   128  and more: ended by a signal, whose number is added

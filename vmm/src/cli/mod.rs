@@ -7,6 +7,7 @@ mod keys;
 mod probe;
 mod quick;
 mod run;
+mod safety;
 #[cfg(test)]
 mod tests;
 

@@ -12,7 +12,7 @@ use vmm::{Failure, Plan, Watching};
 
 use super::args::{RunArgs, ServeArgs, ServiceArgs};
 use super::flags::Flags;
-use super::{BAD_INPUT, HOST_FAILED, complain, print};
+use super::{BAD_INPUT, HOST_FAILED, complain, print, safety};
 use crate::logging::Format;
 
 /// A configuration from a file, flags or both, and what is wrong with them.
@@ -134,6 +134,10 @@ impl Source {
 pub fn run(args: &RunArgs, service: &ServiceArgs, format: Format) -> ExitCode {
     let mut source = Source::read(args);
     let api = source.flags.api_socket(service.api_socket.as_deref());
+    let mode = source.flags.sandbox(service.sandbox.as_deref());
+    if let Err(error) = safety::prepare(source.config.as_ref(), api.as_ref(), mode, service, format) {
+        return source.fail(error.into(), format);
+    }
     let config = source.checked();
     let ended = config.and_then(|config| {
         let (pid_file, watching) = (service.pid_file.clone(), watching(args));
@@ -156,6 +160,10 @@ pub fn serve(args: &ServeArgs, format: Format) -> ExitCode {
     }
     if args.boot && !has_vm {
         source.flags.missing("--boot", "there is no virtual machine to boot", "give --config FILE");
+    }
+    let mode = source.flags.sandbox(args.service.sandbox.as_deref());
+    if let Err(error) = safety::prepare(source.config.as_ref(), api.as_ref(), mode, &args.service, format) {
+        return source.fail(error.into(), format);
     }
     let config = if has_vm { source.checked().map(Some) } else { source.without_problems().map(|()| None) };
     let ended = config.and_then(|config| {

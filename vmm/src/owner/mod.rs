@@ -27,6 +27,7 @@ use crate::inbox::{Event, Inbox};
 use crate::machine::{Machine, Parts};
 use crate::notify::ServiceManager;
 use crate::request::{Answer, Asked, Change, Descriptors, Refusal, Request};
+use crate::sandbox;
 use crate::trace::{Milestone, Outputs, Trace, Watching};
 use crate::vcpu::Mode;
 use crate::{Failure, boot, host};
@@ -154,8 +155,11 @@ impl Owner {
         }
         self.reports.listen_for_quit(endpoints.quit())?;
         endpoints.watch(config, &trace);
+        sandbox::confine(&sandbox::grants(config))?;
         let parts = Parts { config, hypervisor, inputs, endpoints: &endpoints, inbox: &self.inbox, trace: &trace };
-        Ok((Machine::create(&parts, loaded, Mode::Run)?, endpoints))
+        let machine = Machine::create(&parts, loaded, Mode::Run)?;
+        endpoints.serve()?;
+        Ok((machine, endpoints))
     }
 
     /// Serves the VM and its clients. The outcome of the last run, where there was one.

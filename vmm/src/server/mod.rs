@@ -29,6 +29,7 @@ pub use socket::{Access, ApiListener, ApiSocket, SocketError};
 
 use crate::board::Board;
 use crate::inbox::Inbox;
+use crate::sandbox::{self, Thread};
 use connections::Connections;
 
 /// How many events are kept for readers who come back or are slow.
@@ -106,6 +107,7 @@ impl Server {
             UnixListener::from_std(listener)?
         };
         let thread = Builder::new().name("api".into()).stack_size(STACK).spawn(move || {
+            sandbox::enter(Thread::Api);
             runtime.block_on(serve(listener, access, Arc::new(context), stopped));
             drop(file);
         })?;
