@@ -181,7 +181,9 @@ impl Owner {
         sandbox::confine(&sandbox::grants(config))?;
         let parts = Parts { config, hypervisor, inputs, endpoints: &endpoints, inbox: &self.inbox, trace: &trace };
         let machine = Machine::create(&parts, loaded, Mode::Run)?;
-        endpoints.serve()?;
+        if self.serving {
+            endpoints.serve()?;
+        }
         Ok((machine, endpoints))
     }
 
@@ -192,6 +194,10 @@ impl Owner {
     pub fn serve(&mut self, until: Until) -> Result<Option<Outcome>, Failure> {
         self.manager.ready();
         self.serving = true;
+        if let Some(live) = self.phase.live() {
+            // Not before: its thread would be in the way of the guest's first instructions.
+            live.endpoints.serve()?;
+        }
         loop {
             let ends = until == Until::VmEnds || self.ending.is_some();
             match &self.phase {
