@@ -139,7 +139,7 @@ fn make(kernel: &File, packed: Packed, cache: Option<&Cache>) -> Result<(Image, 
     if let Some(entry) = cache.zip(key.as_ref()).and_then(|(cache, key)| cache.find(key)) {
         return Ok((Image::Cached(Arc::new(entry)), None));
     }
-    let mut bytes = vec![0; payload::unpacked_size(&payload)?];
+    let mut bytes = vec![0; packed.unpacked_size(&payload)?];
     advise_huge(&mut bytes);
     payload::unpack(&payload, &mut bytes)?;
     Ok((Image::Unpacked(Arc::new(bytes)), key))
