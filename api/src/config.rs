@@ -179,6 +179,8 @@ pub struct Memory {
     /// Memory is a file (memfd) that other processes can map, as vhost-user devices need it; otherwise it is
     /// anonymous.
     pub shared: bool,
+    /// Keep the memory in the host's: it is populated before the guest starts and never swapped out.
+    pub lock: bool,
 }
 
 impl Default for Memory {
@@ -189,6 +191,7 @@ impl Default for Memory {
             transparent_huge_pages: true,
             prefault: false,
             shared: false,
+            lock: false,
         }
     }
 }
@@ -268,20 +271,36 @@ impl Default for Platform {
     }
 }
 
-/// What happens when the guest stops by itself. Power-off always ends the run, and so does a triple fault.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+/// What happens when the guest stops by itself, and when it is to stop. Power-off always ends the run, and so does a
+/// triple fault.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Lifecycle {
     /// When the guest resets.
     pub on_reset: OnReset,
     /// When the guest's kernel panics and says so through pvpanic.
     pub on_panic: OnPanic,
+    /// How long a guest has to switch itself off after its power button was pressed, where whoever pressed it did not
+    /// say: a SIGTERM, or a request without a deadline. At most 24h.
+    pub shutdown_timeout: TimeSpan,
     /// How long a boot may take to user space. Where it takes longer, the run ends with exit code 6 and says what holds
     /// it up. Without it: for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub boot_timeout: Option<TimeSpan>,
     /// What tells that user space is reached, for `boot_timeout`.
     pub boot_until: BootUntil,
+}
+
+impl Default for Lifecycle {
+    fn default() -> Self {
+        Self {
+            on_reset: OnReset::default(),
+            on_panic: OnPanic::default(),
+            shutdown_timeout: TimeSpan::from_millis(90_000),
+            boot_timeout: None,
+            boot_until: BootUntil::default(),
+        }
+    }
 }
 
 /// What tells that user space is reached.

@@ -33,12 +33,25 @@ impl DeviceConfig {
         }
     }
 
+    /// Sets the device's id.
+    pub fn set_id(&mut self, id: &str) {
+        id.clone_into(self.id_mut());
+    }
+
     pub(crate) fn id_mut(&mut self) -> &mut String {
         match self {
             Self::Disk(Disk { id, .. })
             | Self::Net(Net { id, .. })
             | Self::Console(Console { id, .. })
             | Self::Rng(Rng { id, .. }) => id,
+        }
+    }
+
+    /// The number of the descriptor that the device is on, where it names one.
+    pub fn fd(&self) -> Option<i32> {
+        match self {
+            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => *fd,
+            Self::Console(_) | Self::Rng(_) => None,
         }
     }
 
@@ -53,15 +66,21 @@ impl DeviceConfig {
     }
 }
 
-/// A disk. The file's format is raw, and never guessed from its contents.
+/// A disk, given by path or as an open descriptor. The file's format is raw, and never guessed from its contents.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     /// The device's id.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub id: String,
-    /// A file or a block device, a multiple of 512 bytes long.
-    pub path: PathBuf,
+    /// A file or a block device, a multiple of 512 bytes long. Either this or `fd` is needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// An open descriptor of one: an inherited one, or one that comes with the request, the first as number 3. It must
+    /// be open for writing, unless the disk is `readonly`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 3))]
+    pub fd: Option<i32>,
     /// The guest cannot write to it. The file is opened for reading only, and several VMs may share it.
     #[serde(default)]
     pub readonly: bool,
@@ -85,7 +104,15 @@ fn one() -> u16 {
 impl Disk {
     /// A writable disk on `path`, all else by default.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { id: String::new(), path: path.into(), readonly: false, direct: false, serial: None, queues: one() }
+        Self {
+            id: String::new(),
+            path: Some(path.into()),
+            fd: None,
+            readonly: false,
+            direct: false,
+            serial: None,
+            queues: one(),
+        }
     }
 }
 
@@ -100,7 +127,8 @@ pub struct Net {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 15))]
     pub tap: Option<String>,
-    /// An inherited descriptor of a tap interface, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
+    /// A descriptor of a tap interface, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR: an inherited one, or one that
+    /// comes with the request, the first as number 3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 3))]
     pub fd: Option<i32>,
@@ -156,6 +184,8 @@ pub enum Endpoint {
     },
     /// A new pseudo-terminal, whose name is logged.
     Pty {},
+    /// Clients of the API socket, one at a time (`/api/v1/vm/consoles/{id}`).
+    Api {},
     /// Nowhere: output is dropped, there is no input.
     Off {},
 }
@@ -165,7 +195,7 @@ impl Endpoint {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::File { path } | Self::Socket { path } => Some(path),
-            Self::Stdio {} | Self::Pty {} | Self::Off {} => None,
+            Self::Stdio {} | Self::Pty {} | Self::Api {} | Self::Off {} => None,
         }
     }
 }

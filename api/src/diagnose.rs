@@ -16,9 +16,7 @@ use crate::validate::validate;
 /// that the rest is validated too.
 pub(crate) fn diagnose(tree: &Node, refused: Option<serde_json::Error>) -> Vec<Problem> {
     let Ok(schema) = serde_json::from_str(SCHEMA_JSON) else { return refused.map(unexplained).into_iter().collect() };
-    let mut walk = Walk { root: &schema, problems: Vec::new(), unusable: Vec::new() };
-    let usable = walk.check(tree, &schema, "");
-    let Walk { mut problems, unusable, .. } = walk;
+    let Diagnosis { mut problems, unusable, usable } = walk(tree, &schema, &schema);
     match usable.map(serde_json::from_value::<VmConfig>) {
         Some(Ok(config)) => {
             let apart = |problem: &Problem| !unusable.iter().any(|field| depends(problem, field));
@@ -31,8 +29,25 @@ pub(crate) fn diagnose(tree: &Node, refused: Option<serde_json::Error>) -> Vec<P
     problems
 }
 
+/// What a walk beside a schema found.
+pub(crate) struct Diagnosis {
+    /// What is wrong.
+    pub(crate) problems: Vec<Problem>,
+    /// Fields whose value was replaced by a harmless one.
+    pub(crate) unusable: Vec<String>,
+    /// What the tree stands for with those.
+    pub(crate) usable: Option<Value>,
+}
+
+/// Walks `tree` beside `schema`, whose references lead into `root`.
+pub(crate) fn walk(tree: &Node, root: &Value, schema: &Value) -> Diagnosis {
+    let mut walk = Walk { root, problems: Vec::new(), unusable: Vec::new() };
+    let usable = walk.check(tree, schema, "");
+    Diagnosis { problems: walk.problems, unusable: walk.unusable, usable }
+}
+
 /// A problem that is one of the value with which a field's own was replaced.
-fn depends(problem: &Problem, replaced: &str) -> bool {
+pub(crate) fn depends(problem: &Problem, replaced: &str) -> bool {
     problem.field.starts_with(replaced) || (replaced == "cpus.count" && problem.field == "cpus.topology")
 }
 

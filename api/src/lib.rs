@@ -8,26 +8,38 @@
 //! The way of a configuration: [`parse`] or flags → [`VmConfig::fill_defaults`] → [`validate`] → the machine. The
 //! crate knows nothing of the machine, so that a client can link it alone.
 
+mod body;
+mod client;
 mod config;
 mod defaults;
 mod device;
 mod diagnose;
+mod document;
+mod event;
 mod host;
+mod openapi;
 mod outcome;
 mod parse;
 mod problem;
+pub mod routes;
 mod schema;
 mod suggest;
 mod tree;
 mod units;
 mod validate;
+mod vm;
 
+pub use body::{BodyError, parse_body};
+pub use client::{Client, ClientError, Events, Options, Response};
 pub use config::{
     BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology,
     VmConfig,
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
+pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, pointer};
+pub use event::{Event, EventKind, Job, JobKind, JobState};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};
+pub use openapi::{OPENAPI_JSON, SCHEMAS, openapi};
 pub use outcome::Outcome;
 pub use parse::{ConfigText, MAX_CONFIG_BYTES, parse};
 pub use problem::{Position, Problem, Problems};
@@ -35,3 +47,4 @@ pub use schema::{SCHEMA_JSON, schema};
 pub use suggest::did_you_mean;
 pub use units::{ByteSize, MacAddr, TimeSpan, UnitError};
 pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate};
+pub use vm::{MemoryInfo, MemoryPatch, PhaseName, Pong, Reason, Shutdown, Vcpus, VcpusPatch, Version, VmInfo};

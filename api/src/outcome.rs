@@ -32,6 +32,13 @@ pub enum Outcome {
     },
     /// The user ended the run from the terminal.
     Quit,
+    /// A request destroyed the VM, or its time to switch itself off after a request was over.
+    Destroyed,
+    /// The host failed while the VM ran.
+    Failed {
+        /// What failed.
+        reason: String,
+    },
     /// A signal ended the run.
     Signalled {
         /// The signal's number.
@@ -40,13 +47,16 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The exit code of `halyard run`. Codes 1 (the host failed) and 2 (bad input) belong to runs without an outcome.
+    /// The exit code of `halyard run`. Code 1 is also that of a host that failed before the VM ran, and code 2 that of
+    /// bad input.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::PoweredOff => 0,
+            Self::Failed { .. } => 1,
             Self::Reset => 3,
             Self::Panicked => 4,
             Self::Crashed { .. } => 5,
+            Self::Destroyed => 7,
             Self::BootTimeout { .. } => 6,
             Self::DebugExit { value } => 64 + (value & 0x1f),
             Self::Quit => 130,
@@ -65,6 +75,8 @@ impl fmt::Display for Outcome {
             Self::BootTimeout { reason } => write!(f, "the guest did not come up: {reason}"),
             Self::DebugExit { value } => write!(f, "the guest wrote {value:#04x} to the debug-exit port"),
             Self::Quit => f.write_str("ended from the terminal"),
+            Self::Destroyed => f.write_str("destroyed by a request"),
+            Self::Failed { reason } => write!(f, "the host failed: {reason}"),
             Self::Signalled { signal } => write!(f, "ended by signal {signal}"),
         }
     }

@@ -12,7 +12,7 @@ use crate::tree;
 /// The largest configuration that is read, in bytes.
 pub const MAX_CONFIG_BYTES: usize = 1 << 20;
 /// The most problems that are told at once.
-const MAX_PROBLEMS: usize = 50;
+pub(crate) const MAX_PROBLEMS: usize = 50;
 
 /// A configuration's text and where it comes from.
 #[derive(Debug, Clone)]

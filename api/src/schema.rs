@@ -18,7 +18,7 @@ pub fn schema() -> Value {
 }
 
 /// Doc comments are folded where the source's lines end; descriptions are not.
-fn unfold(schema: &mut Value) {
+pub(crate) fn unfold(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
             if let Some(Value::String(description)) = fields.get_mut("description") {

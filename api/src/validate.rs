@@ -7,7 +7,7 @@ use crate::config::{Cpus, Kernel, Memory, VmConfig};
 use crate::device::{Console, DeviceConfig, Disk, Endpoint, Net};
 use crate::host::HostFacts;
 use crate::problem::Problem;
-use crate::units::{ByteSize, shorten};
+use crate::units::{ByteSize, TimeSpan, shorten};
 
 /// The most vCPUs of a VM: local APIC ids are 8 bits wide (xAPIC), 255 is broadcast and the I/O APIC takes one.
 pub const MAX_VCPUS: u32 = 254;
@@ -30,6 +30,8 @@ const MAX_DISK_SERIAL_BYTES: usize = 20;
 const MAX_QUEUES: u16 = 64;
 /// The smallest MTU that a network card may advise (virtio 1.2 §5.1.4.1).
 const MIN_MTU: u16 = 68;
+/// The longest time that a guest may be given to switch itself off: a day.
+const MAX_SHUTDOWN_TIMEOUT: TimeSpan = TimeSpan::from_millis(86_400_000);
 /// The id of the serial port, which is no device.
 const SERIAL_ID: &str = "serial";
 
@@ -49,6 +51,13 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
                 [] => "`halyard probe` says why".to_owned(),
                 _ => format!("it can run: {}; `halyard probe` says why", known.join(", ")),
             },
+        );
+    }
+    if config.lifecycle.shutdown_timeout > MAX_SHUTDOWN_TIMEOUT {
+        report.add(
+            "lifecycle.shutdown_timeout",
+            format!("{} is too long", config.lifecycle.shutdown_timeout),
+            format!("{MAX_SHUTDOWN_TIMEOUT} is the most"),
         );
     }
     if config.devices.len() > usize::try_from(host.max_devices).unwrap_or(usize::MAX) {
@@ -232,7 +241,12 @@ fn path(report: &mut Report, field: &str, path: &Path) {
 }
 
 fn disk(report: &mut Report, at: &str, disk: &Disk) {
-    path(report, &format!("{at}.path"), &disk.path);
+    match (&disk.path, disk.fd) {
+        (None, None) => report.add(at, "nothing is named that the disk is on", "give `path` or `fd`"),
+        (Some(_), Some(_)) => report.add(at, "both `path` and `fd` are given", "leave one of them out"),
+        (Some(named), None) => path(report, &format!("{at}.path"), named),
+        (None, Some(fd)) => descriptor(report, at, fd, "a disk"),
+    }
     if let Some(serial) = &disk.serial {
         let field = format!("{at}.serial");
         if serial.len() > MAX_DISK_SERIAL_BYTES {
@@ -255,6 +269,16 @@ fn disk(report: &mut Report, at: &str, disk: &Disk) {
             format!("{at}.queues"),
             format!("{} queues are not possible", disk.queues),
             format!("1 to {MAX_QUEUES} are"),
+        );
+    }
+}
+
+fn descriptor(report: &mut Report, at: &str, fd: i32, what: &str) {
+    if fd < 3 {
+        report.add(
+            format!("{at}.fd"),
+            format!("descriptor {fd} cannot be {what}"),
+            "0 to 2 are the standard streams; pass another one",
         );
     }
 }
@@ -285,12 +309,8 @@ fn net(report: &mut Report, at: &str, net: &Net) {
             );
         }
     }
-    if let Some(fd) = net.fd.filter(|fd| *fd < 3) {
-        report.add(
-            format!("{at}.fd"),
-            format!("descriptor {fd} cannot be a tap interface"),
-            "0 to 2 are the standard streams; pass another one",
-        );
+    if let Some(fd) = net.fd {
+        descriptor(report, at, fd, "a tap interface");
     }
     if let Some(mac) = net.mac {
         let field = format!("{at}.mac");
@@ -346,14 +366,18 @@ fn conflicts(report: &mut Report, config: &VmConfig) {
         if !device.id().is_empty() {
             ids.take(report, format!("{at}.id"), device.id(), "a device's id must be its own");
         }
+        if let Some(fd) = device.fd() {
+            let remedy = "each device needs a descriptor of its own";
+            descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
+        }
         match device {
-            DeviceConfig::Disk(disk) if !disk.path.as_os_str().is_empty() => {
-                let (first, all_readonly) = disks.entry(&disk.path).or_insert((index, true));
-                *all_readonly &= disk.readonly;
+            DeviceConfig::Disk(Disk { path: Some(path), readonly, .. }) if !path.as_os_str().is_empty() => {
+                let (first, all_readonly) = disks.entry(path).or_insert((index, true));
+                *all_readonly &= readonly;
                 if *first != index && !*all_readonly {
                     report.add(
                         format!("{at}.path"),
-                        format!("{} is the disk of devices[{first}] already", shorten(&disk.path.to_string_lossy())),
+                        format!("{} is the disk of devices[{first}] already", shorten(&path.to_string_lossy())),
                         "two disks may share a file only where both are `readonly`",
                     );
                 }
@@ -361,10 +385,6 @@ fn conflicts(report: &mut Report, config: &VmConfig) {
             DeviceConfig::Net(net) => {
                 if let Some(tap) = &net.tap {
                     taps.take(report, format!("{at}.tap"), tap, "each network card needs a tap interface of its own");
-                }
-                if let Some(fd) = net.fd {
-                    let remedy = "each network card needs a descriptor of its own";
-                    descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
                 }
                 if let Some(mac) = net.mac {
                     let remedy = "each network card needs an address of its own";

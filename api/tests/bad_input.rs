@@ -29,7 +29,7 @@ fn every_unknown_field_is_reported_with_its_place_and_a_suggestion() {
              initramfs, path, system_map",
             "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: cpus, devices, kernel, kind, \
              lifecycle, memory, platform, serial",
-            "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, id, \
+            "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, id, \
              path, queues, readonly, serial, type",
         ]
     );
@@ -78,10 +78,10 @@ devices:
             "vm.yaml:8:14: memory.hugepages: «4M» is not possible here; known are: off, 2M, 1G",
             "vm.yaml:9:7: kind: fields with a `type` must stand here, not «tdx»; write {type: tdx}",
             "vm.yaml:10:23: lifecycle.on_reset: «reboot» is not possible here; known are: restart, exit",
-            "vm.yaml:12:3: serial.type: it is missing; it is one of: stdio, file, socket, pty, off",
+            "vm.yaml:12:3: serial.type: it is missing; it is one of: stdio, file, socket, pty, api, off",
             "vm.yaml:14:11: devices[0].type: «disc» is no type here; did you mean «disk»? Known are: disk, net, console, rng",
             "vm.yaml:16:5: devices[1].type: it is missing; it is one of: disk, net, console, rng",
-            "vm.yaml:17:5: devices[2].path: it is missing; needed is: A file or a block device, a multiple of 512 bytes long",
+            "vm.yaml:17:5: devices[2]: nothing is named that the disk is on; give `path` or `fd`",
             "vm.yaml:19:5: devices[3].tap: «interface-name-that-is-too-long» is 31 bytes long; an interface's name has at most 15",
             "vm.yaml:20:10: devices[3].mac: «52:54:00:12:34» is not a hardware address: write six pairs of hexadecimal digits, \
              as in 52:54:00:12:34:56",

@@ -17,15 +17,17 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
         Just(Endpoint::Stdio {}),
         Just(Endpoint::Pty {}),
         Just(Endpoint::Off {}),
+        Just(Endpoint::Api {}),
         any::<String>().prop_map(|path| Endpoint::File { path: path.into() }),
         any::<String>().prop_map(|path| Endpoint::Socket { path: path.into() }),
     ]
 }
 
 fn device() -> impl Strategy<Value = DeviceConfig> {
-    let disk = (any::<String>(), any::<String>(), any::<(bool, bool, u16)>(), option::of(any::<String>())).prop_map(
-        |(id, path, (readonly, direct, queues), serial)| {
-            DeviceConfig::Disk(Disk { id, path: path.into(), readonly, direct, serial, queues })
+    let place = any::<(Option<String>, Option<i32>)>();
+    let disk = (any::<String>(), place, any::<(bool, bool, u16)>(), option::of(any::<String>())).prop_map(
+        |(id, (path, fd), (readonly, direct, queues), serial)| {
+            DeviceConfig::Disk(Disk { id, path: path.map(Into::into), fd, readonly, direct, serial, queues })
         },
     );
     let net = any::<(String, Option<String>, Option<i32>, Option<[u8; 6]>, Option<u16>)>()
@@ -42,12 +44,13 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
         topology: topology.map(|[sockets, cores, threads]| Topology { sockets, cores, threads }),
     });
     let hugepages = prop_oneof![Just(Hugepages::Off), Just(Hugepages::Size2M), Just(Hugepages::Size1G)];
-    let memory = (any::<u64>(), any::<[bool; 3]>(), hugepages).prop_map(|(size, flags, hugepages)| Memory {
+    let memory = (any::<u64>(), any::<[bool; 4]>(), hugepages).prop_map(|(size, flags, hugepages)| Memory {
         size: ByteSize::new(size),
         hugepages,
         transparent_huge_pages: flags[0],
         prefault: flags[1],
         shared: flags[2],
+        lock: flags[3],
     });
     let kind =
         prop_oneof![Just(Kind::Standard {}), Just(Kind::Tdx {}), Just(Kind::Snp {}), Just(Kind::SoftwareProtected {})];
@@ -55,9 +58,11 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
     let on_reset = prop_oneof![Just(OnReset::Restart), Just(OnReset::Exit)];
     let on_panic = prop_oneof![Just(OnPanic::Exit), Just(OnPanic::Restart), Just(OnPanic::Ignore)];
     let boot = (option::of(any::<u64>()), prop_oneof![Just(BootUntil::UserMode), Just(BootUntil::Told)]);
-    let lifecycle = (on_reset, on_panic, boot).prop_map(|(on_reset, on_panic, (time, boot_until))| Lifecycle {
+    let times = (any::<u64>(), boot);
+    let lifecycle = (on_reset, on_panic, times).prop_map(|(on_reset, on_panic, (off, (time, boot_until)))| Lifecycle {
         on_reset,
         on_panic,
+        shutdown_timeout: TimeSpan::from_millis(off),
         boot_timeout: time.map(TimeSpan::from_millis),
         boot_until,
     });
@@ -309,6 +314,8 @@ fn every_outcome_has_its_exit_code() {
         (Outcome::Panicked, 4),
         (crashed, 5),
         (Outcome::BootTimeout { reason: "30s".into() }, 6),
+        (Outcome::Destroyed, 7),
+        (Outcome::Failed { reason: "no memory".into() }, 1),
         (Outcome::DebugExit { value: 0 }, 64),
         (Outcome::DebugExit { value: 0xff }, 95),
         (Outcome::Quit, 130),

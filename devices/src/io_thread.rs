@@ -44,12 +44,22 @@ impl IoThread {
     /// # Errors
     /// The thread or its events cannot be made.
     pub fn spawn(device: &str) -> io::Result<Arc<Self>> {
+        Self::spawn_with(device, || {})
+    }
+
+    /// As [`IoThread::spawn`], with something to do on the thread before it serves anybody: to give up rights that its
+    /// workers do not need.
+    ///
+    /// # Errors
+    /// The thread or its events cannot be made.
+    pub fn spawn_with(device: &str, first: impl FnOnce() + Send + 'static) -> io::Result<Arc<Self>> {
         let mut manager: EventManager<Box<dyn Worker>> =
             EventManager::new_with_capacity(EVENTS_PER_WAIT).map_err(io::Error::other)?;
         let endpoint = manager.remote_endpoint();
         let stopping = Arc::new(AtomicBool::new(false));
         let stop = Arc::clone(&stopping);
         let thread = thread::Builder::new().name(thread_name(device)).spawn(move || {
+            first();
             while !stop.load(Ordering::Acquire) {
                 if let Err(e) = manager.run() {
                     tracing::error!("waiting for events: {e}");

@@ -64,6 +64,7 @@ pub enum Call {
     /// What it was reset to is told by [`Fake::reset_of`].
     Reset(VcpuId),
     Run(VcpuId),
+    StoodStill(VcpuId),
     Save(VcpuId),
     Restore(VcpuId),
     Msi(RouteId),

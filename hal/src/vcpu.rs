@@ -29,6 +29,10 @@ pub trait Vcpu: Send {
     /// the message names.
     fn reset(&mut self, at: &ResetState) -> Result<()>;
 
+    /// Tells the guest, where it knows how to be told, that the vCPU stood still for a while: its watchdogs do not take
+    /// the pause for a lockup then. To be called between two runs.
+    fn stood_still(&mut self);
+
     /// The vCPU's saved state, where its kind lets the monitor see it.
     fn state(&mut self) -> Option<&mut dyn VcpuState>;
 

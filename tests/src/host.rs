@@ -17,6 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::cache;
 use crate::client::{Client, Witness};
 use crate::command::{Cmd, Output};
+use crate::forward::Forward;
 use crate::images;
 use crate::kernels::Kernel;
 use crate::process::{Process, Socket};
@@ -246,6 +247,14 @@ impl Host {
     /// As there.
     pub fn connect(&self, path: &str) -> Result<Socket> {
         self.client.connect(path)
+    }
+
+    /// A socket of the host at a path of this machine; see [`Forward::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward(&self, path: &str) -> Result<Forward> {
+        Forward::new(&self.client, path)
     }
 
     /// Content of a file of the host.

@@ -17,7 +17,9 @@ pub mod bench;
 pub mod cache;
 pub mod client;
 pub mod command;
+pub mod confined;
 pub mod cpio;
+pub mod forward;
 pub mod host;
 pub mod images;
 pub mod kernels;
@@ -32,6 +34,7 @@ pub mod vm;
 
 pub use client::Client;
 pub use command::{Cmd, Output};
+pub use forward::Forward;
 pub use host::{Host, HostSpec, Kind};
 pub use kernels::Kernel;
 pub use network::{Bridge, Tap};

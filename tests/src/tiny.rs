@@ -14,6 +14,7 @@
 
 mod build;
 mod run;
+mod served;
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -24,6 +25,7 @@ use std::time::Duration;
 
 pub use build::build;
 pub use run::{Run, Running};
+pub use served::Served;
 
 /// How long a guest may take, where a test does not say otherwise. Far more than any needs.
 const DEADLINE: Duration = Duration::from_secs(30);

@@ -5,7 +5,9 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Vm, VmSpec};
+use halyard_tests::confined::Confined;
+use halyard_tests::vm::halyard;
+use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Vm, VmSpec, images};
 
 const KERNELS: [Kernel; 2] = [Kernel::Debian6_1Cloud, Kernel::Debian6_12Cloud];
 
@@ -300,6 +302,118 @@ fn story_input_of_a_virtio_console_arrives_whole() -> Result<()> {
     // Linux takes some kilobytes a second from such a console, whatever the monitor.
     let spec = VmSpec::guest(Kernel::Debian6_12Cloud)?.serial(Some("off")).cmdline("console=hvc0 quiet panic=-1");
     typed_input_arrives(&spec.args(["--console", "stdio"]), "/dev/hvc0", 32 << 10)
+}
+
+#[test]
+fn story_a_stock_kernel_is_driven_through_the_api_socket() -> Result<()> {
+    let host = &Lent::take()?;
+    let socket = format!("{}/api", host.folder()?);
+    let service =
+        Cmd::new(halyard_tests::vm::halyard()?.display().to_string()).args(["serve", "--api-socket", &socket]);
+    let service = host.spawn(service)?;
+    let forward = host.forward(&socket)?;
+    let mut client = loop {
+        // The socket is there a moment after its process.
+        match api::Client::connect(forward.path()).and_then(|mut client| client.version().map(|_| client)) {
+            Ok(client) => break client,
+            Err(error) => ensure!(service.wait_for(Duration::from_millis(50)).is_err(), "{error}"),
+        }
+    };
+    let kernel = Kernel::Debian6_12Cloud;
+    let mut config = api::VmConfig::new(kernel.bzimage()?);
+    config.kernel.initramfs = Some(halyard_tests::images::guest(kernel)?);
+    config.kernel.cmdline = Some("console=ttyS0 quiet panic=-1".into());
+    config.memory.size = api::ByteSize::mib(256);
+    config.serial = Some(api::Endpoint::Api {});
+    let agent =
+        api::Console { id: "agent".into(), name: Some("org.halyard.agent".into()), endpoint: api::Endpoint::Api {} };
+    config.devices.push(api::DeviceConfig::Console(agent));
+    client.create(&config)?;
+    let mut events = client.events(None)?;
+    client.boot()?;
+    let mut console = std::io::BufReader::new(client.console("serial", false)?);
+    until(&mut console, "HALYARD-GUEST ready")?;
+    // The guest's agent is reached through the API as well. With it runs the handler of the power button.
+    let witness: halyard_tests::client::Witness = std::sync::Arc::new(String::new);
+    let agent = client.console("agent", false)?;
+    let guest = halyard_tests::Client::open("guest", agent, Duration::from_secs(60), witness)?;
+    assert_eq!(guest.run("uname -r")?.ok()?, kernel.version()?);
+
+    client.pause()?;
+    let times = |client: &mut api::Client| -> Result<String> {
+        let metrics = client.metrics()?;
+        let line = metrics.lines().find(|line| line.starts_with("halyard_vcpu_exits_total{vcpu=\"0\""));
+        line.map(str::to_owned).context("exits are counted")
+    };
+    let before = times(&mut client)?;
+    host.run("sleep 1")?.ok()?;
+    assert_eq!(times(&mut client)?, before, "a guest that is paused has exits");
+    client.resume()?;
+
+    let job = client.shutdown(&api::Shutdown { deadline: Some(api::TimeSpan::from_millis(60000)), force: false })?;
+    let ended = events.find_map(|event| match event {
+        Ok(api::Event { event: api::EventKind::Phase { phase: api::PhaseName::Stopped, outcome, .. }, .. }) => outcome,
+        _ => None,
+    });
+    assert_eq!(ended, Some(api::Outcome::PoweredOff));
+    assert_eq!(client.job(job.id)?.state, api::JobState::Succeeded);
+    service.kill(15)?;
+    assert_eq!(service.wait()?, Status::Exited(0));
+    Ok(())
+}
+
+/// Reads lines until one has `text` in it.
+fn until(lines: &mut impl std::io::BufRead, text: &str) -> Result<()> {
+    let mut line = String::new();
+    while !line.contains(text) {
+        line.clear();
+        ensure!(lines.read_line(&mut line)? > 0, "{text:?} did not come");
+    }
+    Ok(())
+}
+
+#[test]
+fn story_another_user_in_a_read_only_root_has_disk_and_network_by_descriptors() -> Result<()> {
+    let host = &Lent::take()?;
+    let (disk, tap) = (image(host, 8)?, host.tap(None)?);
+    host.run(format!("ip addr add 10.7.0.1/24 dev {}", tap.name()))?.ok()?;
+    let kernel = Kernel::Debian6_12Cloud;
+    let words = "console=ttyS0 quiet panic=-1 halyard.shell";
+    let arguments = ["run", "--kernel", "/kernel", "--initramfs", "/initramfs", "--cmdline", words, "--memory", "256M"];
+    let devices = ["--disk", "fd=3", "--net", "fd=4", "--rng", "--serial", "stdio"];
+    let confined = Confined {
+        root: host.folder()?,
+        helper: env!("CARGO_BIN_EXE_with-descriptors").into(),
+        halyard: halyard()?.display().to_string(),
+        files: [(kernel.bzimage()?, "kernel"), (images::guest(kernel)?, "initramfs")]
+            .map(|(path, name)| (path.display().to_string(), name.into()))
+            .into(),
+        descriptors: ["--file", &disk, "--tap", tap.name()].map(Into::into).into(),
+        arguments: arguments.into_iter().chain(devices).map(Into::into).collect(),
+    };
+    let mut command = confined.command().into_iter();
+    let vm = host.spawn(Cmd::new(command.next().context("a command")?).args(command))?;
+    vm.wait_line("HALYARD-GUEST ready")?;
+    let status = host.run(format!("cat /proc/{}/status", vm.pid()))?.ok()?;
+    for line in ["Uid:\t107\t107\t107\t107", "CapPrm:\t0000000000000000", "Seccomp:\t2", "NoNewPrivs:\t1"] {
+        ensure!(status.contains(line), "no {line:?} in\n{status}");
+    }
+
+    // The shell shows what it is told, so what it is to say is told in two parts.
+    vm.write(
+        b"head -c 1048576 /dev/urandom >/file && dd if=/file of=/dev/vda bs=64k seek=16 conv=fsync && \
+          sha256sum </file | sed 's/$/ was ''written/'\n",
+    )?;
+    let line = vm.wait_line(" was written")?;
+    let read = host.run(format!("dd if={disk} bs=1M skip=1 count=1 2>/dev/null | sha256sum"))?.ok()?;
+    ensure!(line.contains(&read), "{line:?} is to name {read}");
+    vm.write(
+        b"ip addr add 10.7.0.2/24 dev eth0 && ip link set eth0 up && ping -c 3 -w 30 10.7.0.1 && echo it ''pings\n",
+    )?;
+    vm.wait_line("it pings")?;
+    vm.write(b"poweroff -f\n")?;
+    ensure!(vm.wait()? == Status::Exited(0), "{}", vm.last_words());
+    Ok(())
 }
 
 #[test]

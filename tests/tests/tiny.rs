@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use halyard_tests::tiny::{Run, Running, Tiny, debug_exit, guest};
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 use tempfile::{NamedTempFile, TempDir};
 
 /// Exit codes of `halyard run`.
@@ -231,23 +230,20 @@ fn a_triple_fault_ends_the_run_with_5_and_says_so() {
     assert!(run.stderr.contains("triple fault"), "{run}");
 }
 
-/// Sends the monitor a signal.
-fn signal(running: &Running, signal: Signal) {
-    nix::sys::signal::kill(Pid::from_raw(running.pid().try_into().unwrap()), signal).unwrap();
-}
-
 #[test]
-fn an_interrupt_signal_ends_a_guest_that_halts_for_ever() {
+fn a_second_interrupt_signal_ends_a_guest_that_halts_for_ever() {
     let mut running = commanded(&tiny!("commands"));
     running.send(b"h");
-    signal(&running, Signal::SIGINT);
+    running.signal(Signal::SIGINT);
+    running.wait_for_message("power button pressed");
+    running.signal(Signal::SIGINT);
     running.finish().expect_code(128 + 2);
 }
 
 #[test]
 fn a_termination_signal_is_the_power_button() {
     let mut running = commanded(&tiny!("power-button"));
-    signal(&running, Signal::SIGTERM);
+    running.signal(Signal::SIGTERM);
     running.wait_for("event 00000001 then 00000000\n");
     running.finish().expect_code(POWERED_OFF);
 }
@@ -255,9 +251,9 @@ fn a_termination_signal_is_the_power_button() {
 #[test]
 fn a_second_termination_signal_ends_a_guest_that_ignores_the_first() {
     let mut running = commanded(&tiny!("power-button").cmdline("ignore"));
-    signal(&running, Signal::SIGTERM);
+    running.signal(Signal::SIGTERM);
     running.wait_for("event 00000001 then 00000000\n");
-    signal(&running, Signal::SIGTERM);
+    running.signal(Signal::SIGTERM);
     running.finish().expect_code(128 + 15);
 }
 

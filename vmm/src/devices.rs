@@ -1,44 +1,78 @@
 //! The one match from a device's configuration to the device.
 
+use std::sync::Arc;
+
 use api::DeviceConfig;
+use devices::io_thread::IoThread;
 use devices::virtio::VirtioDevice;
-use devices::virtio::blk::{Blk, BlkOptions};
+use devices::virtio::blk::{Blk, BlkCounters, BlkOptions};
 use devices::virtio::console::{Console, Port};
-use devices::virtio::net::{Net, NetOptions};
+use devices::virtio::net::{Net, NetCounters, NetOptions};
 use devices::virtio::rng::Rng;
 
 use crate::Failure;
+use crate::inputs::DeviceInput;
 use crate::machine::Parts;
+use crate::sandbox::{self, Thread};
+
+/// A device, and what it counts.
+pub type Created = (Box<dyn VirtioDevice>, DeviceCounters);
+
+/// What a device counts, as it does its work.
+#[derive(Debug)]
+pub enum DeviceCounters {
+    /// A disk's.
+    Disk(Arc<BlkCounters>),
+    /// A network card's.
+    Net(Arc<NetCounters>),
+    /// It counts nothing.
+    None,
+}
 
 /// Makes the device that `config` describes, on what was opened for it.
 ///
 /// # Errors
 /// [`Failure::Host`] where the host side of the device is not there or cannot be attached.
-pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Box<dyn VirtioDevice>, Failure> {
+pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> {
     let missing = || Failure::Host(format!("{}: its host side was not opened", config.id()));
     Ok(match config {
         DeviceConfig::Disk(disk) => {
-            let opened = parts.inputs.disks.get(&disk.id).ok_or_else(missing)?;
+            let Some(DeviceInput::Disk(opened)) = parts.inputs.devices.get(&disk.id) else { return Err(missing()) };
             let mut options = BlkOptions::new(&disk.id);
             options.queues = disk.queues;
             if let Some(serial) = &disk.serial {
                 options.serial.clone_from(serial);
             }
-            Box::new(Blk::new(opened.clone(), &options))
+            let threads: Result<Vec<_>, _> = (0..disk.queues).map(|_| io_thread(&disk.id)).collect();
+            let device = Blk::new(opened.clone(), &options).on_threads(threads?);
+            let counters = DeviceCounters::Disk(device.counters());
+            (Box::new(device), counters)
         }
         DeviceConfig::Net(net) => {
-            let tap = parts.inputs.taps.get(&net.id).ok_or_else(missing)?.try_clone()?;
+            let Some(DeviceInput::Tap(tap)) = parts.inputs.devices.get(&net.id) else { return Err(missing()) };
             let mac = net.mac.ok_or_else(missing)?;
             let mut options = NetOptions::new(&net.id, mac.bytes());
             options.mtu = net.mtu;
-            Box::new(Net::new(tap, &options))
+            let device = Net::new(tap.try_clone()?, &options).on_thread(io_thread(&net.id)?);
+            let counters = DeviceCounters::Net(device.counters());
+            (Box::new(device), counters)
         }
         DeviceConfig::Console(console) => {
             let endpoint = parts.endpoints.console(&console.id).ok_or_else(missing)?;
             let name = console.name.clone().unwrap_or_default();
             let port = Port { console: name.is_empty(), name, endpoint };
-            Box::new(Console::new(&console.id, vec![port], None)?)
+            let device = Console::new(&console.id, vec![port], None)?.on_thread(io_thread(&console.id)?);
+            (Box::new(device), DeviceCounters::None)
         }
-        DeviceConfig::Rng(rng) => Box::new(Rng::new(&rng.id)),
+        DeviceConfig::Rng(rng) => (Box::new(Rng::new(&rng.id).on_thread(io_thread(&rng.id)?)), DeviceCounters::None),
     })
+}
+
+/// A thread for a device's queues. It is made here, and not when the guest's driver starts the queues: a thread that is
+/// made by a vCPU's has no more rights than that.
+fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
+    let thread = IoThread::spawn_with(id, || sandbox::enter(Thread::Io))?;
+    // Its loop makes a descriptor without the flag.
+    sandbox::close_on_exec();
+    Ok(thread)
 }

@@ -2,20 +2,24 @@
 //! stays connected, a pseudo-terminal keeps its name.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::{DeviceConfig, Problem, Problems, VmConfig};
+use api::{DeviceConfig, EventKind, Problem, Problems, VmConfig};
 use devices::bus::BusDevice;
 use devices::endpoint::terminal::RawTerminal;
 use devices::endpoint::{
-    ConsoleIo, Endpoint, EndpointError, EndpointHandle, EndpointKind, EndpointOptions, InputListener,
+    ConnectionObserver, ConsoleIo, Endpoint, EndpointError, EndpointHandle, EndpointKind, EndpointOptions,
+    InputListener,
 };
 use devices::legacy::{Serial, SerialPeer};
 use devices::seam::Interrupt;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::Failure;
+use crate::board::Board;
+use crate::sandbox::{self, Thread};
 use crate::trace::Trace;
 
 /// How long the end of a run waits for readers to take the last output.
@@ -31,18 +35,18 @@ pub struct Endpoints {
     quit: EventFd,
     /// Gives the terminal its mode back when dropped.
     _terminal: Option<RawTerminal>,
-    _io: ConsoleIo,
+    io: ConsoleIo,
 }
 
 impl Endpoints {
-    /// Makes the endpoints that `config` names. A terminal on standard input is put into raw mode if one of them uses
-    /// it.
+    /// Makes the endpoints that `config` names, which nobody serves before [`Endpoints::serve`]. A terminal on standard
+    /// input is put into raw mode if one of them uses it.
     ///
     /// # Errors
     /// [`Failure::BadInput`] where a file or socket cannot be had, [`Failure::Host`] where the host has nothing left;
     /// those made before are removed again.
-    pub fn open(config: &VmConfig) -> Result<Self, Failure> {
-        let io = ConsoleIo::new()?;
+    pub fn open(config: &VmConfig, board: &Arc<Board>) -> Result<Self, Failure> {
+        let io = ConsoleIo::held()?;
         let quit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let mut by_id = BTreeMap::new();
         let mut stdio = false;
@@ -53,6 +57,7 @@ impl Endpoints {
                 options.patience = None;
             }
             options.quit = Some(quit.try_clone()?);
+            options.observer = Some(Arc::new(Observer { id: id.clone(), board: board.clone() }));
             stdio |= options.kind == EndpointKind::Stdio;
             let opened = Endpoint::open(options, &io).map_err(|error| failure(field, &error))?;
             if let Some(path) = opened.path() {
@@ -61,7 +66,20 @@ impl Endpoints {
             by_id.insert(id, opened);
         }
         let terminal = if stdio { RawTerminal::enter(&std::io::stdin())? } else { None };
-        Ok(Self { by_id, quit, _terminal: terminal, _io: io })
+        Ok(Self { by_id, quit, _terminal: terminal, io })
+    }
+
+    /// Serves the host's side of all endpoints from now on, on a thread of its own.
+    ///
+    /// # Errors
+    /// The thread cannot be made.
+    pub fn serve(&self) -> std::io::Result<()> {
+        self.io.start(|| sandbox::enter(Thread::Console))
+    }
+
+    /// A console's endpoint; the serial port's is [`SERIAL`].
+    pub fn get(&self, id: &str) -> Option<&Endpoint> {
+        self.by_id.get(id)
     }
 
     /// The device side of a console's endpoint.
@@ -105,6 +123,25 @@ impl Endpoints {
                 tracing::warn!("not all output of the guest was read");
             }
         }
+    }
+}
+
+/// Tells of clients who come and go.
+struct Observer {
+    id: String,
+    board: Arc<Board>,
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Observer").field(&self.id).finish()
+    }
+}
+
+impl ConnectionObserver for Observer {
+    fn connected(&self, connected: bool) {
+        let id = self.id.clone();
+        self.board.publish(if connected { EventKind::ConsoleOpened { id } } else { EventKind::ConsoleClosed { id } });
     }
 }
 
@@ -178,6 +215,7 @@ fn kind(endpoint: &api::Endpoint) -> EndpointKind {
         api::Endpoint::File { path } => EndpointKind::File { path: path.clone(), append: true },
         api::Endpoint::Socket { path } => EndpointKind::Socket { path: path.clone() },
         api::Endpoint::Pty {} => EndpointKind::Pty,
+        api::Endpoint::Api {} => EndpointKind::Handed,
         api::Endpoint::Off {} => EndpointKind::Off,
     }
 }

@@ -1,11 +1,14 @@
-//! What the owner thread waits for: one queue of events with a descriptor that it can poll beside signals.
+//! What the owner thread waits for: what the machine reports and what clients ask, with one descriptor that it can
+//! poll beside signals.
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::legacy::{PlatformEvent, PlatformEvents};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::request::Asked;
 
 /// Something that the owner thread must decide about.
 #[derive(Debug)]
@@ -31,54 +34,102 @@ pub enum VcpuEnd {
     Crash(String),
 }
 
-/// The owner's queue; every other thread holds a clone.
+/// The owner's queues; every other thread holds a clone.
 #[derive(Clone)]
 pub struct Inbox(Arc<Shared>);
 
 struct Shared {
-    events: Mutex<VecDeque<Event>>,
+    queues: Mutex<Queues>,
     wake: EventFd,
 }
 
+#[derive(Default)]
+struct Queues {
+    events: VecDeque<Event>,
+    requests: VecDeque<Asked>,
+    /// The owner is gone: nobody will answer.
+    closed: bool,
+}
+
 impl Inbox {
-    /// An empty queue.
+    /// Empty queues.
     ///
     /// # Errors
     /// No event descriptor can be made.
     pub fn new() -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self(Arc::new(Shared { events: Mutex::default(), wake })))
+        Ok(Self(Arc::new(Shared { queues: Mutex::default(), wake })))
+    }
+
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.0.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake_up(&self) {
+        // A full counter wakes the owner just as well.
+        let _ = self.0.wake.write(1);
     }
 
     /// Adds an event and wakes the owner. A guest that repeats itself cannot grow the queue: past 1024 events that
     /// the owner has not looked at, more of them say nothing new and are dropped.
     pub fn post(&self, event: Event) {
         const MOST: usize = 1024;
-        let mut events = self.0.events.lock().unwrap_or_else(PoisonError::into_inner);
-        if events.len() < MOST {
-            events.push_back(event);
+        let mut queues = self.queues();
+        if queues.events.len() < MOST {
+            queues.events.push_back(event);
         }
-        // A full counter wakes the owner just as well.
-        let _ = self.0.wake.write(1);
+        self.wake_up();
+    }
+
+    /// Adds a request and wakes the owner. Who asks waits for each answer, so that there are no more requests than
+    /// clients. Where the owner is gone, the request is dropped, and its reply with it.
+    pub fn ask(&self, asked: Asked) {
+        let mut queues = self.queues();
+        if !queues.closed {
+            queues.requests.push_back(asked);
+            self.wake_up();
+        }
     }
 
     /// Takes the oldest event.
     pub fn take(&self) -> Option<Event> {
-        let mut events = self.0.events.lock().unwrap_or_else(PoisonError::into_inner);
-        let event = events.pop_front();
-        if events.is_empty() {
-            let _ = self.0.wake.read();
-        }
+        let mut queues = self.queues();
+        let event = queues.events.pop_front();
+        self.calm(&queues);
         event
     }
 
-    /// Forgets what is queued: it came from a machine that is gone.
-    pub fn clear(&self) {
-        self.0.events.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        let _ = self.0.wake.read();
+    /// Takes the oldest request.
+    pub fn take_request(&self) -> Option<Asked> {
+        let mut queues = self.queues();
+        let asked = queues.requests.pop_front();
+        self.calm(&queues);
+        asked
     }
 
-    /// Readable while events wait.
+    fn calm(&self, queues: &Queues) {
+        if queues.events.is_empty() && queues.requests.is_empty() {
+            let _ = self.0.wake.read();
+        }
+    }
+
+    /// Forgets events that are queued: they came from a machine that is gone. Requests stay.
+    pub fn clear(&self) {
+        let mut queues = self.queues();
+        queues.events.clear();
+        self.calm(&queues);
+    }
+
+    /// Drops the requests that wait, and all that come from now on.
+    pub fn close(&self) {
+        let mut queues = self.queues();
+        queues.closed = true;
+        let dropped = std::mem::take(&mut queues.requests);
+        drop(queues);
+        drop(dropped);
+    }
+
+    /// Readable while events or requests wait.
     pub fn wake(&self) -> &EventFd {
         &self.0.wake
     }

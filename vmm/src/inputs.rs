@@ -6,16 +6,16 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use api::{DeviceConfig, Problem, VmConfig};
 use devices::disk::{DiskOptions, RawDisk};
 use devices::net::Tap;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::kernel::Kernels;
+use crate::request::Descriptors;
 
 /// The opened inputs of a VM.
 pub struct Inputs {
@@ -27,10 +27,18 @@ pub struct Inputs {
     pub initramfs: Option<File>,
     /// The kernel's System.map, where one is named, or one is wanted and found.
     pub system_map: Option<File>,
-    /// Disks by the id of their device.
-    pub disks: BTreeMap<String, Arc<RawDisk>>,
-    /// Taps by the id of their device.
-    pub taps: BTreeMap<String, Tap>,
+    /// What devices take over, by the device's id.
+    pub devices: BTreeMap<String, DeviceInput>,
+}
+
+/// What a device takes over from the host.
+pub enum DeviceInput {
+    /// A disk's file.
+    Disk(Arc<RawDisk>),
+    /// A network card's tap.
+    Tap(Tap),
+    /// Nothing that is opened beforehand.
+    None,
 }
 
 impl Inputs {
@@ -38,7 +46,7 @@ impl Inputs {
     ///
     /// # Errors
     /// Every problem, each with its field.
-    pub fn open(config: &VmConfig) -> Result<Self, Vec<Problem>> {
+    pub fn open(config: &VmConfig, descriptors: &mut Descriptors) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let kernel = open_regular(&config.kernel.path, "kernel.path", "a bzImage or an ELF kernel", &mut problems);
         let initramfs = config
@@ -47,29 +55,45 @@ impl Inputs {
             .as_ref()
             .map(|path| open_regular(path, "kernel.initramfs", "a cpio archive", &mut problems));
         let system_map = system_map(config, &mut problems);
-        let mut disks = BTreeMap::new();
-        let mut taps = BTreeMap::new();
+        let mut devices = BTreeMap::new();
         for (index, device) in config.devices.iter().enumerate() {
-            let opened = match device {
-                DeviceConfig::Disk(disk) => {
-                    let options = DiskOptions { readonly: disk.readonly, direct: disk.direct };
-                    RawDisk::open(&disk.path, options)
-                        .map(|opened| drop(disks.insert(disk.id.clone(), Arc::new(opened))))
-                        .map_err(|error| Problem::new(format!("devices[{index}].path"), error.to_string(), ""))
-                }
-                DeviceConfig::Net(net) => open_tap(net)
-                    .map(|tap| drop(taps.insert(net.id.clone(), tap)))
-                    .map_err(|(field, problem)| Problem::new(format!("devices[{index}].{field}"), problem, "")),
-                DeviceConfig::Console(_) | DeviceConfig::Rng(_) => Ok(()),
-            };
-            problems.extend(opened.err());
+            match DeviceInput::open(device, descriptors) {
+                Ok(opened) => drop(devices.insert(device.id().to_owned(), opened)),
+                Err((field, problem)) => problems.push(Problem::new(format!("devices[{index}].{field}"), problem, "")),
+            }
         }
         match (kernel, initramfs) {
             (Some(kernel), initramfs) if problems.is_empty() => {
                 let kernels = Kernels::default();
-                Ok(Self { kernel, kernels, initramfs: initramfs.flatten(), system_map, disks, taps })
+                Ok(Self { kernel, kernels, initramfs: initramfs.flatten(), system_map, devices })
             }
             _ => Err(problems),
+        }
+    }
+}
+
+impl DeviceInput {
+    /// Opens what one device names.
+    ///
+    /// # Errors
+    /// The device's field, and what is wrong with it.
+    pub fn open(device: &DeviceConfig, descriptors: &mut Descriptors) -> Result<Self, (&'static str, String)> {
+        match device {
+            DeviceConfig::Disk(disk) => {
+                let options = DiskOptions { readonly: disk.readonly, direct: disk.direct };
+                let opened = match (&disk.path, disk.fd) {
+                    (Some(path), _) => RawDisk::open(path, options).map_err(|error| ("path", error.to_string()))?,
+                    (None, Some(number)) => {
+                        let fd = take(number, descriptors)?;
+                        RawDisk::from_file(&format!("fd {number}"), fd.into(), options)
+                            .map_err(|error| ("fd", error.to_string()))?
+                    }
+                    (None, None) => return Err(("path", "is missing; name a file, or a descriptor with fd".into())),
+                };
+                Ok(Self::Disk(Arc::new(opened)))
+            }
+            DeviceConfig::Net(net) => open_tap(net, descriptors).map(Self::Tap),
+            DeviceConfig::Console(_) | DeviceConfig::Rng(_) => Ok(Self::None),
         }
     }
 }
@@ -100,26 +124,17 @@ fn open_regular(path: &Path, field: &str, expected: &str, problems: &mut Vec<Pro
 }
 
 /// Opens a card's tap by name, or takes the inherited descriptor. On failure: the field and what is wrong.
-fn open_tap(net: &api::Net) -> Result<Tap, (&'static str, String)> {
+fn open_tap(net: &api::Net, descriptors: &mut Descriptors) -> Result<Tap, (&'static str, String)> {
     match (&net.tap, net.fd) {
         (Some(name), _) => Tap::open(name).map_err(|error| ("tap", error.to_string())),
         (None, Some(number)) => {
-            let fd = inherited(number).map_err(|error| ("fd", format!("descriptor {number}: {error}")))?;
+            let fd = take(number, descriptors)?;
             Tap::from_fd(&format!("fd {number}"), fd).map_err(|error| ("fd", error.to_string()))
         }
         (None, None) => Err(("tap", "is missing; name a tap, or an inherited descriptor with fd".into())),
     }
 }
 
-/// Takes over a descriptor that the process was started with, and keeps it from programs started later.
-#[expect(unsafe_code, reason = "an inherited descriptor is known by its number only")]
-fn inherited(number: i32) -> io::Result<OwnedFd> {
-    if number < 3 {
-        return Err(io::Error::other("0 to 2 are the standard streams"));
-    }
-    // SAFETY: the borrow ends with the call, which refuses a number that is not open.
-    fcntl(unsafe { BorrowedFd::borrow_raw(number) }, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    // SAFETY: it is open, and inherited for this device: nothing of this process opened it, since the configuration
-    // is opened first and validation refuses a number that is named twice.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+fn take(number: i32, descriptors: &mut Descriptors) -> Result<OwnedFd, (&'static str, String)> {
+    descriptors.take(number).map_err(|error| ("fd", format!("descriptor {number}: {error}")))
 }

@@ -1,11 +1,14 @@
 //! The machine: a VM made from its configuration, run, and taken apart again.
 //!
-//! The straight road: [`run`] validates the configuration and opens what it names ([`Inputs`](inputs::Inputs)), loads
-//! the kernel into new memory ([`boot`]), makes the machine around it ([`machine`]), and then decides, as the one
-//! owner of the machine, what each report means ([`owner`]).
+//! The straight road: [`carry_out`] has the [`owner`] create and boot a VM. To create is to validate the configuration
+//! and to open what it names ([`Inputs`](inputs::Inputs)); to boot is to load the kernel into new memory ([`boot`]) and
+//! to make the machine around it ([`machine`]). Then the owner, and it alone, decides what each report of the guest and
+//! each [`request`] of a client means. What clients may know of the VM stands on the [`board`]; they come through the
+//! [`server`].
 
+pub mod board;
 pub mod boot;
-mod devices;
+pub mod devices;
 pub mod endpoints;
 pub mod host;
 pub mod inbox;
@@ -13,11 +16,15 @@ pub mod inputs;
 pub mod kernel;
 pub mod machine;
 pub mod memory;
+pub mod notify;
 pub mod owner;
+pub mod request;
 mod run;
+pub mod sandbox;
 pub mod seams;
+pub mod server;
 pub mod trace;
 pub mod vcpu;
 
-pub use run::{Failure, run, run_on, run_watched};
+pub use run::{Failure, Plan, carry_out, carry_out_on, run_on};
 pub use trace::Watching;

@@ -5,25 +5,27 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use api::{Kind, VmConfig};
+use api::{DeviceConfig, Kind, VmConfig};
 use arch::{CpuidTable, LoadedKernel, Platform, Topology, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, Windows};
 use devices::virtio::transport::VirtioPci;
-use hal::{GpaRange, Hypervisor, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
+use hal::{GpaRange, Hypervisor, MsiRoute, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::Loaded;
+use crate::devices::DeviceCounters;
 use crate::endpoints::Endpoints;
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::memory::Ram;
+use crate::request::Refusal;
 use crate::seams::VmSeam;
 use crate::trace::{Attached, Milestone, Trace, View};
-use crate::vcpu::{ExitBuses, VcpuThreads};
+use crate::vcpu::{ExitBuses, Mode, VcpuCounters, VcpuThreads};
 
 /// What a machine is made from beside the loaded guest.
 pub struct Parts<'a> {
@@ -41,15 +43,31 @@ pub struct Parts<'a> {
     pub trace: &'a Trace,
 }
 
-/// A running VM. Dropping it stops the vCPUs, then completes what devices have in flight, then frees memory.
+/// A VM with all its parts. Dropping it stops the vCPUs, then completes what devices have in flight, then frees memory.
 pub struct Machine {
     vcpus: Option<VcpuThreads>,
     watcher: Option<Attached>,
     functions: Vec<Arc<VirtioPci>>,
+    counters: Arc<MachineCounters>,
     platform: PlatformDevices,
     mmio: Arc<Bus>,
     ecam_base: u64,
+    /// Interrupts all vCPUs, once it was needed.
+    nmi: Option<Box<dyn MsiRoute>>,
+    vm: Arc<dyn Vm>,
 }
+
+/// What the parts of a machine count, as they do their work.
+#[derive(Debug, Default)]
+pub struct MachineCounters {
+    /// Each vCPU's, in their order.
+    pub vcpus: Vec<Arc<VcpuCounters>>,
+    /// Each device's, with its id.
+    pub devices: Vec<(String, DeviceCounters)>,
+}
+
+/// Address and data of the message that is a non-maskable interrupt for all processors (Intel SDM, volume 3, §11.11).
+const NMI: hal::MsiMessage = hal::MsiMessage { address: 0xfeef_f000, data: 0x400 };
 
 /// The platform's registers that the machine itself has to do with.
 struct PlatformDevices {
@@ -58,12 +76,14 @@ struct PlatformDevices {
 }
 
 impl Machine {
-    /// Makes the machine around a loaded guest and lets its vCPUs run.
+    /// Makes the machine around a loaded guest, whose vCPUs run or stand as `mode` says.
     ///
     /// # Errors
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
-    pub fn create(parts: &Parts, loaded: Loaded) -> Result<Self, Failure> {
+    pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
         let Loaded { memory, platform, kernel } = loaded;
+        let count = platform.topology.vcpu_ids().len();
+        let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory)?;
         parts.trace.mark(Milestone::Vm);
         let seam = VmSeam(vm.clone());
@@ -80,19 +100,24 @@ impl Machine {
         let pci = Arc::new(PciSegment::new(mmio.clone(), windows));
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
         pci.add(Arc::new(HostBridge::new()))?;
+        let mut counters = MachineCounters::default();
         let mut machine = Self {
             vcpus: None,
             watcher: None,
             functions: Vec::new(),
+            counters: Arc::default(),
             platform: devices,
             mmio: mmio.clone(),
             ecam_base,
+            nmi: None,
+            vm: vm.clone(),
         };
         let ecam = ecam_base..ecam_base + pci.ecam_len();
         let guest_memory = memory.map.clone();
         let memory = GuestMemoryAtomic::new(memory.map);
         for device in &parts.config.devices {
-            let virtio = crate::devices::create(device, parts)?;
+            let (virtio, counts) = crate::devices::create(device, parts)?;
+            counters.devices.push((device.id().to_owned(), counts));
             let seam = Arc::new(seam.clone());
             let function = Arc::new(VirtioPci::new(device.id(), virtio, memory.clone(), seam.clone(), seam)?);
             pci.add(function.clone())?;
@@ -103,9 +128,74 @@ impl Machine {
         parts.trace.mark(Milestone::Vcpus);
         machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
-        let threads = VcpuThreads::start(parts.hypervisor.caps().backend, vcpus, &exits, parts.inbox, parts.trace)?;
+        if mode == Mode::Stand {
+            machine.functions.iter().for_each(|function| function.suspend());
+        }
+        threads.run(vcpus, &exits, parts.trace, mode);
+        counters.vcpus = threads.counters().to_vec();
         machine.vcpus = Some(threads);
+        machine.counters = Arc::new(counters);
         Ok(machine)
+    }
+
+    /// Stops the vCPUs between two instructions, and then the devices' queues, with everything completed that was in
+    /// flight.
+    ///
+    /// # Errors
+    /// [`Failure::Host`] where a vCPU does not stop; all runs on then.
+    pub fn pause(&self) -> Result<(), Failure> {
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.pause()?;
+        }
+        self.functions.iter().for_each(|function| function.suspend());
+        Ok(())
+    }
+
+    /// Lets devices and vCPUs go on.
+    pub fn resume(&self) {
+        self.functions.iter().for_each(|function| function.resume());
+        if let Some(vcpus) = &self.vcpus {
+            vcpus.resume();
+        }
+    }
+
+    /// Sends all vCPUs a non-maskable interrupt.
+    ///
+    /// # Errors
+    /// [`Failure::Host`] where the hypervisor has no interrupt left.
+    pub fn nmi(&mut self) -> Result<(), Failure> {
+        let route = match self.nmi.take() {
+            Some(route) => route,
+            None => self.vm.irqs().msi()?,
+        };
+        route.set(Some(NMI))?;
+        route.event().write(1)?;
+        self.nmi = Some(route);
+        Ok(())
+    }
+
+    /// Adds a device to the machine as it runs.
+    ///
+    /// # Errors
+    /// [`Refusal::Unsupported`]: hot-plug is not built yet.
+    pub fn add_device(&mut self, _parts: &Parts, device: &DeviceConfig) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(format!(
+            "«{}» cannot be added while the VM runs: hot-plug is not built yet",
+            device.id()
+        )))
+    }
+
+    /// Removes a device from the machine as it runs.
+    ///
+    /// # Errors
+    /// [`Refusal::Unsupported`]: hot-plug is not built yet.
+    pub fn remove_device(&mut self, id: &str) -> Result<(), Refusal> {
+        Err(Refusal::Unsupported(format!("«{id}» cannot be removed while the VM runs: hot-plug is not built yet")))
+    }
+
+    /// What the machine's parts count.
+    pub fn counters(&self) -> Arc<MachineCounters> {
+        self.counters.clone()
     }
 
     /// Has the boot looked at, where somebody wants to.

@@ -69,6 +69,9 @@ pub fn create(ranges: &[GpaRange], config: &api::Memory) -> Result<Ram, Error> {
         if config.transparent_huge_pages && config.hugepages == Hugepages::Off {
             advise_huge(&mapping);
         }
+        if config.lock {
+            lock(&mapping).map_err(|source| Error::System { mib, call: "mlock", source, hint: LOCK_HINT })?;
+        }
         let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
             .ok_or_else(|| Error::Mapping { mib, problem: "it ends beyond the 64-bit address space".into() })?;
         regions.push(Arc::new(region));
@@ -120,6 +123,19 @@ fn advise_huge(mapping: &MmapRegion) {
     if let Err(errno) = advised {
         tracing::warn!("no transparent huge pages for guest memory: madvise: {errno}");
     }
+}
+
+/// What may help where memory cannot be locked.
+const LOCK_HINT: &str =
+    "; raise the limit on locked memory (ulimit -l, LimitMEMLOCK=) above the guest's, or leave lock out";
+
+/// Populates a mapping and keeps it in memory.
+#[expect(unsafe_code, reason = "mlock takes a raw address")]
+fn lock(mapping: &MmapRegion) -> io::Result<()> {
+    let Some(start) = NonNull::new(mapping.as_ptr().cast()) else { return Ok(()) };
+    // SAFETY: the range is the whole of a mapping that is alive.
+    unsafe { nix::sys::mman::mlock(start, mapping.size()) }?;
+    Ok(())
 }
 
 #[cfg(test)]

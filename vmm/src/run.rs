@@ -1,15 +1,17 @@
 //! A VM from its configuration to its outcome.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use api::{Outcome, Problems, VmConfig};
 use hal::Hypervisor;
 
-use crate::endpoints::Endpoints;
-use crate::inbox::Inbox;
-use crate::inputs::Inputs;
-use crate::machine::{Machine, Parts};
-use crate::owner::{Reports, Verdict};
-use crate::trace::{Milestone, Outputs, Trace, Watching};
-use crate::{boot, host};
+use crate::board::Board;
+use crate::owner::{Owner, Until};
+use crate::request::Descriptors;
+use crate::sandbox::{self, Thread};
+use crate::server::{ApiSocket, KEPT_EVENTS, Server, SocketError};
+use crate::trace::Watching;
 
 /// Why there is no outcome.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +35,7 @@ macro_rules! host_failures {
     )* };
 }
 host_failures!(
+    SocketError,
     hal::Error,
     crate::memory::Error,
     arch::acpi::AcpiError,
@@ -42,90 +45,89 @@ host_failures!(
     devices::virtio::console::ConsoleError
 );
 
-/// Runs a VM on this host's hypervisor until it ends, its boot watched as `watching` says.
+/// What a monitor is to do.
+#[derive(Debug)]
+pub struct Plan {
+    /// The VM that it begins with, where there is one.
+    pub config: Option<VmConfig>,
+    /// That VM boots at once.
+    pub boot: bool,
+    /// Where clients are served.
+    pub api: Option<ApiSocket>,
+    /// A file to write the process's number to, while it runs.
+    pub pid_file: Option<PathBuf>,
+    /// What is wanted of the first boot.
+    pub watching: Watching,
+    /// When the work is done.
+    pub until: Until,
+}
+
+/// Carries a plan out on this host's hypervisor. The outcome of the last run, where there was one.
 ///
 /// # Errors
 /// [`Failure::BadInput`] with every problem at once, before anything was touched; [`Failure::Host`] where the host
-/// fails, at any time.
-pub fn run(config: VmConfig, watching: &Watching) -> Result<Outcome, Failure> {
-    run_watched(hal::open(), config, watching)
+/// fails.
+pub fn carry_out(plan: Plan) -> Result<Option<Outcome>, Failure> {
+    carry_out_on(hal::open(), plan)
 }
 
-/// As [`run`], on a hypervisor that was opened, or was tried to be: a configuration that cannot be right is told before
-/// a host that cannot run it.
+/// As [`carry_out`], on a hypervisor that was opened, or was tried to be: a configuration that cannot be right is told
+/// before a host that cannot run it.
 ///
 /// # Errors
-/// As [`run`].
+/// As [`carry_out`].
+pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) -> Result<Option<Outcome>, Failure> {
+    let board = Arc::new(Board::new(if plan.api.is_some() { KEPT_EVENTS } else { 0 }));
+    let mut owner = Owner::new(hypervisor, board.clone())?;
+    owner.watch(plan.watching);
+    let boot = plan.boot && plan.config.is_some();
+    if let Some(config) = plan.config {
+        owner.create(config, Descriptors::Inherited)?;
+    }
+    let _pid_file = plan.pid_file.map(PidFile::write).transpose()?;
+    let listener = plan.api.map(|socket| socket.listen()).transpose()?;
+    if listener.is_some() {
+        // From here on there is another thread. Clients may have the owner open what is granted.
+        sandbox::confine(&[])?;
+    }
+    let owner_is = if listener.is_some() { Thread::OwnerWithClients } else { Thread::Owner };
+    let server = listener.map(|listener| Server::start(listener, board, owner.inbox().clone())).transpose()?;
+    if boot {
+        owner.boot()?;
+    }
+    sandbox::enter(owner_is);
+    let outcome = owner.serve(plan.until);
+    // Who still asks is told before the server ends.
+    drop(owner);
+    drop(server);
+    outcome
+}
+
+/// Runs a VM on a hypervisor until it ends.
+///
+/// # Errors
+/// As [`carry_out`].
 pub fn run_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, config: VmConfig) -> Result<Outcome, Failure> {
-    run_watched(hypervisor, config, &Watching::default())
+    let (until, watching) = (Until::VmEnds, Watching::default());
+    let plan = Plan { config: Some(config), boot: true, api: None, pid_file: None, watching, until };
+    Ok(carry_out_on(hypervisor, plan)?.unwrap_or(Outcome::Destroyed))
 }
 
-/// As [`run_on`], with the boot watched as `watching` says.
-///
-/// # Errors
-/// As [`run`].
-pub fn run_watched(
-    hypervisor: hal::Result<Box<dyn Hypervisor>>,
-    mut config: VmConfig,
-    watching: &Watching,
-) -> Result<Outcome, Failure> {
-    config.fill_defaults();
-    let mut trace = Trace::new(&config, watching);
-    let inbox = Inbox::new()?;
-    let mut reports = Reports::new(inbox.clone())?;
+/// A file with the process's number in it. Dropping it removes it.
+struct PidFile(PathBuf);
 
-    let facts = match &hypervisor {
-        Ok(hypervisor) => host::facts(hypervisor.caps()),
-        Err(_) => api::HostFacts::unlimited(),
-    };
-    let mut problems = api::validate(&config, &facts);
-    let inputs = Inputs::open(&config).map_err(|found| problems.extend(found));
-    let (Ok(inputs), true) = (inputs, problems.is_empty()) else {
-        return Err(Failure::BadInput(Problems(problems)));
-    };
-    let hypervisor = hypervisor?;
-    trace.mark(Milestone::Configuration);
-
-    let mut loaded = boot::load(&config, hypervisor.caps(), &inputs, &trace)?;
-    // Only now, when nothing in the input can be wrong any more, does anything appear on the host.
-    let endpoints = Endpoints::open(&config)?;
-    if let Some(path) = &watching.boot_trace {
-        trace.write_to(Outputs::create(path)?);
-    }
-    reports.listen_for_quit(endpoints.quit())?;
-    loop {
-        endpoints.watch(&config, &trace);
-        let parts = Parts {
-            config: &config,
-            hypervisor: &*hypervisor,
-            inputs: &inputs,
-            endpoints: &endpoints,
-            inbox: &inbox,
-            trace: &trace,
-        };
-        let machine = Machine::create(&parts, loaded)?;
-        let verdict = watch(&machine, &mut reports, &config)?;
-        drop(machine);
-        match verdict {
-            Verdict::Stop(outcome) => {
-                endpoints.drain();
-                return Ok(outcome);
-            }
-            _ => tracing::info!("the guest boots again"),
-        }
-        inbox.clear();
-        trace = Trace::again(&config);
-        loaded = boot::load(&config, hypervisor.caps(), &inputs, &trace)?;
+impl PidFile {
+    fn write(path: PathBuf) -> Result<Self, Failure> {
+        let failed = |error: std::io::Error| Failure::Host(format!("pid file {}: {error}", path.display()));
+        std::fs::write(&path, format!("{}\n", std::process::id())).map_err(failed)?;
+        Ok(Self(path))
     }
 }
 
-/// Serves the machine until it is to be stopped or made anew.
-fn watch(machine: &Machine, reports: &mut Reports, config: &VmConfig) -> Result<Verdict, Failure> {
-    loop {
-        match reports.next(&config.lifecycle)? {
-            Verdict::GoOn => {}
-            Verdict::PressPowerButton => machine.press_power_button(),
-            verdict => return Ok(verdict),
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            tracing::debug!("{}: {error}", self.0.display());
         }
     }
 }

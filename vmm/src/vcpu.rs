@@ -1,16 +1,24 @@
-//! vCPU threads: each owns its vCPU and runs it until the machine stops or the guest ends.
+//! vCPU threads: each owns its vCPU and runs it until the machine stops or the guest ends. A gate lets all of them
+//! through, or holds them between two runs.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
 
 use devices::bus::Bus;
 use devices::ioapic::IoApic;
 use hal::{Exit, ExitHandler, Kick, Vcpu};
 
 use crate::inbox::{Event, Inbox, VcpuEnd};
+use crate::sandbox;
 use crate::trace::Trace;
+use crate::trace::exits::WatchedExits;
+
+/// How long vCPUs have to come to the gate: an exit that is being answered is the longest that they may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where exits that need an answer go.
 pub struct ExitBuses {
@@ -44,46 +52,237 @@ impl ExitHandler for ExitBuses {
     }
 }
 
-/// The running vCPU threads of a machine. Dropping it stops them.
+/// What a vCPU has done since its machine was made.
+#[derive(Debug, Default)]
+pub struct VcpuCounters {
+    /// The number of its thread in the kernel, 0 until it runs.
+    pub thread: AtomicI32,
+    /// Reads of I/O ports.
+    pub pio_reads: AtomicU64,
+    /// Writes of I/O ports.
+    pub pio_writes: AtomicU64,
+    /// Reads of addresses without memory.
+    pub mmio_reads: AtomicU64,
+    /// Writes of addresses without memory.
+    pub mmio_writes: AtomicU64,
+    /// Ends of level-triggered interrupts.
+    pub interrupt_ends: AtomicU64,
+    /// Runs that a kick ended.
+    pub kicks: AtomicU64,
+}
+
+/// Counts one vCPU's exits on their way to who answers them.
+struct Exits<'a> {
+    answers: &'a dyn ExitHandler,
+    counters: &'a VcpuCounters,
+}
+
+impl ExitHandler for Exits<'_> {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        count(&self.counters.pio_reads);
+        self.answers.pio_read(port, data);
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        count(&self.counters.pio_writes);
+        self.answers.pio_write(port, data);
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        count(&self.counters.mmio_reads);
+        self.answers.mmio_read(gpa, data);
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        count(&self.counters.mmio_writes);
+        self.answers.mmio_write(gpa, data);
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        count(&self.counters.interrupt_ends);
+        self.answers.end_of_interrupt(vector);
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Whether vCPUs may run their guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// They run.
+    Run,
+    /// They stand at the gate.
+    Stand,
+    /// Their threads end.
+    End,
+}
+
+/// The gate before every run.
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+struct GateState {
+    mode: Mode,
+    /// Counts the orders to stand, so that a thread that slept through two of them stands for the second too.
+    round: u64,
+    /// Threads that stand at the gate since the last order.
+    standing: usize,
+    /// Threads whose guest has ended.
+    ended: usize,
+}
+
+impl Gate {
+    fn new(mode: Mode) -> Self {
+        Self { state: Mutex::new(GateState { mode, round: 1, standing: 0, ended: 0 }), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives an order. It reaches those who are in the guest with their next kick.
+    fn order(&self, mode: Mode) {
+        let mut state = self.lock();
+        state.mode = mode;
+        state.round += 1;
+        state.standing = 0;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Stands as long as the order is so. `None` where the thread is to end; otherwise whether it stood.
+    fn pass(&self) -> Option<bool> {
+        let mut state = self.lock();
+        let mut counted = 0;
+        loop {
+            match state.mode {
+                Mode::Run => return Some(counted > 0),
+                Mode::End => return None,
+                Mode::Stand => {}
+            }
+            if counted != state.round {
+                counted = state.round;
+                state.standing += 1;
+                self.changed.notify_all();
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn ended(&self) {
+        self.lock().ended += 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until none of `threads` threads is in the guest; how many still are when the time is over.
+    fn wait_until_all_stand(&self, threads: usize) -> usize {
+        let in_guest = |state: &mut GateState| state.standing + state.ended < threads;
+        let waited = self.changed.wait_timeout_while(self.lock(), PATIENCE, in_guest);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        threads.saturating_sub(state.standing + state.ended)
+    }
+}
+
+/// The vCPU threads of a machine. Dropping it stops them.
 pub struct VcpuThreads {
-    threads: Vec<(Kick, JoinHandle<()>)>,
-    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+    /// Where the threads' vCPUs are handed over.
+    seats: Vec<Sender<Seat>>,
+    kicks: Vec<Kick>,
+    gate: Arc<Gate>,
+    counters: Vec<Arc<VcpuCounters>>,
+}
+
+/// What a thread is handed.
+struct Seat {
+    vcpu: Box<dyn Vcpu>,
+    /// Where exits go.
+    buses: Arc<ExitBuses>,
+    /// Who looks at the boot answers first.
+    watched: Option<WatchedExits>,
 }
 
 impl VcpuThreads {
-    /// Starts a thread for each vCPU, named `CPU n/` and the backend's name: KubeVirt finds vCPU threads by it.
+    /// Starts `count` threads, named `CPU n/` and the backend's name: KubeVirt finds vCPU threads by it. They wait for
+    /// [`VcpuThreads::run`]: what a thread has to do before it can run a vCPU goes on beside the making of its machine.
     ///
     /// # Errors
     /// A thread cannot be made; those that were are stopped again.
-    pub fn start(
-        backend: &str,
-        vcpus: Vec<Box<dyn Vcpu>>,
-        buses: &Arc<ExitBuses>,
-        inbox: &Inbox,
-        trace: &Trace,
-    ) -> io::Result<Self> {
-        let mut all = Self { threads: Vec::with_capacity(vcpus.len()), stop: Arc::new(AtomicBool::new(false)) };
-        for (number, vcpu) in vcpus.into_iter().enumerate() {
-            let kick = vcpu.kick();
-            let watched = trace.vcpu(&*vcpu, buses);
-            let (buses, inbox, stop) = (buses.clone(), inbox.clone(), all.stop.clone());
-            let handle = Builder::new().name(format!("CPU {number}/{backend}")).spawn(move || match watched {
-                None => run(vcpu, &*buses, |_| {}, &inbox, &stop),
-                Some(watched) => run(vcpu, &watched, |vcpu| watched.before_entry(vcpu), &inbox, &stop),
-            })?;
-            all.threads.push((kick, handle));
+    pub fn spawn(backend: &str, count: usize, inbox: &Inbox) -> io::Result<Self> {
+        let gate = Arc::new(Gate::new(Mode::Stand));
+        let mut all = Self {
+            threads: Vec::with_capacity(count),
+            seats: Vec::with_capacity(count),
+            kicks: Vec::with_capacity(count),
+            gate,
+            counters: Vec::with_capacity(count),
+        };
+        for number in 0..count {
+            let counters = Arc::<VcpuCounters>::default();
+            let thread = Thread { inbox: inbox.clone(), gate: all.gate.clone(), counters: counters.clone() };
+            let (seat, vcpu) = channel();
+            let work = move || thread.run(&vcpu);
+            all.threads.push(Builder::new().name(format!("CPU {number}/{backend}")).spawn(work)?);
+            all.seats.push(seat);
+            all.counters.push(counters);
         }
         Ok(all)
+    }
+
+    /// Hands each thread its vCPU. With [`Mode::Stand`] their guests do not run before [`VcpuThreads::resume`].
+    pub fn run(&mut self, vcpus: Vec<Box<dyn Vcpu>>, buses: &Arc<ExitBuses>, trace: &Trace, mode: Mode) {
+        self.gate.order(mode);
+        self.kicks = vcpus.iter().map(|vcpu| vcpu.kick()).collect();
+        for (seat, vcpu) in self.seats.drain(..).zip(vcpus) {
+            let watched = trace.vcpu(&*vcpu, buses);
+            if seat.send(Seat { vcpu, buses: buses.clone(), watched }).is_err() {
+                tracing::error!("a vCPU thread has ended before its time");
+            }
+        }
+    }
+
+    /// What each vCPU has done, in their order.
+    pub fn counters(&self) -> &[Arc<VcpuCounters>] {
+        &self.counters
+    }
+
+    /// Stops all guests between two instructions and returns when all stand.
+    ///
+    /// # Errors
+    /// Some do not come in time, since an exit of theirs is not answered; all run on then.
+    pub fn pause(&self) -> io::Result<()> {
+        self.gate.order(Mode::Stand);
+        self.kick();
+        match self.gate.wait_until_all_stand(self.threads.len()) {
+            0 => Ok(()),
+            late => {
+                self.gate.order(Mode::Run);
+                let problem = format!("{late} of {} vCPUs do not stop", self.threads.len());
+                Err(io::Error::new(io::ErrorKind::TimedOut, problem))
+            }
+        }
+    }
+
+    /// Lets all guests run on.
+    pub fn resume(&self) {
+        self.gate.order(Mode::Run);
+    }
+
+    fn kick(&self) {
+        self.kicks.iter().for_each(Kick::kick);
     }
 }
 
 impl Drop for VcpuThreads {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        for (kick, _) in &self.threads {
-            kick.kick();
-        }
-        for (_, handle) in self.threads.drain(..) {
+        self.gate.order(Mode::End);
+        self.seats.clear();
+        self.kick();
+        for handle in self.threads.drain(..) {
             if handle.join().is_err() {
                 tracing::error!("a vCPU thread panicked");
             }
@@ -91,27 +290,123 @@ impl Drop for VcpuThreads {
     }
 }
 
-fn run(
-    mut vcpu: Box<dyn Vcpu>,
-    exits: &dyn ExitHandler,
-    before_entry: impl Fn(&mut dyn Vcpu),
-    inbox: &Inbox,
-    stop: &AtomicBool,
-) {
-    while !stop.load(Ordering::Acquire) {
-        before_entry(&mut *vcpu);
-        let end = match vcpu.run(exits) {
-            Ok(Exit::Kicked) => continue,
-            Ok(Exit::Reset) => VcpuEnd::Reset,
-            Ok(Exit::Shutdown) => VcpuEnd::TripleFault,
-            Ok(Exit::Crash(info)) => VcpuEnd::Crash(info.to_string()),
-            Ok(Exit::Debug) => VcpuEnd::Crash("a debug exit that nobody armed".into()),
-            Ok(Exit::MemoryFault { range, .. }) => {
-                VcpuEnd::Crash(format!("a fault on private memory at {:#x} in a VM without any", range.start))
+/// What a vCPU's thread has beside the vCPU.
+struct Thread {
+    inbox: Inbox,
+    gate: Arc<Gate>,
+    counters: Arc<VcpuCounters>,
+}
+
+impl Thread {
+    fn run(self, vcpu: &Receiver<Seat>) {
+        sandbox::enter(sandbox::Thread::Vcpu);
+        // Where none comes, the machine was not made.
+        let Ok(Seat { mut vcpu, buses, watched }) = vcpu.recv() else { return };
+        self.counters.thread.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
+        let answers: &dyn ExitHandler = watched.as_ref().map_or(&*buses, |watched| watched);
+        let exits = Exits { answers, counters: &self.counters };
+        while let Some(stood) = self.gate.pass() {
+            if stood {
+                vcpu.stood_still();
             }
-            Err(error) => VcpuEnd::Crash(error.to_string()),
-        };
-        inbox.post(Event::Vcpu(end));
-        return;
+            if let Some(watched) = &watched {
+                watched.before_entry(&mut *vcpu);
+            }
+            let end = match vcpu.run(&exits) {
+                Ok(Exit::Kicked) => {
+                    count(&self.counters.kicks);
+                    continue;
+                }
+                Ok(Exit::Reset) => VcpuEnd::Reset,
+                Ok(Exit::Shutdown) => VcpuEnd::TripleFault,
+                Ok(Exit::Crash(info)) => VcpuEnd::Crash(info.to_string()),
+                Ok(Exit::Debug) => VcpuEnd::Crash("a debug exit that nobody armed".into()),
+                Ok(Exit::MemoryFault { range, .. }) => {
+                    VcpuEnd::Crash(format!("a fault on private memory at {:#x} in a VM without any", range.start))
+                }
+                Err(error) => VcpuEnd::Crash(error.to_string()),
+            };
+            self.inbox.post(Event::Vcpu(end));
+            break;
+        }
+        self.gate.ended();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hal::fake::{Call, Fake, Step};
+    use hal::{Hypervisor, VcpuId, VmSpec};
+
+    fn start(fake: &Fake, count: u8, mode: Mode) -> (VcpuThreads, Inbox) {
+        let vm = fake.create(&VmSpec { max_vcpus: count.into(), ..VmSpec::default() }).unwrap();
+        let vcpus: Vec<_> = (0..count).map(|id| vm.create_vcpu(VcpuId(id)).unwrap()).collect();
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new()) });
+        let inbox = Inbox::new().unwrap();
+        let mut threads = VcpuThreads::spawn("test", count.into(), &inbox).unwrap();
+        threads.run(vcpus, &buses, &Trace::off(), mode);
+        (threads, inbox)
+    }
+
+    fn runs(fake: &Fake) -> usize {
+        fake.calls().iter().filter(|call| matches!(call, Call::Run(_))).count()
+    }
+
+    #[test]
+    fn a_pause_that_comes_before_the_first_run_holds_all() {
+        for _ in 0..50 {
+            let fake = Fake::new();
+            let (threads, _inbox) = start(&fake, 3, Mode::Run);
+            threads.pause().unwrap();
+            let before = runs(&fake);
+            std::thread::yield_now();
+            assert_eq!(runs(&fake), before, "somebody runs while all stand");
+            threads.resume();
+            threads.pause().unwrap();
+        }
+    }
+
+    #[test]
+    fn vcpus_that_stand_at_first_run_only_when_they_may() {
+        let fake = Fake::new();
+        let (threads, _inbox) = start(&fake, 2, Mode::Stand);
+        assert_eq!(threads.gate.wait_until_all_stand(2), 0);
+        assert_eq!(runs(&fake), 0);
+        threads.resume();
+        while runs(&fake) < 2 {
+            std::thread::yield_now();
+        }
+        drop(threads);
+        let stood = fake.calls().iter().filter(|call| matches!(call, Call::StoodStill(_))).count();
+        assert_eq!(stood, 2, "each is told of its pause when it goes on");
+    }
+
+    #[test]
+    fn a_vcpu_that_died_is_not_waited_for() {
+        let fake = Fake::new();
+        fake.script(VcpuId(1), [Step::Crash("it broke".into())]);
+        let (threads, inbox) = start(&fake, 2, Mode::Run);
+        while inbox.take().is_none() {
+            std::thread::yield_now();
+        }
+        threads.pause().unwrap();
+        threads.resume();
+        threads.pause().unwrap();
+    }
+
+    #[test]
+    fn orders_in_quick_succession_are_all_obeyed() {
+        let fake = Fake::new();
+        let (threads, _inbox) = start(&fake, 4, Mode::Run);
+        for _ in 0..500 {
+            threads.pause().unwrap();
+            threads.resume();
+        }
+        threads.pause().unwrap();
+        let before = runs(&fake);
+        std::thread::yield_now();
+        assert_eq!(runs(&fake), before);
     }
 }

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::engine::{Job, Next, Step};
 use super::{Completion, DiskBackend, RawDisk, Request};
@@ -25,7 +25,7 @@ impl SyncBackend {
     /// # Errors
     /// The event cannot be made.
     pub fn new(disk: Arc<RawDisk>) -> io::Result<Self> {
-        Ok(Self { disk, event: EventFd::new(EFD_NONBLOCK)?, done: VecDeque::new() })
+        Ok(Self { disk, event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?, done: VecDeque::new() })
     }
 
     fn step(&self, job: &Job) -> i32 {

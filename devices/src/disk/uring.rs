@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use io_uring::{IoUring, Probe, opcode, squeue, types};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::engine::{Job, Next, Step};
 use super::{Completion, DiskBackend, RawDisk, Request};
@@ -41,7 +41,7 @@ impl UringBackend {
         if !needed.into_iter().all(|code| probe.is_supported(code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let event = EventFd::new(EFD_NONBLOCK)?;
+        let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         Ok(Self { ring, disk, event, jobs: Vec::new(), free: Vec::new(), done: VecDeque::new() })
     }

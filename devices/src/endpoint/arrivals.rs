@@ -23,6 +23,8 @@ use super::poller::{Registration, Role, Watched};
 pub(super) enum Arrivals {
     Socket(Listening),
     Pty(Pty),
+    /// Somebody hands them in.
+    Handed,
 }
 
 impl Arrivals {
@@ -31,6 +33,7 @@ impl Arrivals {
         match self {
             Self::Socket(listening) => listening.next(registration),
             Self::Pty(pty) => pty.next(registration),
+            Self::Handed => Ok(None),
         }
     }
 }

@@ -3,20 +3,20 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::os::fd::AsFd;
-use std::sync::{Mutex, Weak};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::InputListener;
 use super::arrivals::Arrivals;
-use super::connection::{Connection, Peer};
+use super::connection::{Connection, Peer, Waiting};
 use super::escape::{Command, Escape, HELP};
 use super::poller::{Registration, Role, Source, lock};
 use super::ring::OutputRing;
+use super::{ConnectionObserver, InputListener, ReserveError};
 
 /// The most input, in bytes, that is read ahead of the device that takes it.
 const INPUT_CAPACITY: usize = 16 << 10;
@@ -45,6 +45,8 @@ pub(super) struct Core {
     pub(super) writable_event: EventFd,
     pub(super) connection_event: EventFd,
     quit: Option<EventFd>,
+    /// Told of readers who come and go.
+    pub(super) observer: Option<Arc<dyn ConnectionObserver>>,
     /// Told of input, with no lock held.
     pub(super) listener: Mutex<Option<Weak<dyn InputListener>>>,
 }
@@ -55,6 +57,8 @@ struct State {
     input: VecDeque<u8>,
     connection: Option<Connection>,
     arrivals: Option<Arrivals>,
+    /// A client is on the way, who will be handed in.
+    reserved: bool,
     escape: Option<Escape>,
     /// A device had output that was not taken.
     wants_room: bool,
@@ -95,6 +99,7 @@ impl Core {
                 input: VecDeque::new(),
                 connection: None,
                 arrivals: None,
+                reserved: false,
                 escape: None,
                 wants_room: false,
                 patience,
@@ -104,10 +109,11 @@ impl Core {
                 complained: false,
                 registration: None,
             }),
-            input_event: EventFd::new(EFD_NONBLOCK)?,
-            writable_event: EventFd::new(EFD_NONBLOCK)?,
-            connection_event: EventFd::new(EFD_NONBLOCK)?,
+            input_event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            writable_event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            connection_event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             quit,
+            observer: None,
             listener: Mutex::default(),
         })
     }
@@ -126,6 +132,48 @@ impl Core {
         state.registration = Some(registration);
         state.arrivals = Some(arrivals);
         self.await_next(&mut state);
+    }
+
+    /// See [`super::Endpoint::reserve`].
+    pub(super) fn reserve(&self, take_over: bool) -> Result<(), ReserveError> {
+        let mut state = lock(&self.state);
+        if !matches!(state.arrivals, Some(Arrivals::Handed)) {
+            return Err(ReserveError::Elsewhere);
+        }
+        if state.reserved || state.connection.is_some() && !take_over {
+            return Err(ReserveError::Taken);
+        }
+        self.disconnect(&mut state);
+        state.reserved = true;
+        Ok(())
+    }
+
+    /// See [`super::Reservation::attach`].
+    pub(super) fn attach_reserved(&self, client: OwnedFd, early: &[u8]) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.reserved = false;
+        let Some(registration) = &state.registration else { return Ok(()) };
+        let connection = Connection::duplex(Peer::Client, client, Waiting::Socket, registration)?;
+        if !early.is_empty() {
+            self.take_input(&mut state, early);
+            signal(&self.input_event);
+        }
+        self.attach(&mut state, connection);
+        drop(state);
+        if !early.is_empty() {
+            self.tell_listener();
+        }
+        Ok(())
+    }
+
+    /// The client who was on the way does not come.
+    pub(super) fn free_reserved(&self) {
+        lock(&self.state).reserved = false;
+    }
+
+    fn tell_listener(&self) {
+        let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
+        listener.iter().for_each(|listener| listener.input_waits());
     }
 
     /// See [`super::EndpointHandle::write`].
@@ -295,6 +343,7 @@ impl Core {
     }
 
     fn attach(&self, state: &mut State, connection: Connection) {
+        self.observe(connection.peer, true);
         state.connection = Some(connection);
         state.ring.replay();
         signal(&self.connection_event);
@@ -302,10 +351,17 @@ impl Core {
         self.resume_input(state);
     }
 
-    fn disconnect(&self, state: &mut State) {
-        if state.connection.take().is_none() {
-            return;
+    fn observe(&self, peer: Peer, connected: bool) {
+        if let (Peer::Client | Peer::Pty, Some(observer)) = (peer, &self.observer) {
+            observer.connected(connected);
         }
+    }
+
+    fn disconnect(&self, state: &mut State) {
+        let Some(connection) = state.connection.take() else {
+            return;
+        };
+        self.observe(connection.peer, false);
         state.ring.forget_reader();
         (state.stalled, state.impatient) = (None, false);
         signal(&self.connection_event);
@@ -433,8 +489,7 @@ impl Source for Core {
         let waits = !state.input.is_empty();
         drop(state);
         if waits {
-            let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
-            listener.iter().for_each(|listener| listener.input_waits());
+            self.tell_listener();
         }
     }
 

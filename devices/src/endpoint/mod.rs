@@ -20,7 +20,7 @@ mod tests;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -58,6 +58,8 @@ pub enum EndpointKind {
         /// Where it is made. It is removed at the end.
         path: PathBuf,
     },
+    /// Clients that are handed in, one at a time; see [`Endpoint::reserve`]. Each is first sent the last output.
+    Handed,
     /// A pseudo-terminal in raw mode; see [`Endpoint::path`]. A program that opens it is first sent the last output.
     Pty,
 }
@@ -78,12 +80,27 @@ pub struct EndpointOptions {
     pub patience: Option<Duration>,
     /// Signalled when `Ctrl-a x` is typed at a terminal. Without it, no key is special.
     pub quit: Option<EventFd>,
+    /// Told of clients and programs who come and go.
+    pub observer: Option<Arc<dyn ConnectionObserver>>,
+}
+
+/// Is told of an endpoint's readers who come and go. The standard streams and files are none.
+pub trait ConnectionObserver: Send + Sync + fmt::Debug {
+    /// A reader has come, or is gone. Called with the endpoint locked: it must not call the endpoint.
+    fn connected(&self, connected: bool);
 }
 
 impl EndpointOptions {
     /// A console of this kind: it keeps 64 KiB of history, waits 10 s for its reader, and no key is special.
     pub fn new(name: &str, kind: EndpointKind) -> Self {
-        Self { name: name.to_owned(), kind, history: OUTPUT_CAPACITY, patience: Some(PATIENCE), quit: None }
+        Self {
+            name: name.to_owned(),
+            kind,
+            history: OUTPUT_CAPACITY,
+            patience: Some(PATIENCE),
+            quit: None,
+            observer: None,
+        }
     }
 }
 
@@ -147,16 +164,18 @@ impl Endpoint {
     /// # Errors
     /// [`EndpointError`] names the endpoint, and what was tried.
     pub fn open(options: EndpointOptions, io: &ConsoleIo) -> Result<Self, EndpointError> {
-        let EndpointOptions { name, kind, history, patience, quit } = options;
+        let EndpointOptions { name, kind, history, patience, quit, observer } = options;
         let host = |what| {
             let name = name.clone();
             move |source| EndpointError::Host { name, what, source }
         };
         let history = match kind {
-            EndpointKind::Socket { .. } | EndpointKind::Pty => history,
+            EndpointKind::Socket { .. } | EndpointKind::Pty | EndpointKind::Handed => history,
             _ => 0,
         };
-        let core = Arc::new(Core::new(name.clone(), history, patience, quit).map_err(host("events"))?);
+        let mut core = Core::new(name.clone(), history, patience, quit).map_err(host("events"))?;
+        core.observer = observer;
+        let core = Arc::new(core);
         let register = || {
             let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&core) as Arc<dyn Source>));
             io.add(source).map_err(host("console thread"))
@@ -179,6 +198,7 @@ impl Endpoint {
                 let listening = Listening::bind(&path, &registration).map_err(|e| socket_error(&name, &path, e))?;
                 core.await_readers(Arrivals::Socket(listening), registration);
             }
+            EndpointKind::Handed => core.await_readers(Arrivals::Handed, register()?),
             EndpointKind::Pty => {
                 let registration = register()?;
                 let (pty, path) = Pty::open(&registration).map_err(host("pseudo-terminal"))?;
@@ -192,6 +212,16 @@ impl Endpoint {
     /// A device's way to this endpoint. Only one device uses it at a time.
     pub fn handle(&self) -> EndpointHandle {
         EndpointHandle { core: Arc::clone(&self.core) }
+    }
+
+    /// Sets the place of the one client aside for one who is to be handed in.
+    ///
+    /// # Errors
+    /// [`ReserveError`] where clients are not handed in here, or one is here or on the way; with `take_over`, who is
+    /// here is sent away.
+    pub fn reserve(&self, take_over: bool) -> Result<Reservation, ReserveError> {
+        self.core.reserve(take_over)?;
+        Ok(Reservation { core: Arc::clone(&self.core), attached: false })
     }
 
     /// The path of a pseudo-terminal's other end, for programs to open.
@@ -214,6 +244,44 @@ impl Endpoint {
     /// Bytes of output that no reader got, since it did not read in time.
     pub fn lost(&self) -> u64 {
         self.core.lost()
+    }
+}
+
+/// Why no client can be handed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ReserveError {
+    /// It leads elsewhere.
+    #[error("no clients are handed in here")]
+    Elsewhere,
+    /// There is one client at a time.
+    #[error("a client is connected already")]
+    Taken,
+}
+
+/// The place of a client who is on the way. Dropping it frees the place.
+#[derive(Debug)]
+pub struct Reservation {
+    core: Arc<Core>,
+    attached: bool,
+}
+
+impl Reservation {
+    /// Hands the client in: a connected stream socket, and what was read from it already. It is served until it hangs
+    /// up, another takes its place, or the endpoint goes.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn attach(mut self, client: OwnedFd, early: &[u8]) -> io::Result<()> {
+        self.attached = true;
+        self.core.attach_reserved(client, early)
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.attached {
+            self.core.free_reserved();
+        }
     }
 }
 

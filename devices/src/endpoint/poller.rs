@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// The token of the event that ends the thread. Sources' tokens start above it.
 const STOP: u64 = 0;
@@ -48,38 +48,93 @@ impl Role {
     }
 }
 
-/// Waits for the descriptors of any number of endpoints in one thread, named `console-io`, which is only there while
+/// Waits for the descriptors of any number of endpoints in one thread, named `console-io`, which is only there once
 /// an endpoint needs it.
 #[derive(Debug)]
 pub struct ConsoleIo {
     poller: Arc<Poller>,
     stop: EventFd,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Waiter>,
+}
+
+/// What a thread does before it waits.
+type First = dyn Fn() + Send + Sync;
+
+/// The thread that waits.
+enum Waiter {
+    /// None may be made yet.
+    Held,
+    /// None is needed yet.
+    Unneeded(Arc<First>),
+    /// It is there.
+    Running(JoinHandle<()>),
+}
+
+impl std::fmt::Debug for Waiter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Held => "Held",
+            Self::Unneeded(_) => "Unneeded",
+            Self::Running(_) => "Running",
+        })
+    }
 }
 
 impl ConsoleIo {
-    /// Makes the means to wait; no thread yet.
+    /// Makes the means to wait. The thread comes with the first endpoint that needs it.
     ///
     /// # Errors
     /// No descriptors are left.
     pub fn new() -> io::Result<Self> {
+        let io = Self::held()?;
+        io.start(|| {})?;
+        Ok(io)
+    }
+
+    /// As [`ConsoleIo::new`], but endpoints can only be made; nothing is read or accepted before [`ConsoleIo::start`].
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn held() -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let stop = EventFd::new(EFD_NONBLOCK)?;
+        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))?;
-        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let poller = Poller { epoll, sources: Mutex::default(), wake, ticking: AtomicBool::new(false) };
-        Ok(Self { poller: Arc::new(poller), stop, thread: Mutex::default() })
+        Ok(Self { poller: Arc::new(poller), stop, thread: Mutex::new(Waiter::Held) })
+    }
+
+    /// Serves the endpoints from now on. `first` is done on the thread before it waits for any: to give up rights that
+    /// it does not need.
+    ///
+    /// # Errors
+    /// The thread cannot be made.
+    pub fn start(&self, first: impl Fn() + Send + Sync + 'static) -> io::Result<()> {
+        let mut thread = lock(&self.thread);
+        if matches!(*thread, Waiter::Held) {
+            *thread = Waiter::Unneeded(Arc::new(first));
+        }
+        let needed = !lock(&self.poller.sources).by_id.is_empty();
+        if needed { self.run(&mut thread) } else { Ok(()) }
+    }
+
+    /// Makes the thread, where it may be made and is not there.
+    fn run(&self, thread: &mut Waiter) -> io::Result<()> {
+        if let Waiter::Unneeded(first) = thread {
+            let (poller, first) = (Arc::clone(&self.poller), Arc::clone(first));
+            let work = move || {
+                first();
+                poller.run();
+            };
+            *thread = Waiter::Running(thread::Builder::new().name("console-io".into()).spawn(work)?);
+        }
+        Ok(())
     }
 
     /// Adds a source, whose descriptors may be watched from then on.
     pub(super) fn add(&self, source: Weak<dyn Source>) -> io::Result<Registration> {
-        let mut thread = lock(&self.thread);
-        if thread.is_none() {
-            let poller = Arc::clone(&self.poller);
-            *thread = Some(thread::Builder::new().name("console-io".into()).spawn(move || poller.run())?);
-        }
-        drop(thread);
+        self.run(&mut lock(&self.thread))?;
         let mut sources = lock(&self.poller.sources);
         let id = sources.next.max(1);
         sources.next = id + 1;
@@ -95,7 +150,7 @@ impl Drop for ConsoleIo {
             tracing::error!("stopping console-io: {e}");
             return;
         }
-        if let Some(thread) = lock(&self.thread).take()
+        if let Waiter::Running(thread) = std::mem::replace(&mut *lock(&self.thread), Waiter::Held)
             && thread.join().is_err()
         {
             tracing::error!("console-io panicked");

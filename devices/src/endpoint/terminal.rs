@@ -100,8 +100,9 @@ fn raw_mode(mut modes: Termios) -> Termios {
     modes
 }
 
-/// Puts the terminal back as it was. Safe in a signal handler, and any number of times.
-fn restore() {
+/// Puts the terminal that is in raw mode, if there is one, back as it was: for whoever ends the process past all
+/// destructors. Safe in a signal handler, and any number of times.
+pub fn restore() {
     set_current(|saved| &saved.cooked);
 }
 

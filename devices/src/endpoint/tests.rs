@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::thread;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -545,4 +546,48 @@ fn a_file_as_input_is_read_to_its_end() {
     let input = fs::File::open(bench.path()).unwrap();
     let endpoint = streams(&bench, (input.into(), Waiting::Never), (output, Waiting::Never), None);
     assert!(read_input(&endpoint.handle(), data.len()) == data);
+}
+
+/// Remembers who came and went.
+#[derive(Debug, Default)]
+struct Comings(Mutex<Vec<bool>>);
+
+impl ConnectionObserver for Comings {
+    fn connected(&self, connected: bool) {
+        self.0.lock().unwrap().push(connected);
+    }
+}
+
+#[test]
+fn clients_are_handed_in_one_at_a_time() {
+    let bench = Bench::new();
+    let comings = Arc::new(Comings::default());
+    let mut options = EndpointOptions::new("test", EndpointKind::Handed);
+    options.observer = Some(comings.clone());
+    let endpoint = Endpoint::open(options, &bench.io).unwrap();
+    let handle = endpoint.handle();
+    handle.write_over(b"before");
+
+    let reservation = endpoint.reserve(false).unwrap();
+    assert_eq!(endpoint.reserve(true).unwrap_err(), ReserveError::Taken, "one is on the way");
+    drop(reservation);
+    let (mut near, far) = UnixStream::pair().unwrap();
+    near.set_read_timeout(Some(TIMEOUT)).unwrap();
+    endpoint.reserve(false).unwrap().attach(far.into(), b"early").unwrap();
+    assert_eq!(read_exact(&mut near, 6), b"before");
+    let mut input = [0; 5];
+    assert_eq!((handle.read(&mut input).unwrap(), &input), (5, b"early"));
+    assert_eq!(endpoint.reserve(false).unwrap_err(), ReserveError::Taken);
+
+    // Another takes its place: the first reads an end.
+    let reservation = endpoint.reserve(true).unwrap();
+    assert_eq!(near.read(&mut [0]).unwrap(), 0);
+    let (mut next, far) = UnixStream::pair().unwrap();
+    next.set_read_timeout(Some(TIMEOUT)).unwrap();
+    reservation.attach(far.into(), b"").unwrap();
+    assert_eq!(read_exact(&mut next, 6), b"before");
+    drop(next);
+    wait_connected(&handle, false);
+    assert_eq!(*comings.0.lock().unwrap(), [true, false, true, false]);
+    assert_eq!(bench.open(EndpointKind::Off, 0).reserve(true).unwrap_err(), ReserveError::Elsewhere);
 }

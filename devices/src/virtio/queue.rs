@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::chain::{Chain, Fault};
 use super::chain::{Spare, Table};
@@ -284,7 +284,7 @@ fn ring_fault(error: virtio_queue::Error) -> Fault {
 /// # Errors
 /// The operating system's answer.
 pub fn kick_event() -> io::Result<EventFd> {
-    EventFd::new(EFD_NONBLOCK)
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
 }
 
 #[cfg(test)]

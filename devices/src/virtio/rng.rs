@@ -36,6 +36,13 @@ impl Rng {
         Self { id: id.to_owned(), thread: None, running: None, bytes: Arc::default() }
     }
 
+    /// Serves the queue on this thread instead of one that is made when the driver starts it.
+    #[must_use]
+    pub fn on_thread(mut self, thread: Arc<IoThread>) -> Self {
+        self.thread = Some(thread);
+        self
+    }
+
     /// Counts the bytes given to the guest.
     pub fn bytes(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.bytes)

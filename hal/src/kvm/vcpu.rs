@@ -177,6 +177,11 @@ impl Vcpu for KvmVcpu {
         }
     }
 
+    fn stood_still(&mut self) {
+        // Refused where the guest does not use KVM's clock: then there is nobody to tell.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
     fn state(&mut self) -> Option<&mut dyn VcpuState> {
         Some(self)
     }

@@ -4,8 +4,10 @@ use std::fmt;
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 /// How a program ended.
 #[derive(Debug)]
@@ -60,15 +62,59 @@ impl fmt::Display for Run {
     }
 }
 
+/// One of a program's two outputs, as it comes.
+struct Stream {
+    pieces: Receiver<Vec<u8>>,
+    bytes: Vec<u8>,
+    /// What was looked at already.
+    seen: usize,
+}
+
+impl Stream {
+    fn new(mut from: impl Read + Send + 'static) -> Self {
+        let (sender, pieces) = channel();
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 16];
+            while let Ok(length) = from.read(&mut buffer)
+                && length > 0
+                && sender.send(buffer[..length].to_vec()).is_ok()
+            {}
+        });
+        Self { pieces, bytes: Vec::new(), seen: 0 }
+    }
+
+    /// Takes in the next piece. False where no more can come before the deadline.
+    fn receive(&mut self, deadline: Instant) -> bool {
+        match self.pieces.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(piece) => {
+                self.bytes.extend(piece);
+                true
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => false,
+        }
+    }
+
+    /// Waits for `text`, beyond what earlier calls waited for. False where it does not come.
+    fn wait_for(&mut self, text: &str, deadline: Instant) -> bool {
+        loop {
+            let unseen = &self.bytes[self.seen..];
+            if let Some(at) = unseen.windows(text.len()).position(|window| window == text.as_bytes()) {
+                self.seen += at + text.len();
+                return true;
+            }
+            if !self.receive(deadline) {
+                return false;
+            }
+        }
+    }
+}
+
 /// A program that runs. Dropping it kills it.
 pub struct Running {
     child: Child,
     stdin: Option<ChildStdin>,
-    pieces: Receiver<Vec<u8>>,
-    stdout: Vec<u8>,
-    /// What was looked at already by [`Running::wait_for`].
-    seen: usize,
-    stderr: Option<JoinHandle<String>>,
+    output: Stream,
+    messages: Stream,
     started: Instant,
     deadline: Instant,
 }
@@ -85,32 +131,9 @@ impl Running {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let started = Instant::now();
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", command.get_program().display()));
-        let mut output = child.stdout.take().expect("a pipe");
-        let mut messages = child.stderr.take().expect("a pipe");
-        let (sender, pieces) = channel();
-        std::thread::spawn(move || {
-            let mut buffer = vec![0; 1 << 16];
-            while let Ok(length) = output.read(&mut buffer)
-                && length > 0
-                && sender.send(buffer[..length].to_vec()).is_ok()
-            {}
-        });
-        let stderr = std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            // What was read before an error is as good as all.
-            let _ = messages.read_to_end(&mut bytes);
-            String::from_utf8_lossy(&bytes).into_owned()
-        });
-        Self {
-            stdin: child.stdin.take(),
-            child,
-            pieces,
-            stdout: Vec::new(),
-            seen: 0,
-            stderr: Some(stderr),
-            started,
-            deadline: started + deadline,
-        }
+        let output = Stream::new(child.stdout.take().expect("a pipe"));
+        let messages = Stream::new(child.stderr.take().expect("a pipe"));
+        Self { stdin: child.stdin.take(), child, output, messages, started, deadline: started + deadline }
     }
 
     /// The process id.
@@ -133,16 +156,21 @@ impl Running {
     /// Where it ends, or the deadline comes, before that.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) {
-        loop {
-            let unseen = &self.stdout[self.seen..];
-            if let Some(at) = unseen.windows(text.len()).position(|window| window == text.as_bytes()) {
-                self.seen += at + text.len();
-                return;
-            }
-            if !self.receive() {
-                let run = self.end();
-                panic!("{text:?} did not come\n{run}");
-            }
+        if !self.output.wait_for(text, self.deadline) {
+            let run = self.end();
+            panic!("{text:?} did not come\n{run}");
+        }
+    }
+
+    /// Waits until it has written `text` to standard error, beyond what earlier calls waited for.
+    ///
+    /// # Panics
+    /// As [`Running::wait_for`].
+    #[track_caller]
+    pub fn wait_for_message(&mut self, text: &str) {
+        if !self.messages.wait_for(text, self.deadline) {
+            let run = self.end();
+            panic!("{text:?} was not said\n{run}");
         }
     }
 
@@ -153,35 +181,41 @@ impl Running {
     #[track_caller]
     pub fn finish(mut self) -> Run {
         self.stdin = None;
-        while self.receive() {}
+        while self.output.receive(self.deadline) {}
         let late = Instant::now() >= self.deadline;
         let run = self.end();
         assert!(!late, "it did not end\n{run}");
         run
     }
 
-    /// Takes in the next piece of output. False where no more can come before the deadline.
-    fn receive(&mut self) -> bool {
-        match self.pieces.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
-            Ok(piece) => {
-                self.stdout.extend(piece);
-                true
-            }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => false,
-        }
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// Where it has ended and was waited for.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a process id"));
+        nix::sys::signal::kill(pid, signal).expect("the program is there");
+    }
+
+    /// Whether it has not ended yet.
+    pub(super) fn alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Waits for the end, which must come soon after that of the output, or brings it about.
-    fn end(&mut self) -> Run {
+    pub(super) fn end(&mut self) -> Run {
         if Instant::now() >= self.deadline {
             // It may have ended by itself.
             let _ = self.child.kill();
         }
         let status = self.child.wait().expect("the program is a child");
         let took = self.started.elapsed();
-        while self.receive() {}
-        let stderr = self.stderr.take().and_then(|thread| thread.join().ok()).unwrap_or_default();
-        Run { stdout: std::mem::take(&mut self.stdout), stderr, status, took }
+        // Both are closed now, unless a child of the program holds them.
+        let soon = Instant::now() + Duration::from_secs(5);
+        while self.output.receive(soon) {}
+        while self.messages.receive(soon) {}
+        let stderr = String::from_utf8_lossy(&self.messages.bytes).into_owned();
+        Run { stdout: std::mem::take(&mut self.output.bytes), stderr, status, took }
     }
 }
 

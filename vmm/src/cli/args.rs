@@ -1,6 +1,7 @@
 //! What the command line looks like. The comments are the help pages.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::{Args, Command, FromArgMatches};
 
@@ -20,7 +21,9 @@ pub struct Cli {
 #[derive(Debug, PartialEq)]
 pub enum Action {
     /// Start a virtual machine.
-    Run(Box<RunArgs>),
+    Run(Box<RunArgs>, ServiceArgs),
+    /// Serve clients of an API socket.
+    Serve(Box<ServeArgs>),
     /// Look for the problems of a configuration.
     Validate(Box<RunArgs>),
     /// Say what the host can do.
@@ -42,7 +45,10 @@ impl Cli {
         let matches = command().try_get_matches_from(words)?;
         // Clap has ended a command line without a subcommand, and with an unknown one, already.
         let action = match matches.subcommand() {
-            Some(("run", args)) => Action::Run(Box::new(RunArgs::from_arg_matches(args)?)),
+            Some(("run", args)) => {
+                Action::Run(Box::new(RunArgs::from_arg_matches(args)?), ServiceArgs::from_arg_matches(args)?)
+            }
+            Some(("serve", args)) => Action::Serve(Box::new(ServeArgs::from_arg_matches(args)?)),
             Some(("validate", args)) => Action::Validate(Box::new(RunArgs::from_arg_matches(args)?)),
             Some(("probe", args)) => Action::Probe(ProbeArgs::from_arg_matches(args)?),
             _ => Action::Schema,
@@ -62,11 +68,16 @@ pub fn command() -> Command {
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(Command::new("run").about("Start a virtual machine and stay until it ends").defer(|run| {
-            RunArgs::augment_args(run)
+            ServiceArgs::augment_args(RunArgs::augment_args(run))
                 .long_about(help::RUN_ABOUT)
                 .after_help(help::RUN_SHORT)
                 .after_long_help(help::RUN)
         }))
+        .subcommand(
+            Command::new("serve")
+                .about(help::SERVE_TITLE)
+                .defer(|serve| ServeArgs::augment_args(serve).long_about(help::SERVE_ABOUT).after_help(help::SERVE)),
+        )
         .subcommand(Command::new("validate").about(help::VALIDATE_TITLE).defer(|validate| {
             RunArgs::augment_args(validate).long_about(help::VALIDATE_ABOUT).after_help(help::VALIDATE)
         }))
@@ -103,6 +114,55 @@ pub struct ProbeArgs {
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+/// How the process is reached, and what it may do.
+#[derive(Debug, Clone, PartialEq, Args, Default)]
+pub struct ServiceArgs {
+    /// Serve the HTTP API on a Unix socket at PATH, or on an inherited listening socket: fd=N.
+    ///
+    /// As in "vm.sock,mode=0660,gid=36". The file's mode is 0600 and its owner the process's user, unless mode, uid and
+    /// gid say otherwise. A socket file that a process left behind is replaced; one that somebody listens at is not.
+    #[arg(long, value_name = "PATH[,KEY=VALUE]…|fd=N", help_heading = "Service")]
+    pub api_socket: Option<String>,
+
+    /// Write the process's number to this file while it runs
+    #[arg(long, value_name = "FILE", help_heading = "Service")]
+    pub pid_file: Option<PathBuf>,
+
+    /// What a guest that takes over a part of the monitor finds: on, off, or log [default: on]
+    ///
+    /// On: each thread may make the system calls that it needs and no others (one that does ends the process with exit
+    /// code 8), no path can be opened but what the configuration names, and there are no capabilities. Log: as on, but
+    /// calls that are not allowed are done, and the kernel's log names them. Off: none of this.
+    #[arg(long, value_name = "on|off|log", help_heading = "Safety")]
+    pub sandbox: Option<String>,
+
+    /// Let a crash of the monitor write a core dump, which holds the guest's memory
+    #[arg(long, help_heading = "Safety")]
+    pub core_dumps: bool,
+
+    /// Let clients of the API name what is at or below PATH: disks, kernels, sockets; repeatable.
+    ///
+    /// Without it they may name whatever the process's user may use. "/dev/net/tun" is for taps by their names.
+    #[arg(long, value_name = "PATH", help_heading = "Safety")]
+    pub grant: Vec<String>,
+}
+
+/// A service, and the virtual machine that it begins with.
+#[derive(Debug, PartialEq, Args, Default)]
+pub struct ServeArgs {
+    /// How it is reached.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+
+    /// Boot the virtual machine that --config and the other flags describe
+    #[arg(long, help_heading = "Service")]
+    pub boot: bool,
+
+    /// The virtual machine.
+    #[command(flatten)]
+    pub vm: RunArgs,
 }
 
 /// The virtual machine.
@@ -147,7 +207,8 @@ pub struct RunArgs {
     ///
     /// Further keys: hugepages=off|2M|1G takes it from the host's reserved huge pages, transparent_huge_pages=on|off
     /// (default on) lets the host use transparent ones, prefault=on|off (default off) populates all of it at the
-    /// start, shared=on|off (default off) makes it a memfd that other processes can map.
+    /// start, shared=on|off (default off) makes it a memfd that other processes can map,
+    /// lock=on|off (default off) keeps it from being swapped out.
     #[arg(long, value_name = "SIZE[,KEY=VALUE]…", help_heading = "Processors and memory")]
     pub memory: Option<String>,
 
@@ -157,7 +218,7 @@ pub struct RunArgs {
 
     /// Add a disk on a raw file or a block device; repeatable.
     ///
-    /// As in "path=root.img,id=root". Further keys: readonly=on|off, direct=on|off (around the host's page cache),
+    /// As in "path=root.img,id=root", or "fd=N" for an inherited descriptor. Further keys: readonly=on|off, direct=on|off (around the host's page cache),
     /// serial=TEXT (at most 20 bytes), queues=N. A key of on or off alone means on; a comma in a path is written twice.
     #[arg(long, value_name = "PATH[,KEY=VALUE]…", help_heading = "Devices")]
     pub disk: Vec<String>,
@@ -169,13 +230,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "TAP[,KEY=VALUE]…", help_heading = "Devices")]
     pub net: Vec<String>,
 
-    /// Where the serial port (ttyS0) leads: stdio, pty, off, file=PATH or socket=PATH.
+    /// Where the serial port (ttyS0) leads: stdio, pty, api, off, file=PATH or socket=PATH.
     ///
     /// Without it: stdio, or off where a console leads to stdio.
     #[arg(long, value_name = "ENDPOINT", help_heading = "Devices")]
     pub serial: Option<String>,
 
-    /// Add a virtio console, which leads to stdio, pty, off, file=PATH or socket=PATH; repeatable.
+    /// Add a virtio console, which leads to stdio, pty, api, off, file=PATH or socket=PATH; repeatable.
     ///
     /// The first without a name is hvc0, the next hvc1. With "name=PORT" it is a port for programs in the guest,
     /// /dev/virtio-ports/PORT. A further key: id=ID.

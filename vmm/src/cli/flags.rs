@@ -8,6 +8,9 @@ use api::{
     Topology, VmConfig, did_you_mean,
 };
 
+use vmm::sandbox::Mode;
+use vmm::server::{Access, ApiSocket};
+
 use super::args::RunArgs;
 use super::keys::{Pair, pairs};
 
@@ -75,6 +78,13 @@ impl Flags {
         self.devices(args, config);
     }
 
+    /// What `--sandbox` says. It is no part of the configuration: whoever may configure the VM is not who decides on the
+    /// walls around it.
+    pub fn sandbox(&mut self, text: Option<&str>) -> Mode {
+        let Some(text) = text else { return Mode::On };
+        self.word(&format!("--sandbox {}", brief(text)), text, &SANDBOXES).unwrap_or(Mode::On)
+    }
+
     /// A problem with the flag that has it in the place of the configuration's field, where a flag set the field.
     /// `None` where the field comes from elsewhere.
     pub fn trace(&self, problem: &Problem) -> Option<Problem> {
@@ -92,6 +102,41 @@ impl Flags {
         let Some((_, flag)) = self.origin_of(problem) else { return false };
         let of_flag = |rest: &str| rest.is_empty() || rest.starts_with(": ");
         self.problems.iter().filter_map(|known| known.field.strip_prefix(flag)).any(of_flag)
+    }
+
+    /// What `--api-socket` says.
+    pub fn api_socket(&mut self, text: Option<&str>) -> Option<ApiSocket> {
+        let text = text?;
+        let at = format!("--api-socket {}", brief(text));
+        let (mut path, mut fd, mut access) = (None, None, Access::default());
+        for Pair { key, value } in self.list(&at, text, Some("path"), &["path", "fd", "mode", "uid", "gid"]) {
+            match key.as_str() {
+                "path" => path = self.given(&at, &key, value).map(PathBuf::from),
+                "fd" => fd = self.value(&at, &key, value, "the number of a descriptor"),
+                "uid" => access.uid = self.value(&at, &key, value, "the number of a user"),
+                "gid" => access.gid = self.value(&at, &key, value, "the number of a group"),
+                _ => {
+                    let Some(value) = self.given(&at, &key, value) else { continue };
+                    match u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777) {
+                        Some(mode) => access.mode = mode,
+                        None => self.add(&at, format!("mode: «{}» is no mode", brief(&value)), "write 0600 or 0660"),
+                    }
+                }
+            }
+        }
+        match (path, fd) {
+            (Some(path), None) if !path.as_os_str().is_empty() => Some(ApiSocket::Path { path, access }),
+            (None, Some(fd)) => Some(ApiSocket::Fd(fd)),
+            _ => {
+                self.add(&at, "it names no socket, or more than one", "give a path, or fd=N");
+                None
+            }
+        }
+    }
+
+    /// A flag that is needed is not there.
+    pub fn missing(&mut self, flag: &str, problem: &str, remedy: &str) {
+        self.add(flag, problem, remedy);
     }
 
     fn origin_of(&self, problem: &Problem) -> Option<(&str, &str)> {
@@ -147,18 +192,19 @@ impl Flags {
     }
 
     fn disk(&mut self, at: &str, text: &str) -> DeviceConfig {
-        let mut disk = Disk::new("");
+        let mut disk = Disk { path: None, ..Disk::new("") };
         for Pair { key, value } in
-            self.list(at, text, Some("path"), &["path", "readonly", "direct", "serial", "queues", "id"])
+            self.list(at, text, Some("path"), &["path", "fd", "readonly", "direct", "serial", "queues", "id"])
         {
             match key.as_str() {
                 "readonly" => disk.readonly = self.on(at, &key, value),
                 "direct" => disk.direct = self.on(at, &key, value),
+                "fd" => disk.fd = self.value(at, &key, value, "the number of a descriptor"),
                 "queues" => disk.queues = self.value(at, &key, value, "a number").unwrap_or(disk.queues),
                 _ => {
                     let Some(value) = self.given(at, &key, value) else { continue };
                     match key.as_str() {
-                        "path" => disk.path = value.into(),
+                        "path" => disk.path = Some(value.into()),
                         "serial" => disk.serial = Some(value),
                         _ => disk.id = value,
                     }
@@ -209,7 +255,7 @@ impl Flags {
     }
 
     fn endpoint(&mut self, at: &str, parts: &[Pair]) -> Option<Endpoint> {
-        const CHOICE: &str = "choose stdio, pty, off, file=PATH or socket=PATH";
+        const CHOICE: &str = "choose stdio, pty, api, off, file=PATH or socket=PATH";
         let [Pair { key, value }] = parts else {
             let problem = if parts.is_empty() { "it does not say where it leads" } else { "it leads to more than one" };
             self.add(at, problem, CHOICE);
@@ -219,6 +265,7 @@ impl Flags {
         match (key.as_str(), path) {
             ("stdio", None) => Some(Endpoint::Stdio {}),
             ("pty", None) => Some(Endpoint::Pty {}),
+            ("api", None) => Some(Endpoint::Api {}),
             ("off", None) => Some(Endpoint::Off {}),
             ("file", Some(path)) => Some(Endpoint::File { path }),
             ("socket", Some(path)) => Some(Endpoint::Socket { path }),
@@ -253,7 +300,7 @@ impl Flags {
     fn memory(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--memory {}", brief(text));
         self.origin("memory", "--memory", text);
-        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared"];
+        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared", "lock"];
         let sizes = [("off", Hugepages::Off), ("2M", Hugepages::Size2M), ("1G", Hugepages::Size1G)];
         let memory = &mut config.memory;
         for Pair { key, value } in self.list(&at, text, Some("size"), &known) {
@@ -266,7 +313,8 @@ impl Flags {
                 }
                 "transparent_huge_pages" => memory.transparent_huge_pages = self.on(&at, &key, value),
                 "prefault" => memory.prefault = self.on(&at, &key, value),
-                _ => memory.shared = self.on(&at, &key, value),
+                "shared" => memory.shared = self.on(&at, &key, value),
+                _ => memory.lock = self.on(&at, &key, value),
             }
         }
     }
@@ -348,10 +396,11 @@ const KINDS: [(&str, Kind); 4] = [
 const RESETS: [(&str, OnReset); 2] = [("restart", OnReset::Restart), ("exit", OnReset::Exit)];
 const PANICS: [(&str, OnPanic); 3] =
     [("exit", OnPanic::Exit), ("restart", OnPanic::Restart), ("ignore", OnPanic::Ignore)];
+const SANDBOXES: [(&str, Mode); 3] = [("on", Mode::On), ("off", Mode::Off), ("log", Mode::Log)];
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
 /// The keys of an endpoint, of which one is given.
-const ENDPOINT_KEYS: [&str; 5] = ["stdio", "pty", "off", "file", "socket"];
+const ENDPOINT_KEYS: [&str; 6] = ["stdio", "pty", "api", "off", "file", "socket"];
 
 /// A flag's value, cut so that a message stays readable.
 fn brief(text: &str) -> String {

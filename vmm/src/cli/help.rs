@@ -14,7 +14,8 @@ Start a virtual machine and stay until it ends.
 
 The guest's serial port is this terminal, unless --serial or --console say otherwise: the guest's log appears, and \
 keys go to the guest. Ctrl-a x ends the machine at once; Ctrl-a Ctrl-a sends a Ctrl-a. The terminal is restored \
-however the run ends. SIGTERM presses the guest's power button.";
+however the run ends. SIGTERM and SIGINT press the guest's power button and give it lifecycle.shutdown_timeout seconds; \
+a second one, or SIGHUP, ends the machine at once.";
 
 /// `halyard run -h`, after the flags.
 pub const RUN_SHORT: &str = "\
@@ -44,11 +45,36 @@ Exit codes:
     4  the guest's kernel panicked
     5  the guest crashed: a triple fault, or an instruction that cannot be carried out
     6  user space was not reached within --boot-timeout; what holds the guest up is told
+    7  a request at the API socket destroyed the machine
+    8  the sandbox ended the monitor: a thread made a system call that it never should
    64  and up to 95: the guest wrote to the debug-exit port; its five low bits are added
   130  ended from the terminal by Ctrl-a x
   128  and more: ended by a signal, whose number is added
 
 Every problem of the input is reported at once, before anything is changed on the host.";
+
+/// `halyard serve` in the list of commands.
+pub const SERVE_TITLE: &str = "Serve the HTTP API on a Unix socket, for one virtual machine";
+
+/// `halyard serve --help`, at its top.
+pub const SERVE_ABOUT: &str = "\
+Serve the HTTP API on a Unix socket, for one virtual machine.
+
+Without a configuration there is no machine until a client creates one (PUT /api/v1/vm). The process outlives the \
+machine, whose outcome clients can read. SIGTERM and SIGINT press the power button of a machine that runs, and the \
+process ends with it, or after lifecycle.shutdown_timeout seconds; a second one, or SIGHUP, ends both at once. Started by \
+systemd with a socket (LISTEN_FDS), it serves that one; it tells systemd when it is ready, what it does, and that it is \
+alive (NOTIFY_SOCKET, WATCHDOG_USEC).";
+
+/// `halyard serve --help`, after the flags.
+pub const SERVE: &str = "\
+Examples:
+  halyard serve --api-socket vm.sock
+  halyard serve --api-socket vm.sock,mode=0660,gid=36 --config vm.yaml --boot
+  curl --unix-socket vm.sock http://localhost/api/v1/vm
+
+Exit codes: 0 after a signal, 1 where the host failed, 2 for bad input, 128 and more where a signal had to end the \
+machine by force: its number is added.";
 
 /// `halyard validate` in the list of commands.
 pub const VALIDATE_TITLE: &str =

@@ -7,6 +7,7 @@ mod keys;
 mod probe;
 mod quick;
 mod run;
+mod safety;
 #[cfg(test)]
 mod tests;
 
@@ -30,7 +31,8 @@ pub fn main() -> ExitCode {
     let format = cli.log.format;
     crate::logging::start(cli.log.level, format);
     match &cli.action {
-        Action::Run(args) => run::run(args, format),
+        Action::Run(args, service) => run::run(args, service, format),
+        Action::Serve(args) => run::serve(args, format),
         Action::Validate(args) => run::validate(args, format),
         Action::Probe(args) => probe::probe(args.json, format),
         Action::Schema => print(SCHEMA_JSON, ExitCode::SUCCESS, format),

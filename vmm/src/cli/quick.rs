@@ -9,7 +9,7 @@ use std::ffi::OsString;
 
 use clap::ValueEnum;
 
-use super::args::{Action, Cli, LogArgs, RunArgs};
+use super::args::{Action, Cli, LogArgs, RunArgs, ServiceArgs};
 use crate::logging::{Format, Level};
 
 /// Where a flag's value belongs.
@@ -28,6 +28,7 @@ pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
         return None;
     }
     let mut args = RunArgs::default();
+    let mut service = ServiceArgs::default();
     let mut log = LogWords::default();
     while let Some(word) = words.next() {
         let word = word.into_string().ok()?;
@@ -40,7 +41,7 @@ pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
             Some(value) => Some(value),
             None => words.next()?.into_string().ok().filter(|value| !value.starts_with('-')),
         };
-        match slot(&mut args, &mut log, name) {
+        match slot(&mut args, &mut service, &mut log, name) {
             Some(Slot::One(slot)) if slot.is_none() => *slot = Some(value(attached)?),
             Some(Slot::Many(slot)) => slot.push(value(attached)?),
             Some(Slot::Attached(slot)) if slot.is_none() && attached.as_deref() != Some("") => {
@@ -52,7 +53,7 @@ pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
     }
     let level = log.level.map_or(Ok(Level::Info), |word| Level::from_str(&word, false)).ok()?;
     let format = log.format.map_or(Ok(Format::Text), |word| Format::from_str(&word, false)).ok()?;
-    Some(Cli { action: Action::Run(Box::new(args)), log: LogArgs { level, format } })
+    Some(Cli { action: Action::Run(Box::new(args), service), log: LogArgs { level, format } })
 }
 
 /// The log's flags as they were written.
@@ -62,7 +63,12 @@ struct LogWords {
     format: Option<String>,
 }
 
-fn slot<'args>(args: &'args mut RunArgs, log: &'args mut LogWords, name: &str) -> Option<Slot<'args>> {
+fn slot<'args>(
+    args: &'args mut RunArgs,
+    service: &'args mut ServiceArgs,
+    log: &'args mut LogWords,
+    name: &str,
+) -> Option<Slot<'args>> {
     Some(match name {
         "log-level" => Slot::One(&mut log.level),
         "log-format" => Slot::One(&mut log.format),
@@ -86,6 +92,9 @@ fn slot<'args>(args: &'args mut RunArgs, log: &'args mut LogWords, name: &str) -
         "debug-exit" => Slot::Switch(&mut args.debug_exit),
         "on-reset" => Slot::One(&mut args.on_reset),
         "on-panic" => Slot::One(&mut args.on_panic),
+        "sandbox" => Slot::One(&mut service.sandbox),
+        "core-dumps" => Slot::Switch(&mut service.core_dumps),
+        "grant" => Slot::Many(&mut service.grant),
         _ => return None,
     })
 }
@@ -139,7 +148,7 @@ mod tests {
     fn it_reads_the_plain_case() {
         let line = "halyard run --kernel k --cpus=2 --memory 1G --disk a --disk b --net t --serial stdio --console pty \
                     --rng --debug-exit --initramfs i --cmdline quiet --kind tdx --pvpanic on --on-reset exit --on-panic \
-                    exit --log-level debug --log-format json --config c";
+                    exit --sandbox off --core-dumps --log-level debug --log-format json --config c";
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         assert_eq!(quick(&words), Some(Cli::read(&words).unwrap()));
     }

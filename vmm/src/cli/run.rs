@@ -1,15 +1,18 @@
-//! `halyard run` and `halyard validate`.
+//! `halyard run`, `halyard serve` and `halyard validate`.
 
 use std::path::Path;
 use std::process::ExitCode;
 
-use api::{ConfigText, HostFacts, Problem, Problems, VmConfig};
+use api::{ConfigText, HostFacts, Outcome, Problem, Problems, VmConfig};
 use vmm::inputs::Inputs;
-use vmm::{Failure, Watching};
+use vmm::owner::Until;
+use vmm::request::Descriptors;
+use vmm::server::ApiSocket;
+use vmm::{Failure, Plan, Watching};
 
-use super::args::RunArgs;
+use super::args::{RunArgs, ServeArgs, ServiceArgs};
 use super::flags::Flags;
-use super::{BAD_INPUT, HOST_FAILED, complain, print};
+use super::{BAD_INPUT, HOST_FAILED, complain, print, safety};
 use crate::logging::Format;
 
 /// A configuration from a file, flags or both, and what is wrong with them.
@@ -84,6 +87,41 @@ impl Source {
         problems.iter().map(tell).collect()
     }
 
+    /// No configuration.
+    fn none() -> Self {
+        Self { file: None, flags: Flags::default(), config: None, problems: Vec::new() }
+    }
+
+    /// The whole configuration; where it has problems, all of them, and those of what it names.
+    fn checked(&mut self) -> Result<VmConfig, Failure> {
+        let late: Vec<Problem> =
+            self.flags.problems.iter().filter(|one| !self.problems.contains(one)).cloned().collect();
+        self.problems.extend(late);
+        let config = self.config(|config| {
+            let mut problems = api::validate(config, &HostFacts::unlimited());
+            problems.extend(Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default());
+            problems
+        });
+        config.map_err(|problems| Failure::BadInput(Problems(problems)))
+    }
+
+    fn without_problems(&self) -> Result<(), Failure> {
+        match self.flags.problems.clone() {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(Failure::BadInput(Problems(problems))),
+        }
+    }
+
+    fn fail(&self, failure: Failure, format: Format) -> ExitCode {
+        match failure {
+            Failure::BadInput(Problems(problems)) => self.refuse(problems, format),
+            Failure::Host(reason) => {
+                complain(format, "", &reason);
+                HOST_FAILED.into()
+            }
+        }
+    }
+
     fn refuse(&self, mut problems: Vec<Problem>, format: Format) -> ExitCode {
         for (told, problem) in self.told(&mut problems).iter().zip(&problems) {
             complain(format, &problem.field, told);
@@ -93,28 +131,60 @@ impl Source {
 }
 
 /// Runs a VM until it ends.
-pub fn run(args: &RunArgs, format: Format) -> ExitCode {
-    let source = Source::read(args);
-    let config = source.config(|config| {
-        let mut problems = api::validate(config, &HostFacts::unlimited());
-        problems.extend(Inputs::open(config).err().unwrap_or_default());
-        problems
-    });
-    let outcome = config.map_err(|problems| Failure::BadInput(Problems(problems))).and_then(|config| {
-        let watching = Watching { boot_trace: args.boot_trace.as_ref().map(Into::into) };
-        vmm::run(config, &watching)
-    });
-    match outcome {
-        Ok(outcome) => {
-            tracing::info!("{outcome}");
-            outcome.exit_code().into()
-        }
-        Err(Failure::BadInput(Problems(problems))) => source.refuse(problems, format),
-        Err(Failure::Host(reason)) => {
-            complain(format, "", &reason);
-            HOST_FAILED.into()
-        }
+pub fn run(args: &RunArgs, service: &ServiceArgs, format: Format) -> ExitCode {
+    let mut source = Source::read(args);
+    let api = source.flags.api_socket(service.api_socket.as_deref());
+    let mode = source.flags.sandbox(service.sandbox.as_deref());
+    if let Err(error) = safety::prepare(source.config.as_ref(), api.as_ref(), mode, service, format) {
+        return source.fail(error.into(), format);
     }
+    let config = source.checked();
+    let ended = config.and_then(|config| {
+        let (pid_file, watching) = (service.pid_file.clone(), watching(args));
+        vmm::carry_out(Plan { config: Some(config), boot: true, api, pid_file, watching, until: Until::VmEnds })
+    });
+    match ended {
+        // A request has destroyed the VM, and with it all that is to be said of it.
+        Ok(outcome) => end(&outcome.unwrap_or(Outcome::Destroyed)),
+        Err(failure) => source.fail(failure, format),
+    }
+}
+
+/// Serves clients until a signal ends it.
+pub fn serve(args: &ServeArgs, format: Format) -> ExitCode {
+    let has_vm = args.vm != RunArgs::default();
+    let mut source = if has_vm { Source::read(&args.vm) } else { Source::none() };
+    let api = source.flags.api_socket(args.service.api_socket.as_deref()).or_else(ApiSocket::from_systemd);
+    if api.is_none() {
+        source.flags.missing("--api-socket", "the service has no socket", "give --api-socket PATH");
+    }
+    if args.boot && !has_vm {
+        source.flags.missing("--boot", "there is no virtual machine to boot", "give --config FILE");
+    }
+    let mode = source.flags.sandbox(args.service.sandbox.as_deref());
+    if let Err(error) = safety::prepare(source.config.as_ref(), api.as_ref(), mode, &args.service, format) {
+        return source.fail(error.into(), format);
+    }
+    let config = if has_vm { source.checked().map(Some) } else { source.without_problems().map(|()| None) };
+    let ended = config.and_then(|config| {
+        let (pid_file, watching) = (args.service.pid_file.clone(), watching(&args.vm));
+        vmm::carry_out(Plan { config, boot: args.boot, api, pid_file, watching, until: Until::Signal })
+    });
+    match ended {
+        // A VM that had to be ended by force is the only one whose end is the service's.
+        Ok(Some(outcome @ (Outcome::Signalled { .. } | Outcome::Quit))) => end(&outcome),
+        Ok(_) => ExitCode::SUCCESS,
+        Err(failure) => source.fail(failure, format),
+    }
+}
+
+fn watching(args: &RunArgs) -> Watching {
+    Watching { boot_trace: args.boot_trace.as_ref().map(Into::into) }
+}
+
+fn end(outcome: &Outcome) -> ExitCode {
+    tracing::info!("{outcome}");
+    outcome.exit_code().into()
 }
 
 /// Prints a configuration with its defaults filled in, or its problems.

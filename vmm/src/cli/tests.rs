@@ -12,7 +12,7 @@ use super::run::Source;
 fn args(line: &[&str]) -> RunArgs {
     let words = ["halyard", "run"].iter().chain(line);
     match Cli::read(words.copied()).unwrap().action {
-        Action::Run(args) => *args,
+        Action::Run(args, _) => *args,
         other => panic!("not run: {other:?}"),
     }
 }
@@ -173,12 +173,15 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
     (
         &["--kernel", "k", "--disk", "a.img,read_onyl,path=b"],
         &[
-            "--disk a.img,read_onyl,path=b: unknown key «read_onyl» of --disk; did you mean «readonly»? known: path, \
+            "--disk a.img,read_onyl,path=b: unknown key «read_onyl» of --disk; did you mean «readonly»? known: path, fd, \
                  readonly, direct, serial, queues, id",
             "--disk a.img,read_onyl,path=b: the key «path» is repeated; give it once",
         ],
     ),
-    (&["--kernel", "k", "--disk", "readonly"], &["--disk readonly: path: the path is empty; name a file"]),
+    (
+        &["--kernel", "k", "--disk", "readonly"],
+        &["--disk readonly: nothing is named that the disk is on; give `path` or `fd`"],
+    ),
     (
         &["--kernel", "k", "--disk", "a,queues=many", "--disk", "b,id"],
         &[
@@ -218,16 +221,16 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
         ],
         &[
             "--serial file: «file» needs a path; write file=PATH",
-            "--console socket=a,pty: it leads to more than one; choose stdio, pty, off, file=PATH or socket=PATH",
-            "--console stdio=1: «stdio» takes no value; choose stdio, pty, off, file=PATH or socket=PATH",
-            "--console name=x: it does not say where it leads; choose stdio, pty, off, file=PATH or socket=PATH",
+            "--console socket=a,pty: it leads to more than one; choose stdio, pty, api, off, file=PATH or socket=PATH",
+            "--console stdio=1: «stdio» takes no value; choose stdio, pty, api, off, file=PATH or socket=PATH",
+            "--console name=x: it does not say where it leads; choose stdio, pty, api, off, file=PATH or socket=PATH",
         ],
     ),
     (
         &["--kernel", "k", "--serial", "tcp=1"],
         &[
-            "--serial tcp=1: unknown key «tcp» of --serial; known: stdio, pty, off, file, socket",
-            "--serial tcp=1: it does not say where it leads; choose stdio, pty, off, file=PATH or socket=PATH",
+            "--serial tcp=1: unknown key «tcp» of --serial; known: stdio, pty, api, off, file, socket",
+            "--serial tcp=1: it does not say where it leads; choose stdio, pty, api, off, file=PATH or socket=PATH",
         ],
     ),
     (

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -92,6 +92,11 @@ impl Cache {
         Self::open_directory(path.clone())
             .map_err(|error| tracing::warn!("kernels are not kept in {}: {error}", path.display()))
             .ok()
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     fn open_directory(path: PathBuf) -> io::Result<Self> {

@@ -9,7 +9,7 @@ mod entry;
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
@@ -19,6 +19,7 @@ use arch::payload::{self, Packed, PayloadError};
 
 use self::cache::{Cache, Key};
 use self::entry::Entry;
+use crate::sandbox::{self, Access, Grant};
 
 /// What is loaded as the kernel.
 #[derive(Debug, Clone)]
@@ -42,11 +43,26 @@ impl Image {
     }
 }
 
-/// Gets images ready, on threads of their own, and keeps what was unpacked for later runs.
+/// Gets images ready, on a thread of its own, and keeps what was unpacked for later runs.
+///
+/// The thread takes apart what may be hostile, so it has no rights but to its cache. It stays for the next boot, since
+/// one that is made later would have no more rights than the owner has then.
 #[derive(Default)]
 pub struct Kernels {
-    /// The thread that puts an image into the cache.
-    keeper: Mutex<Option<JoinHandle<()>>>,
+    worker: Mutex<Option<Worker>>,
+}
+
+/// The thread.
+struct Worker {
+    jobs: Sender<Job>,
+    thread: JoinHandle<()>,
+}
+
+/// An image to be made ready.
+struct Job {
+    kernel: File,
+    packed: Packed,
+    ready: SyncSender<Image>,
 }
 
 /// An image that is being made ready.
@@ -69,7 +85,7 @@ impl Pending {
 }
 
 impl Kernels {
-    /// Begins to make the image of `kernel` ready, with what is kept as `cache` says.
+    /// Begins to make the image of `kernel` ready, with what is kept as `cache` said the first time.
     pub fn begin(&self, kernel: &File, cache: &KernelCache) -> Pending {
         let work =
             Packed::find(kernel).and_then(|packed| Ok((packed, kernel.try_clone().map_err(PayloadError::Read)?)));
@@ -81,27 +97,10 @@ impl Kernels {
                 return Pending::Ready(Image::File);
             }
         };
-        let cache = cache.clone();
         let (ready, pending) = sync_channel(1);
-        let thread = Builder::new().name("kernel".into()).spawn(move || {
-            let cache = Cache::open(&cache);
-            let made = make(&kernel, packed, cache.as_ref());
-            let (image, key) = made.unwrap_or_else(|error| {
-                unpacks_itself(&error);
-                (Image::File, None)
-            });
-            // The owner may have given up.
-            let _ = ready.send(image.clone());
-            if let (Some(cache), Some(key), Image::Unpacked(bytes)) = (cache, key, image) {
-                cache.keep(&key, &bytes);
-            }
-        });
-        match thread {
-            Ok(thread) => {
-                self.join();
-                *self.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
-                Pending::Working(pending)
-            }
+        match self.give(Job { kernel, packed, ready }, cache) {
+            // A thread that has died has dropped the job, and the wait ends.
+            Ok(()) => Pending::Working(pending),
             Err(error) => {
                 unpacks_itself(&PayloadError::Read(error));
                 Pending::Ready(Image::File)
@@ -109,18 +108,53 @@ impl Kernels {
         }
     }
 
-    fn join(&self) {
-        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if keeper.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the thread that unpacks kernels panicked");
-        }
+    /// Gives the thread a job, which it does after those before.
+    fn give(&self, job: Job, cache: &KernelCache) -> io::Result<()> {
+        let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
+        let worker = match &mut *worker {
+            Some(worker) => worker,
+            none => {
+                let (sender, jobs) = channel();
+                let cache = cache.clone();
+                let thread = Builder::new().name("kernel".into()).spawn(move || work(&jobs, &cache))?;
+                none.insert(Worker { jobs: sender, thread })
+            }
+        };
+        worker.jobs.send(job).map_err(io::Error::other)
     }
 }
 
 impl Drop for Kernels {
     /// What is being put into the cache is finished first.
     fn drop(&mut self) {
-        self.join();
+        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Worker { jobs, thread }) = worker else { return };
+        drop(jobs);
+        if thread.join().is_err() {
+            tracing::error!("the thread that unpacks kernels panicked");
+        }
+    }
+}
+
+/// Does jobs until there will be no more.
+fn work(jobs: &Receiver<Job>, cache: &KernelCache) {
+    let cache = Cache::open(cache);
+    let grant = cache.as_ref().map(|cache| Grant { path: cache.path().to_owned(), access: Access::Keep });
+    if let Err(error) = sandbox::confine_thread(grant.as_slice()) {
+        tracing::error!("the thread that unpacks kernels keeps its rights, so it does nothing: {error}");
+        return;
+    }
+    sandbox::enter(sandbox::Thread::Loader);
+    for Job { kernel, packed, ready } in jobs {
+        let (image, key) = make(&kernel, packed, cache.as_ref()).unwrap_or_else(|error| {
+            unpacks_itself(&error);
+            (Image::File, None)
+        });
+        // The owner may have given up.
+        let _ = ready.send(image.clone());
+        if let (Some(cache), Some(key), Image::Unpacked(bytes)) = (&cache, key, image) {
+            cache.keep(&key, &bytes);
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use super::sight::Sight;
 use super::symbols::Symbols;
 use super::{Milestone, View, Word};
 use crate::inbox::{Event, Inbox};
+use crate::sandbox;
 
 /// How often user mode is looked for, and on how many vCPUs each time.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -45,7 +46,10 @@ impl Attached {
         let view = Arc::new(view);
         recorder.look_at(view.clone());
         let watcher = Watcher { recorder: recorder.clone(), view, limit, next_vcpu: 0, diagnosis: Vec::new() };
-        let thread = Builder::new().name("boot-watch".into()).spawn(move || watcher.watch())?;
+        let thread = Builder::new().name("boot-watch".into()).spawn(move || {
+            sandbox::enter(sandbox::Thread::Watch);
+            watcher.watch();
+        })?;
         Ok(Self { recorder, thread: Some(thread) })
     }
 }

@@ -169,6 +169,15 @@ impl Blk {
         }
     }
 
+    /// Serves queues on these threads, one each, instead of threads that are made when the driver starts them.
+    #[must_use]
+    pub fn on_threads(mut self, threads: impl IntoIterator<Item = Arc<IoThread>>) -> Self {
+        for (slot, thread) in self.queues.iter_mut().zip(threads) {
+            slot.thread = Some(thread);
+        }
+        self
+    }
+
     /// What the disk has done so far.
     pub fn counters(&self) -> Arc<BlkCounters> {
         Arc::clone(&self.shared.counters)

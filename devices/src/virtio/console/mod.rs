@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::read_from_config;
 use super::{
@@ -145,7 +145,8 @@ impl Console {
         let size = match size {
             Some((columns, rows)) => Some(Arc::new(ConsoleSize {
                 size: AtomicU32::new(u32::from(columns) << 16 | u32::from(rows)),
-                event: EventFd::new(EFD_NONBLOCK).map_err(|source| ConsoleError::Host { id: id.to_owned(), source })?,
+                event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+                    .map_err(|source| ConsoleError::Host { id: id.to_owned(), source })?,
             })),
             None => None,
         };
@@ -160,6 +161,13 @@ impl Console {
             worker: Some(WorkerPlace::Here(Box::new(new_worker(ports, size.clone())))),
             size,
         })
+    }
+
+    /// Serves the queues on this thread instead of one that is made when the driver starts them.
+    #[must_use]
+    pub fn on_thread(mut self, thread: Arc<IoThread>) -> Self {
+        self.thread = Some(thread);
+        self
     }
 
     /// Where to tell new sizes of the host's terminal; `None` for a device made without one.

@@ -92,6 +92,13 @@ impl Net {
         Self { options, tap, counters: Arc::default(), thread: None, rx: None, tx: None }
     }
 
+    /// Serves the queues on this thread instead of one that is made when the driver starts them.
+    #[must_use]
+    pub fn on_thread(mut self, thread: Arc<IoThread>) -> Self {
+        self.thread = Some(thread);
+        self
+    }
+
     /// What has gone through it so far.
     pub fn counters(&self) -> Arc<NetCounters> {
         Arc::clone(&self.counters)

@@ -1,0 +1,439 @@
+//! A client of the API: one blocking connection over the Unix socket.
+//!
+//! ```no_run
+//! use api::{Client, VmConfig};
+//!
+//! let mut client = Client::connect("vm.sock")?;
+//! client.create(&VmConfig::new("/boot/vmlinuz"))?;
+//! client.boot()?;
+//! println!("{}", client.vm()?.phase);
+//! # Ok::<(), api::ClientError>(())
+//! ```
+
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::routes::{CONSOLE_PROTOCOL, Operation, Verb, route_of};
+use crate::{
+    DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, ProblemDocument, Shutdown, Vcpus, VcpusPatch,
+    Version, VmConfig, VmInfo,
+};
+
+/// The most bytes of a reply's head that are read.
+const MAX_HEAD: u64 = 64 << 10;
+/// The most bytes of a reply's body that are read.
+const MAX_BODY: u64 = 16 << 20;
+
+/// Why a request was not answered as it wished.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The socket cannot be reached.
+    #[error("{path}: {source}")]
+    Connect {
+        /// The socket's path.
+        path: String,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(#[from] io::Error),
+    /// The monitor refused, and says why.
+    #[error("{0}")]
+    Refused(Box<ProblemDocument>),
+    /// What came back is not what the API says.
+    #[error("the reply cannot be understood: {0}")]
+    Garbled(String),
+}
+
+/// The result of a request.
+pub type Result<T> = std::result::Result<T, ClientError>;
+
+/// A reply.
+#[derive(Debug, Clone)]
+pub struct Response {
+    /// The HTTP status.
+    pub status: u16,
+    /// Headers, their names in lower case.
+    pub headers: Vec<(String, String)>,
+    /// The body, all of it.
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    /// A header's value.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+}
+
+/// A request beyond the plain ones.
+#[derive(Debug, Default)]
+pub struct Options<'a> {
+    /// Headers.
+    pub headers: &'a [(&'a str, &'a str)],
+    /// A body of JSON.
+    pub body: Option<&'a [u8]>,
+    /// Descriptors that the body names, the first as number 3.
+    pub descriptors: &'a [BorrowedFd<'a>],
+}
+
+/// A connection to a monitor.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    stream: BufReader<UnixStream>,
+    timeout: Option<Duration>,
+}
+
+impl Client {
+    /// Connects to the socket at `path`.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`].
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let stream = connect(&path, None)?;
+        Ok(Self { path, stream, timeout: None })
+    }
+
+    /// Gives up on a reply that does not come within `timeout`.
+    ///
+    /// # Errors
+    /// The socket does not take it.
+    pub fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
+        self.stream.get_ref().set_read_timeout(timeout)?;
+        self.timeout = timeout;
+        Ok(())
+    }
+
+    /// Sends a request and reads its reply, whatever its status.
+    ///
+    /// # Errors
+    /// [`ClientError::Broken`], [`ClientError::Garbled`], and [`ClientError::Connect`] where the connection, which had been
+    /// closed since the last request, cannot be made again.
+    pub fn send(&mut self, verb: &str, path: &str, options: &Options) -> Result<Response> {
+        if self.closed() {
+            self.stream = connect(&self.path, self.timeout)?;
+        }
+        write_request(self.stream.get_ref(), verb, path, options)?;
+        let head = read_head(&mut self.stream)?;
+        let body = if verb == "HEAD" { Vec::new() } else { read_body(&mut self.stream, &head)? };
+        Ok(Response { body, ..head })
+    }
+
+    /// Whether the monitor has closed the connection: it does with one that was silent for long.
+    fn closed(&self) -> bool {
+        if !self.stream.buffer().is_empty() {
+            return true;
+        }
+        let socket = self.stream.get_ref();
+        let mut byte = [0];
+        let peeked = nix::sys::socket::recv(socket.as_raw_fd(), &mut byte, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        // Nothing may have come: a byte belongs to no request.
+        !matches!(peeked, Err(nix::Error::EAGAIN))
+    }
+
+    /// Carries an operation out. `id` is what `{id}` in its path stands for.
+    ///
+    /// # Errors
+    /// As [`Client::send`], and [`ClientError::Refused`] where the monitor refuses.
+    pub fn call(&mut self, operation: Operation, id: &str, options: &Options) -> Result<Response> {
+        let route = route_of(operation).ok_or_else(|| ClientError::Garbled("there is no such operation".into()))?;
+        let response = self.send(route.verb.as_str(), &route.path.replace("{id}", id), options)?;
+        if response.status < 400 { Ok(response) } else { Err(refused(&response)) }
+    }
+
+    fn get<T: DeserializeOwned>(&mut self, operation: Operation, id: &str) -> Result<T> {
+        read(&self.call(operation, id, &Options::default())?)
+    }
+
+    fn put<T: DeserializeOwned>(&mut self, operation: Operation, id: &str, body: &impl Serialize) -> Result<T> {
+        let body = serde_json::to_vec(body).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        read(&self.call(operation, id, &Options { body: Some(&body), ..Options::default() })?)
+    }
+
+    fn act(&mut self, operation: Operation, id: &str) -> Result<()> {
+        self.call(operation, id, &Options::default()).map(drop)
+    }
+}
+
+/// Each operation by name.
+///
+/// # Errors
+/// As [`Client::call`].
+#[expect(missing_docs, clippy::missing_errors_doc, reason = "the table of routes says what each does")]
+impl Client {
+    pub fn version(&mut self) -> Result<Version> {
+        self.get(Operation::GetVersion, "")
+    }
+    pub fn host(&mut self) -> Result<HostReport> {
+        self.get(Operation::GetHost, "")
+    }
+    pub fn vm(&mut self) -> Result<VmInfo> {
+        self.get(Operation::GetVm, "")
+    }
+    pub fn create(&mut self, config: &VmConfig) -> Result<VmInfo> {
+        self.put(Operation::CreateVm, "", config)
+    }
+    pub fn destroy(&mut self) -> Result<()> {
+        self.act(Operation::DestroyVm, "")
+    }
+    pub fn boot(&mut self) -> Result<()> {
+        self.act(Operation::BootVm, "")
+    }
+    pub fn pause(&mut self) -> Result<()> {
+        self.act(Operation::PauseVm, "")
+    }
+    pub fn resume(&mut self) -> Result<()> {
+        self.act(Operation::ResumeVm, "")
+    }
+    pub fn reset(&mut self) -> Result<()> {
+        self.act(Operation::ResetVm, "")
+    }
+    pub fn nmi(&mut self) -> Result<()> {
+        self.act(Operation::SendNmi, "")
+    }
+    pub fn shutdown(&mut self, how: &Shutdown) -> Result<Job> {
+        self.put(Operation::ShutdownVm, "", how)
+    }
+    pub fn devices(&mut self) -> Result<Vec<DeviceConfig>> {
+        self.get(Operation::ListDevices, "")
+    }
+    pub fn device(&mut self, id: &str) -> Result<DeviceConfig> {
+        self.get(Operation::GetDevice, id)
+    }
+    pub fn put_device(&mut self, id: &str, device: &DeviceConfig) -> Result<DeviceConfig> {
+        self.put(Operation::PutDevice, id, device)
+    }
+    pub fn remove_device(&mut self, id: &str) -> Result<()> {
+        self.act(Operation::RemoveDevice, id)
+    }
+    pub fn vcpus(&mut self) -> Result<Vcpus> {
+        self.get(Operation::GetVcpus, "")
+    }
+    pub fn set_vcpus(&mut self, count: u32) -> Result<Vcpus> {
+        self.put(Operation::PatchVcpus, "", &VcpusPatch { count })
+    }
+    pub fn memory(&mut self) -> Result<MemoryInfo> {
+        self.get(Operation::GetMemory, "")
+    }
+    pub fn set_memory(&mut self, patch: &MemoryPatch) -> Result<MemoryInfo> {
+        self.put(Operation::PatchMemory, "", patch)
+    }
+    pub fn jobs(&mut self) -> Result<Vec<Job>> {
+        self.get(Operation::ListJobs, "")
+    }
+    pub fn job(&mut self, id: u64) -> Result<Job> {
+        self.get(Operation::GetJob, &id.to_string())
+    }
+    pub fn cancel_job(&mut self, id: u64) -> Result<()> {
+        self.act(Operation::CancelJob, &id.to_string())
+    }
+    pub fn metrics(&mut self) -> Result<String> {
+        let response = self.call(Operation::GetMetrics, "", &Options::default())?;
+        String::from_utf8(response.body).map_err(|error| ClientError::Garbled(error.to_string()))
+    }
+}
+
+impl Client {
+    /// Reads events on a connection of its own: those after number `after`, or those that happen from now on.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn events(&self, after: Option<u64>) -> Result<Events> {
+        let mut stream = connect(&self.path, self.timeout)?;
+        let after = after.map(|number| number.to_string());
+        let header = after.as_deref().map(|number| ("last-event-id", number));
+        let options = Options { headers: header.as_slice(), ..Options::default() };
+        write_request(stream.get_ref(), Verb::Get.as_str(), path_of(Operation::ReadEvents), &options)?;
+        let head = read_head(&mut stream)?;
+        if head.status != 200 {
+            let body = read_body(&mut stream, &head)?;
+            return Err(refused(&Response { body, ..head }));
+        }
+        Ok(Events { stream: BufReader::new(Chunks { stream, left: 0, begun: false }) })
+    }
+
+    /// Connects to a console on a connection of its own, which is the console's from then on.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn console(&self, id: &str, take_over: bool) -> Result<UnixStream> {
+        let mut stream = connect(&self.path, self.timeout)?;
+        let path = path_of(Operation::OpenConsole).replace("{id}", id) + if take_over { "?takeover=true" } else { "" };
+        let headers = [("connection", "upgrade"), ("upgrade", CONSOLE_PROTOCOL)];
+        write_request(stream.get_ref(), "GET", &path, &Options { headers: &headers, ..Options::default() })?;
+        let head = read_byte_by_byte(stream.get_mut())?;
+        if head.status != 101 {
+            let body = read_body(&mut stream, &head)?;
+            return Err(refused(&Response { body, ..head }));
+        }
+        Ok(stream.into_inner())
+    }
+}
+
+/// Events as they come.
+#[derive(Debug)]
+pub struct Events {
+    stream: BufReader<Chunks>,
+}
+
+impl Iterator for Events {
+    type Item = Result<Event>;
+
+    /// The next event, which is waited for. `None` where the monitor has ended.
+    fn next(&mut self) -> Option<Result<Event>> {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            match self.stream.read_line(&mut line) {
+                Ok(0) => return None,
+                Ok(_) => {}
+                Err(error) => return Some(Err(error.into())),
+            }
+            if let Some(data) = line.strip_prefix("data: ") {
+                return Some(serde_json::from_str(data).map_err(|error| ClientError::Garbled(error.to_string())));
+            }
+        }
+    }
+}
+
+/// A body in chunks (RFC 9112 §7.1), without what holds them together.
+#[derive(Debug)]
+struct Chunks {
+    stream: BufReader<UnixStream>,
+    /// What is left of this chunk.
+    left: usize,
+    begun: bool,
+}
+
+impl Read for Chunks {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 {
+            let mut line = String::new();
+            if std::mem::replace(&mut self.begun, true) {
+                // The end of the chunk before.
+                self.stream.read_line(&mut line)?;
+                line.clear();
+            }
+            (&mut self.stream).take(32).read_line(&mut line)?;
+            let digits = line.trim_end().split(';').next().unwrap_or_default();
+            self.left = usize::from_str_radix(digits, 16).map_err(|_| io::ErrorKind::UnexpectedEof)?;
+            if self.left == 0 {
+                return Ok(0);
+            }
+        }
+        let room = into.len().min(self.left);
+        let length = self.stream.read(into.get_mut(..room).unwrap_or_default())?;
+        self.left -= length;
+        if length == 0 && room > 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(length) }
+    }
+}
+
+fn path_of(operation: Operation) -> &'static str {
+    route_of(operation).map_or("", |route| route.path)
+}
+
+fn connect(path: &Path, timeout: Option<Duration>) -> Result<BufReader<UnixStream>> {
+    let connected = UnixStream::connect(path).and_then(|stream| {
+        stream.set_read_timeout(timeout)?;
+        Ok(BufReader::new(stream))
+    });
+    connected.map_err(|source| ClientError::Connect { path: path.display().to_string(), source })
+}
+
+fn write_request(mut stream: &UnixStream, verb: &str, path: &str, options: &Options) -> io::Result<()> {
+    let mut request = format!("{verb} {path} HTTP/1.1\r\nhost: localhost\r\n").into_bytes();
+    for (name, value) in options.headers {
+        request.extend(format!("{name}: {value}\r\n").bytes());
+    }
+    if let Some(body) = options.body {
+        request.extend(format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len()).bytes());
+    }
+    request.extend(b"\r\n");
+    request.extend(options.body.unwrap_or_default());
+    let mut sent = 0;
+    if !options.descriptors.is_empty() {
+        // They come with the first byte.
+        let numbers: Vec<i32> = options.descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(&request)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    }
+    stream.write_all(request.get(sent..).unwrap_or_default())
+}
+
+/// Reads the head of a reply, and not a byte more: what follows belongs to somebody else.
+fn read_byte_by_byte(stream: &mut UnixStream) -> Result<Response> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.extend(byte);
+        if head.len() as u64 > MAX_HEAD {
+            return Err(ClientError::Garbled("its head is too long".into()));
+        }
+    }
+    parse_head(&head)
+}
+
+fn read_head(stream: &mut BufReader<UnixStream>) -> Result<Response> {
+    let mut head = Vec::new();
+    let mut limited = stream.take(MAX_HEAD);
+    loop {
+        let before = head.len();
+        if limited.read_until(b'\n', &mut head)? == 0 {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        if matches!(head.get(before..), Some(b"\r\n")) {
+            return parse_head(&head);
+        }
+    }
+}
+
+fn parse_head(head: &[u8]) -> Result<Response> {
+    let garbled = |error: httparse::Error| ClientError::Garbled(error.to_string());
+    let mut headers = [httparse::EMPTY_HEADER; 64];
+    let mut parsed = httparse::Response::new(&mut headers);
+    parsed.parse(head).map_err(garbled)?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(Response {
+        status: parsed.code.unwrap_or_default(),
+        headers: parsed.headers.iter().map(|one| (one.name.to_ascii_lowercase(), text(one.value))).collect(),
+        body: Vec::new(),
+    })
+}
+
+fn read_body(stream: &mut BufReader<UnixStream>, head: &Response) -> Result<Vec<u8>> {
+    let length = head.header("content-length").and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    if length > MAX_BODY {
+        return Err(ClientError::Garbled(format!("its body of {length} bytes is too long")));
+    }
+    let mut body = Vec::new();
+    stream.take(length).read_to_end(&mut body)?;
+    if (body.len() as u64) < length {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
+    Ok(body)
+}
+
+fn read<T: DeserializeOwned>(response: &Response) -> Result<T> {
+    serde_json::from_slice(&response.body).map_err(|error| ClientError::Garbled(error.to_string()))
+}
+
+fn refused(response: &Response) -> ClientError {
+    match read::<ProblemDocument>(response) {
+        Ok(document) => ClientError::Refused(Box::new(document)),
+        Err(_) => {
+            let document = ProblemDocument::new(response.status, "", "the reply says no more");
+            ClientError::Refused(Box::new(document))
+        }
+    }
+}

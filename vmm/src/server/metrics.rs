@@ -1,0 +1,211 @@
+//! Counters and gauges in Prometheus' text format.
+
+use std::fmt::{Display, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use api::{JobState, PhaseName};
+
+use super::ApiCounters;
+use crate::board::Board;
+use crate::devices::DeviceCounters;
+use crate::machine::MachineCounters;
+
+/// All metrics as they are now.
+pub fn text(board: &Board, api: &ApiCounters) -> String {
+    let mut page = Page::default();
+    of_vm(&mut page, board);
+    if let Some(counters) = board.counters() {
+        of_vcpus(&mut page, &counters);
+        of_devices(&mut page, &counters);
+    }
+    of_api(&mut page, board, api);
+    of_process(&mut page);
+    page.text
+}
+
+/// The text as it grows.
+#[derive(Default)]
+struct Page {
+    text: String,
+}
+
+impl Page {
+    /// Begins a metric; its samples follow.
+    fn metric(&mut self, name: &'static str, kind: &str, help: &str) -> Metric<'_> {
+        // Writing to a string cannot fail.
+        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        Metric { text: &mut self.text, name }
+    }
+
+    fn counter(&mut self, name: &'static str, help: &str) -> Metric<'_> {
+        self.metric(name, "counter", help)
+    }
+
+    fn gauge(&mut self, name: &'static str, help: &str) -> Metric<'_> {
+        self.metric(name, "gauge", help)
+    }
+}
+
+struct Metric<'page> {
+    text: &'page mut String,
+    name: &'static str,
+}
+
+impl Metric<'_> {
+    /// One sample. Values of labels are ids and words of this program, which need no quoting.
+    fn sample(&mut self, labels: &[(&str, &dyn Display)], value: impl Display) {
+        self.text.push_str(self.name);
+        for (index, (label, value)) in labels.iter().enumerate() {
+            let _ = write!(self.text, "{}{label}=\"{value}\"", if index == 0 { '{' } else { ',' });
+        }
+        let _ = writeln!(self.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+}
+
+fn of_vm(page: &mut Page, board: &Board) {
+    let (info, _) = board.info();
+    let mut phases = page.gauge("halyard_vm_phase", "Whether the VM is in a phase: 1 for the one that it is in.");
+    for phase in PhaseName::ALL {
+        phases.sample(&[("phase", &phase)], u8::from(phase == info.phase));
+    }
+    let (vcpus, memory) = board.present();
+    page.gauge("halyard_vm_vcpus", "vCPUs of the running machine.").sample(&[], vcpus);
+    page.gauge("halyard_vm_memory_bytes", "Memory of the running machine.").sample(&[], memory);
+    page.counter("halyard_events_total", "Events since the start.").sample(&[], info.sequence);
+    let jobs = board.jobs();
+    let running = jobs.iter().filter(|job| job.state == JobState::Running).count();
+    page.gauge("halyard_jobs_running", "Jobs at work.").sample(&[], running);
+    page.counter("halyard_jobs_total", "Jobs that were begun.").sample(&[], jobs.last().map_or(0, |job| job.id));
+}
+
+fn of_vcpus(page: &mut Page, counters: &MachineCounters) {
+    let times: Vec<(u64, u64)> =
+        counters.vcpus.iter().map(|vcpu| thread_times(vcpu.thread.load(Ordering::Relaxed))).collect();
+    let mut run = page.counter("halyard_vcpu_run_seconds_total", "Time that a vCPU's thread ran on a host processor.");
+    for (vcpu, (ran, _)) in times.iter().enumerate() {
+        run.sample(&[("vcpu", &vcpu)], seconds(*ran));
+    }
+    let help = "Time that a vCPU's thread was ready to run but had no host processor.";
+    let mut wait = page.counter("halyard_vcpu_steal_seconds_total", help);
+    for (vcpu, (_, waited)) in times.iter().enumerate() {
+        wait.sample(&[("vcpu", &vcpu)], seconds(*waited));
+    }
+    let mut exits = page.counter("halyard_vcpu_exits_total", "Exits of a vCPU to the monitor.");
+    for (vcpu, counters) in counters.vcpus.iter().enumerate() {
+        for (reason, count) in [
+            ("pio-read", &counters.pio_reads),
+            ("pio-write", &counters.pio_writes),
+            ("mmio-read", &counters.mmio_reads),
+            ("mmio-write", &counters.mmio_writes),
+            ("end-of-interrupt", &counters.interrupt_ends),
+            ("kick", &counters.kicks),
+        ] {
+            exits.sample(&[("vcpu", &vcpu), ("reason", &reason)], get(count));
+        }
+    }
+}
+
+fn of_devices(page: &mut Page, counters: &MachineCounters) {
+    let disks = || {
+        counters.devices.iter().filter_map(|(id, counters)| match counters {
+            DeviceCounters::Disk(disk) => Some((id, disk)),
+            _ => None,
+        })
+    };
+    if disks().next().is_some() {
+        let mut requests = page.counter("halyard_disk_requests_total", "Requests of the guest that a disk has done.");
+        for (id, disk) in disks() {
+            for (op, count) in
+                [("read", &disk.reads), ("write", &disk.writes), ("flush", &disk.flushes), ("discard", &disk.discards)]
+            {
+                requests.sample(&[("device", id), ("op", &op)], get(count));
+            }
+        }
+        let mut bytes =
+            page.counter("halyard_disk_bytes_total", "Bytes that a disk has read or written for the guest.");
+        for (id, disk) in disks() {
+            for (op, count) in [("read", &disk.read_bytes), ("write", &disk.written_bytes)] {
+                bytes.sample(&[("device", id), ("op", &op)], get(count));
+            }
+        }
+        let mut errors = page.counter("halyard_disk_errors_total", "Requests of the guest that failed.");
+        disks().for_each(|(id, disk)| errors.sample(&[("device", id)], get(&disk.errors)));
+    }
+    of_networks(page, counters);
+}
+
+fn of_networks(page: &mut Page, counters: &MachineCounters) {
+    let cards = || {
+        counters.devices.iter().filter_map(|(id, counters)| match counters {
+            DeviceCounters::Net(card) => Some((id, card)),
+            _ => None,
+        })
+    };
+    if cards().next().is_none() {
+        return;
+    }
+    let mut packets = page.counter("halyard_net_packets_total", "Frames to (rx) and from (tx) the guest.");
+    for (id, card) in cards() {
+        for (direction, count) in [("rx", &card.rx_packets), ("tx", &card.tx_packets)] {
+            packets.sample(&[("device", id), ("direction", &direction)], get(count));
+        }
+    }
+    let mut bytes = page.counter("halyard_net_bytes_total", "Bytes of frames to (rx) and from (tx) the guest.");
+    for (id, card) in cards() {
+        for (direction, count) in [("rx", &card.rx_bytes), ("tx", &card.tx_bytes)] {
+            bytes.sample(&[("device", id), ("direction", &direction)], get(count));
+        }
+    }
+    let mut dropped = page.counter("halyard_net_dropped_packets_total", "Frames that were lost on the way.");
+    for (id, card) in cards() {
+        for (direction, count) in [("rx", &card.rx_dropped), ("tx", &card.tx_dropped)] {
+            dropped.sample(&[("device", id), ("direction", &direction)], get(count));
+        }
+    }
+}
+
+fn of_api(page: &mut Page, board: &Board, api: &ApiCounters) {
+    let mut replies = page.counter("halyard_api_requests_total", "Requests that were answered, by their status.");
+    for (digit, count) in api.replies.iter().enumerate().skip(1) {
+        replies.sample(&[("status", &format_args!("{digit}xx"))], count.get());
+    }
+    let answering = api.nanoseconds.get();
+    page.counter("halyard_api_request_seconds_total", "Time spent answering.").sample(&[], seconds(answering));
+    page.gauge("halyard_api_requests_in_flight", "Requests that are being answered.").sample(&[], api.in_flight.get());
+    page.gauge("halyard_api_connections", "Connections that are open.").sample(&[], api.connections.get());
+    page.counter("halyard_api_connections_total", "Connections that were accepted.").sample(&[], api.accepted.get());
+    let help = "Connections that were refused, or ended to make room for others.";
+    page.counter("halyard_api_connections_refused_total", help).sample(&[], api.refused.get());
+    page.gauge("halyard_api_event_readers", "Readers of events.").sample(&[], api.event_readers.get());
+    page.counter("halyard_api_events_sent_total", "Events sent to all readers.").sample(&[], api.events_sent.get());
+    page.gauge("halyard_config_generation", "The generation of the VM's configuration.")
+        .sample(&[], board.generation());
+}
+
+fn of_process(page: &mut Page) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let bytes = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
+    };
+    if let Some(resident) = bytes("VmRSS") {
+        let help = "Memory of the process that is resident, the guest's included.";
+        page.gauge("process_resident_memory_bytes", help).sample(&[], resident);
+    }
+}
+
+/// Nanoseconds that a thread of this process ran, and waited to run (/proc/PID/schedstat).
+fn thread_times(thread: i32) -> (u64, u64) {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap_or_default();
+    let mut numbers = text.split_whitespace().map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// Nanoseconds as seconds with all their digits.
+fn seconds(nanoseconds: u64) -> impl Display {
+    format!("{}.{:09}", nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000)
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
