@@ -184,6 +184,8 @@ fn a_boot_that_takes_too_long_ends_the_run_and_so_does_one_after_a_reset() {
     assert!(saved >= 6, "each of three vCPUs is looked at, twice at the end: {saved}");
 
     bench.config.lifecycle.boot_until = BootUntil::Told;
+    // Long enough for a machine that is busy with other things.
+    bench.config.lifecycle.boot_timeout = Some(TimeSpan::from_millis(2000));
     let reset = out(layout::ACPI_RESET_PORT, layout::ACPI_RESET_VALUE);
     bench.script([out(layout::BOOT_MARKER_PORT, 1), reset, Step::WaitForKick, out(layout::COM1_PORT, b'2')]);
     let Outcome::BootTimeout { reason } = bench.run().unwrap() else { panic!("the second must not come up") };
