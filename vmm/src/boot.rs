@@ -1,15 +1,14 @@
 //! The guest before its devices: memory with the kernel, its boot data and the platform's tables in it.
 
-use std::fs::File;
-
 use api::{Problem, Problems, VmConfig};
+use arch::payload::PayloadError;
 use arch::{BootError, BootSource, KernelError, LoadedKernel, Platform, Topology};
 use devices::virtio::rng::kernel_random;
 use hal::HostCaps;
 
 use crate::Failure;
 use crate::inputs::Inputs;
-use crate::kernel::{self, Image};
+use crate::kernel::{self, Image, Kept};
 use crate::memory::{self, Ram};
 use crate::trace::{Milestone, Trace};
 
@@ -36,7 +35,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
     platform.pvpanic = config.platform.pvpanic;
 
-    let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache);
+    let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Taken);
     let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
     trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
@@ -56,9 +55,10 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         };
         match arch::load_kernel(&memory.map, &platform, &source) {
             Ok(kernel) => break kernel,
-            Err(error) => image = next_best(image, error, &inputs.kernel).map_err(|error| bad_boot(config, &error))?,
+            Err(error) => image = next_best(image, error, config, inputs).map_err(|error| bad_boot(config, &error))?,
         }
-        // A part of the kernel may be there already.
+        // A part of the kernel may be there already. The host may not have as much memory again.
+        drop(memory);
         memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
     };
     arch::acpi::write(&memory.map, &platform)?;
@@ -69,17 +69,26 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
 
 /// What is tried when an image could not be loaded: a kept kernel that is damaged is unpacked anew, and what was
 /// unpacked and cannot be entered unpacks itself.
-fn next_best(image: Image, error: BootError, kernel: &File) -> Result<Image, BootError> {
+fn next_best(image: Image, error: BootError, config: &VmConfig, inputs: &Inputs) -> Result<Image, BootError> {
     match (image, error) {
-        (Image::Cached(_), BootError::Payload(_) | BootError::Kernel(KernelError::Read(_))) => {
+        (Image::Cached(_), error) if reading_failed(&error) => {
             tracing::warn!("a kept kernel is damaged, and is unpacked anew");
-            Ok(kernel::remake(kernel))
+            Ok(inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Replaced).wait())
         }
-        (Image::Unpacked(_), BootError::Payload(error)) => {
+        (Image::Cached(_) | Image::Unpacked(_), BootError::Payload(error)) => {
             kernel::unpacks_itself(&error);
             Ok(Image::File)
         }
         (_, error) => Err(error),
+    }
+}
+
+/// Whether it was no fault of the kernel's.
+fn reading_failed(error: &BootError) -> bool {
+    match error {
+        BootError::Kernel(error) => matches!(error, KernelError::Read(_)),
+        BootError::Payload(PayloadError::Kernel(error)) => matches!(**error, KernelError::Read(_)),
+        _ => false,
     }
 }
 

@@ -206,7 +206,7 @@ mod tests {
             GpaRange { start: PVH_START_INFO, len: PAGE_SIZE },
             GpaRange { start: ZERO_PAGE, len: PAGE_SIZE },
             GpaRange { start: BOOT_GDT, len: PAGE_SIZE },
-            GpaRange { start: PAGE_TABLES, len: 6 * PAGE_SIZE },
+            GpaRange { start: PAGE_TABLES, len: 8 * PAGE_SIZE },
             GpaRange { start: CMDLINE, len: CMDLINE_MAX },
             GpaRange { start: LOW_RAM_END, len: 0 },
             ACPI_TABLES,

@@ -49,8 +49,8 @@ pub fn size() -> Result<Finding> {
     Ok(Finding::amount("Size of the program", "MiB", Series::new("halyard", vec![mebibytes]), SIZE_LIMIT))
 }
 
-/// The sum of `Private_Dirty`, in KiB, over the mappings in an `smaps` file but for guest memory.
-fn private_dirty(smaps: &str) -> f64 {
+/// The sum of `Private_Dirty`, in KiB, over the mappings in an `smaps` file but for guest memory of 256 MiB or more.
+pub fn private_dirty(smaps: &str) -> f64 {
     let mut size = 0.0;
     let mut sum = 0.0;
     for (field, value) in smaps.lines().filter_map(|line| line.split_once(':')) {

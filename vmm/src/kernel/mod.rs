@@ -5,6 +5,8 @@
 
 mod cache;
 mod entry;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io;
@@ -12,6 +14,7 @@ use std::ptr::NonNull;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::SystemTime;
 
 use api::KernelCache;
 use arch::KernelImage;
@@ -63,7 +66,17 @@ struct Worker {
 struct Job {
     kernel: File,
     packed: Packed,
+    kept: Kept,
     ready: SyncSender<Image>,
+}
+
+/// What becomes of a kernel that was kept in an earlier run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// It is taken.
+    Taken,
+    /// It is damaged: what is unpacked anew takes its place.
+    Replaced,
 }
 
 /// An image that is being made ready.
@@ -87,7 +100,7 @@ impl Pending {
 
 impl Kernels {
     /// Begins to make the image of `kernel` ready, with what is kept as `cache` said the first time.
-    pub fn begin(&self, kernel: &File, cache: &KernelCache) -> Pending {
+    pub fn begin(&self, kernel: &File, cache: &KernelCache, kept: Kept) -> Pending {
         let work =
             Packed::find(kernel).and_then(|packed| Ok((packed, kernel.try_clone().map_err(PayloadError::Read)?)));
         let (packed, kernel) = match work {
@@ -99,7 +112,7 @@ impl Kernels {
             }
         };
         let (ready, pending) = sync_channel(1);
-        match self.give(Job { kernel, packed, ready }, cache) {
+        match self.give(Job { kernel, packed, kept, ready }, cache) {
             // A thread that has died has dropped the job, and the wait ends.
             Ok(()) => Pending::Working(pending),
             Err(error) => {
@@ -146,13 +159,13 @@ fn work(jobs: &Receiver<Job>, cache: &KernelCache) {
         return;
     }
     sandbox::enter(sandbox::Thread::Loader);
-    for Job { kernel, packed, ready } in jobs {
-        let (image, key) = make(&kernel, packed, cache.as_ref()).unwrap_or_else(|error| {
+    for job in jobs {
+        let (image, key) = make(&job, cache.as_ref()).unwrap_or_else(|error| {
             unpacks_itself(&error);
             (Image::File, None)
         });
         // The owner may have given up.
-        let _ = ready.send(image.clone());
+        let _ = job.ready.send(image.clone());
         if let (Some(cache), Some(key), Image::Unpacked(bytes)) = (&cache, key, image) {
             cache.keep(&key, &bytes);
         }
@@ -164,29 +177,21 @@ pub fn unpacks_itself(error: &PayloadError) {
     tracing::info!("the kernel unpacks itself, which takes longer: {error}");
 }
 
-/// Takes the image from the cache, or unpacks it. An image that is not in the cache has a key to be kept by.
-fn make(kernel: &File, packed: Packed, cache: Option<&Cache>) -> Result<(Image, Option<Key>), PayloadError> {
-    if let Some(entry) = cache.and_then(|cache| cache.find_file(kernel)) {
+/// Takes the image from the cache, or unpacks it. An image that is to be kept has a key.
+fn make(job: &Job, cache: Option<&Cache>) -> Result<(Image, Option<Key>), PayloadError> {
+    let kept = cache.filter(|_| job.kept == Kept::Taken);
+    if let Some(entry) = kept.and_then(|cache| cache.find_file(&job.kernel)) {
         return Ok((Image::Cached(Arc::new(entry)), None));
     }
-    let payload = packed.read(kernel).map_err(PayloadError::Read)?;
-    let key = cache.map(|_| Key::new(kernel, &payload));
-    if let Some(entry) = cache.zip(key.as_ref()).and_then(|(cache, key)| cache.find(key)) {
+    let payload = job.packed.read(&job.kernel).map_err(PayloadError::Read)?;
+    let key = cache.map(|_| Key::new(&job.kernel, &payload, SystemTime::now()));
+    if let Some(entry) = kept.zip(key.as_ref()).and_then(|(cache, key)| cache.find(key)) {
         return Ok((Image::Cached(Arc::new(entry)), None));
     }
-    let mut bytes = vec![0; payload::unpacked_size(&payload)?];
+    let mut bytes = vec![0; job.packed.unpacked_size(&payload)?];
     advise_huge(&mut bytes);
     payload::unpack(&payload, &mut bytes)?;
     Ok((Image::Unpacked(Arc::new(bytes)), key))
-}
-
-/// Unpacks again what the cache had wrong.
-pub fn remake(kernel: &File) -> Image {
-    let made = Packed::find(kernel).and_then(|packed| make(kernel, packed, None));
-    made.map(|(image, _)| image).unwrap_or_else(|error| {
-        unpacks_itself(&error);
-        Image::File
-    })
 }
 
 /// Asks for transparent huge pages, which come with a fraction of the faults.

@@ -71,12 +71,10 @@ fn zero_page(map: &MemoryMap, kernel: &Kernel, initramfs: Option<GpaRange>) -> b
 fn page_tables(kernel: GpaRange, gigabyte_pages: bool) -> Vec<u8> {
     let table = |index: usize| layout::PAGE_TABLES + layout::PAGE_SIZE * index as u64;
     let last = (kernel.start + kernel.len.max(1) - 1) >> 30;
-    let mut gibs: Vec<u64> = (0..MAPPED_GIB).chain(kernel.start >> 30..=last).collect();
-    gibs.dedup();
-    gibs.retain(|gib| *gib < ENTRIES);
+    let kernel = (kernel.start >> 30).max(MAPPED_GIB)..=last.min(ENTRIES - 1);
     let mut tables = vec![[0; 512], [0; 512]];
     tables[0][0] = table(1) | TABLE;
-    for gib in gibs {
+    for gib in (0..MAPPED_GIB).chain(kernel) {
         let Ok(index) = usize::try_from(gib) else { continue };
         if gigabyte_pages {
             tables[1][index] = gib << 30 | LARGE_PAGE;

@@ -14,16 +14,17 @@ use super::image::{FileImage, KernelImage};
 use super::map::MemoryMap;
 use super::plan::{Kernel, KernelFile};
 use super::relocation::Relocations;
-use super::{Protocol, bzimage, elf};
+use super::{KASLR_FLAG, Protocol, bzimage, elf};
 
 /// Longer than any compressed kernel, in bytes.
 const MAX_PACKED: u64 = 256 << 20;
-/// No kernel can be longer: it is mapped into 1 GiB of virtual addresses (Linux, `KERNEL_IMAGE_SIZE`).
+/// No kernel can be longer, in bytes: it is mapped into so many virtual addresses (Linux, `KERNEL_IMAGE_SIZE`).
 const MAX_UNPACKED: u32 = 1 << 30;
 /// The unpacked size, a little-endian number of 32 bits, ends each payload.
 const SIZE_FIELD: u64 = 4;
-/// The most memory that an xz decoder may take for its dictionary, in KiB. Kernels are packed with 32 MiB at the most.
-const XZ_MEMORY: u32 = 68 << 10;
+/// The most memory that an xz decoder may take, in KiB. Kernels are packed with a dictionary of 128 MiB since Linux 6.12,
+/// of 32 MiB before (Linux, `scripts/xz_wrap.sh`).
+const XZ_MEMORY: u32 = 132 << 10;
 /// The longest block of the old lz4 format that Linux uses, in bytes unpacked.
 const LZ4_BLOCK: usize = 8 << 20;
 
@@ -69,6 +70,8 @@ pub enum PayloadError {
 pub struct Packed {
     offset: u64,
     len: u64,
+    /// What the header reserves for the kernel and its unpacking, in bytes.
+    init_size: u32,
 }
 
 impl Packed {
@@ -97,7 +100,7 @@ impl Packed {
             let is = format!("a payload from {offset:#x} up to {:#x} of {:#x} bytes", offset + len, file.size());
             return Err(PayloadError::Header { is });
         }
-        Ok(Self { offset, len })
+        Ok(Self { offset, len, init_size: header.init_size })
     }
 
     /// Reads the payload as it is packed.
@@ -113,22 +116,26 @@ impl Packed {
         })?;
         Ok(packed)
     }
-}
 
-/// How long a kernel will be unpacked, in bytes, as its payload says.
-///
-/// # Errors
-/// [`PayloadError::Header`] where no kernel can be that long.
-pub fn unpacked_size(packed: &[u8]) -> Result<usize, PayloadError> {
-    let field = packed.last_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-    match usize::try_from(field) {
-        Ok(size) if (1..=MAX_UNPACKED).contains(&field) => Ok(size),
-        _ => Err(PayloadError::Header { is: format!("an unpacked size of {field} bytes: at most 1 GiB is possible") }),
+    /// How long the kernel will be unpacked, in bytes, as its payload says.
+    ///
+    /// # Errors
+    /// [`PayloadError::Header`] where no kernel can be that long, or the kernel's own decompressor would have no room
+    /// for it.
+    pub fn unpacked_size(&self, packed: &[u8]) -> Result<usize, PayloadError> {
+        let field = packed.last_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+        let max = self.init_size.min(MAX_UNPACKED);
+        match usize::try_from(field) {
+            Ok(size) if (1..=max).contains(&field) => Ok(size),
+            _ => Err(PayloadError::Header {
+                is: format!("room for {max} bytes, and its payload says that it unpacks to {field}"),
+            }),
+        }
     }
 }
 
 /// Unpacks a payload into memory of just its unpacked size. No more memory is taken, however long the payload is
-/// really, but for 68 MiB with xz.
+/// really, but for what a decoder needs: up to 132 MiB with xz.
 ///
 /// # Errors
 /// [`PayloadError::UnknownFormat`], and [`PayloadError::Damaged`] where not exactly `into` is filled.
@@ -192,6 +199,10 @@ pub(super) fn plan<'a>(
     let header = bzimage::read_header(file).map_err(invalid)?;
     bzimage::check_header(&header).map_err(invalid)?;
     let image = KernelFile::open(unpacked).map_err(invalid)?;
+    if !elf::is_elf(image.head()) {
+        let hint = "it does not begin with \"\\x7fELF\"";
+        return Err(invalid(KernelError::UnknownFormat { hint }));
+    }
     let mut kernel = elf::plan(&image, map).map_err(invalid)?;
     kernel.choose_protocol(Some(Protocol::Linux64)).map_err(invalid)?;
     check_place(&header, &kernel)?;
@@ -202,7 +213,8 @@ pub(super) fn plan<'a>(
     kernel.range.len = kernel.range.len.max(image.size());
     kernel.cmdline_max = header.cmdline_size.into();
     kernel.initramfs_max = header.initrd_addr_max.into();
-    kernel.header = Some(header);
+    // It tells what a decompressor did, whatever the file says.
+    kernel.header = Some(setup_header { loadflags: header.loadflags & !KASLR_FLAG, ..header });
     Ok((image, kernel, relocations))
 }
 

@@ -46,12 +46,16 @@ impl Relocations {
         let bytes =
             image.bytes(start, len, "the relocation table").map_err(|error| PayloadError::Kernel(Box::new(error)))?;
         let words: Vec<u32> = bytes.as_chunks().0.iter().map(|word: &[u8; 4]| u32::from_le_bytes(*word)).collect();
-        let lists: Vec<&[u32]> = words.split(|word| *word == 0).collect();
+        let lists: Vec<&[u32]> = words.splitn(5, |word| *word == 0).collect();
         let (wide, inverse, narrow): (&[u32], &[u32], &[u32]) = match lists[..] {
             [[], wide, narrow] => (wide, &[], narrow),
             [[], wide, inverse, narrow] => (wide, inverse, narrow),
             _ => {
-                return Err(wrong(format!("has {} lists: two or three are right", lists.len().saturating_sub(1))));
+                let lists = words.iter().filter(|word| **word == 0).count();
+                return Err(wrong(format!(
+                    "begins with {:#x} and has {lists} zeros: two or three lists, each behind a zero, are right",
+                    words.first().copied().unwrap_or_default()
+                )));
             }
         };
         let place = |list: &[u32], size| list.iter().map(|word| offset(*word, size, range)).collect::<Result<_, _>>();

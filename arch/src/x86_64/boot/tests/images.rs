@@ -6,7 +6,7 @@ use std::io::{Seek, SeekFrom, Write};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::super::super::{Platform, Topology};
-use super::super::{BootError, BootSource, LoadedKernel, Protocol, load_kernel};
+use super::super::{BootError, BootSource, KernelImage, LoadedKernel, Protocol, load_kernel};
 use crate::layout;
 
 pub const MIB: u64 = 1 << 20;
@@ -37,6 +37,8 @@ pub struct Case<'a> {
     pub initramfs: Option<&'a [u8]>,
     pub cmdline: &'a str,
     pub protocol: Option<Protocol>,
+    pub unpacked: Option<&'a dyn KernelImage>,
+    pub random: Option<[u64; 2]>,
     pub gigabyte_pages: bool,
     pub ram: u64,
 }
@@ -44,7 +46,16 @@ pub struct Case<'a> {
 impl<'a> Case<'a> {
     pub fn new(kernel: &'a [u8]) -> Self {
         let cmdline = "console=ttyS0";
-        Self { kernel, initramfs: None, cmdline, protocol: None, gigabyte_pages: true, ram: 256 * MIB }
+        Self {
+            kernel,
+            initramfs: None,
+            cmdline,
+            protocol: None,
+            unpacked: None,
+            random: None,
+            gigabyte_pages: true,
+            ram: 256 * MIB,
+        }
     }
 
     pub fn load_into(&self, memory: &GuestMemoryMmap) -> Result<LoadedKernel, BootError> {
@@ -55,8 +66,8 @@ impl<'a> Case<'a> {
             cmdline: self.cmdline,
             protocol: self.protocol,
             gigabyte_pages: self.gigabyte_pages,
-            unpacked: None,
-            random: None,
+            unpacked: self.unpacked,
+            random: self.random,
         };
         load_kernel(memory, &platform(self.ram), &source)
     }
@@ -84,6 +95,23 @@ pub fn u64_at(memory: &GuestMemoryMmap, at: u64) -> u64 {
 
 pub fn u32_at(memory: &GuestMemoryMmap, at: u64) -> u32 {
     memory.read_obj(GuestAddress(at)).unwrap()
+}
+
+/// Walks 4-level page tables as a processor does.
+pub fn translate(memory: &GuestMemoryMmap, cr3: u64, address: u64) -> Option<u64> {
+    let mut table = cr3;
+    for shift in [39, 30, 21, 12] {
+        let entry = u64_at(memory, table + (address >> shift & 0x1ff) * 8);
+        if entry & 1 == 0 {
+            return None;
+        }
+        let frame = entry & 0x000f_ffff_ffff_f000;
+        if entry & 0x80 != 0 {
+            return Some(frame | address & ((1 << shift) - 1));
+        }
+        table = frame;
+    }
+    None
 }
 
 /// A program header and what the file holds for it.

@@ -76,23 +76,6 @@ fn the_64_bit_entry_has_paging_and_the_zero_page() {
     }
 }
 
-/// Walks 4-level page tables as a processor does.
-fn translate(memory: &GuestMemoryMmap, cr3: u64, address: u64) -> Option<u64> {
-    let mut table = cr3;
-    for shift in [39, 30, 21, 12] {
-        let entry = u64_at(memory, table + (address >> shift & 0x1ff) * 8);
-        if entry & 1 == 0 {
-            return None;
-        }
-        let frame = entry & 0x000f_ffff_ffff_f000;
-        if entry & 0x80 != 0 {
-            return Some(frame | address & ((1 << shift) - 1));
-        }
-        table = frame;
-    }
-    None
-}
-
 #[test]
 fn the_pvh_entry_is_32_bit_with_the_start_info() {
     let kernel = pvh_kernel();

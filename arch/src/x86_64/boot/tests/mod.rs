@@ -3,5 +3,7 @@
 mod bzimage;
 mod elf;
 mod images;
+mod kaslr;
 mod load;
 mod mutated;
+mod payload;

@@ -20,7 +20,7 @@ fn load_and_look(kernel: &[u8], protocol: Option<Protocol>) {
             let end = loaded.kernel.start + loaded.kernel.len;
             assert!(loaded.kernel.start >= START && end <= RAM, "{loaded:?}");
             assert!((loaded.kernel.start..end).contains(&loaded.registers.regs.rip), "{loaded:?}");
-            allowed.push(layout::PVH_START_INFO..layout::PAGE_TABLES + 6 * layout::PAGE_SIZE);
+            allowed.push(layout::PVH_START_INFO..layout::PAGE_TABLES + 8 * layout::PAGE_SIZE);
             allowed.push(layout::CMDLINE..layout::CMDLINE + layout::CMDLINE_MAX);
             allowed.push(layout::RESET_VECTOR..layout::RESET_VECTOR + 16);
             allowed.push(loaded.kernel.start..end);
