@@ -166,6 +166,16 @@ mod tests {
     }
 
     #[test]
+    fn locked_memory_stays_in_the_hosts() {
+        let config = api::Memory { lock: true, ..api::Memory::default() };
+        let memory = create(&[GpaRange { start: 0, len: 2 << 20 }], &config).unwrap();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")?.trim().strip_suffix(" kB"));
+        assert!(locked.unwrap().parse::<u64>().unwrap() >= 2048, "{locked:?} KiB are locked");
+        drop(memory);
+    }
+
+    #[test]
     fn huge_pages_that_the_host_lacks_are_named() {
         // 1 EiB is more than any host has reserved.
         let config = api::Memory { hugepages: Hugepages::Size2M, ..api::Memory::default() };
