@@ -3,6 +3,7 @@
 //! Devices, vCPU threads, the terminal, signals and clients only report or ask; the owner takes one report at a time.
 //! What a guest's report means says [`decide`]; which requests are carried out in which phase says [`admit`].
 
+mod change;
 mod decide;
 mod phase;
 mod reports;
@@ -31,7 +32,6 @@ use crate::sandbox;
 use crate::trace::{Milestone, Outputs, Trace, Watching};
 use crate::vcpu::Mode;
 use crate::{Failure, boot, host};
-use phase::no_device;
 
 /// The most time that a guest is given to switch itself off.
 const LONGEST_SHUTDOWN: Duration = Duration::from_secs(86_400);
@@ -504,7 +504,7 @@ impl Owner {
         }
         match &mut self.phase {
             Phase::Ready(prepared) => {
-                let (answer, event) = change_config(prepared, &self.facts, change)?;
+                let (answer, event) = change::change_config(prepared, &self.facts, change)?;
                 let (given, config) = (prepared.given.clone(), prepared.config.clone());
                 if let Some(event) = event {
                     self.board.reconfigure(event, |info| (info.config, info.running) = (Some(given), Some(config)));
@@ -513,7 +513,7 @@ impl Owner {
             }
             Phase::Running(live) | Phase::Paused(live) => {
                 let hypervisor = self.hypervisor.as_deref().map_err(|error| Refusal::Host(error.to_string()))?;
-                change_machine(live, hypervisor, &self.inbox, change)
+                change::change_machine(live, hypervisor, &self.inbox, change)
             }
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }
@@ -536,68 +536,4 @@ impl Drop for Owner {
     fn drop(&mut self) {
         self.inbox.close();
     }
-}
-
-/// Changes the configuration of a VM that does not run yet. The event that tells of it, where something changed.
-fn change_config(
-    prepared: &mut Prepared,
-    facts: &HostFacts,
-    change: Change,
-) -> Result<(Answer, Option<EventKind>), Refusal> {
-    match change {
-        Change::PutDevice { device, descriptors } => {
-            let id = device.id().to_owned();
-            let same = prepared.given.devices.contains(&device);
-            Ok(match prepared.put_device(*device, facts, descriptors)? {
-                true => (Answer::Created, Some(EventKind::DeviceAdded { id })),
-                false => (Answer::Done, (!same).then_some(EventKind::DeviceChanged { id })),
-            })
-        }
-        Change::RemoveDevice(id) => {
-            prepared.remove_device(&id)?;
-            Ok((Answer::Done, Some(EventKind::DeviceRemoved { id })))
-        }
-        Change::Vcpus(patch) => {
-            prepared.change(facts, |config| {
-                if config.cpus.count != patch.count {
-                    config.cpus = api::Cpus { count: patch.count, topology: None };
-                }
-            })?;
-            Ok((Answer::Done, Some(EventKind::ConfigChanged {})))
-        }
-        Change::Memory(patch) => {
-            prepared.change(facts, |config| config.memory.size = patch.size)?;
-            Ok((Answer::Done, Some(EventKind::ConfigChanged {})))
-        }
-    }
-}
-
-/// Changes a machine that exists: hot-plug.
-fn change_machine(
-    live: &mut Live,
-    hypervisor: &dyn Hypervisor,
-    inbox: &Inbox,
-    change: Change,
-) -> Result<Answer, Refusal> {
-    let Live { machine, endpoints, prepared: Prepared { config, inputs, .. } } = live;
-    let exists = |id: &str| config.devices.iter().any(|device| device.id() == id);
-    match change {
-        Change::PutDevice { device, .. } if exists(device.id()) => {
-            let id = device.id();
-            return Err(Refusal::Unsupported(format!(
-                "«{id}» cannot be changed while the VM runs: it is not built yet"
-            )));
-        }
-        Change::PutDevice { device, .. } => {
-            let parts = Parts { config, hypervisor, inputs, endpoints, inbox, trace: &Trace::off() };
-            machine.add_device(&parts, &device)?;
-        }
-        Change::RemoveDevice(id) if exists(&id) => machine.remove_device(&id)?,
-        Change::RemoveDevice(id) => return Err(no_device(&id)),
-        Change::Vcpus(_) | Change::Memory(_) => {
-            let what = "the number of vCPUs and the size of memory cannot be changed while the VM runs";
-            return Err(Refusal::Unsupported(format!("{what}: it is not built yet")));
-        }
-    }
-    Ok(Answer::Done)
 }
