@@ -15,26 +15,29 @@ const LIMIT: f64 = 1.5;
 /// Rounds that are not counted: they fill the page cache.
 const WARM_UP: usize = 3;
 
-/// Measures Halyard and the floor, in turn.
+/// Measures Halyard, with its sandbox as it is told (`on` or `off`), and the floor, in turn.
 ///
 /// # Errors
 /// Where one of them is missing or does not get to the first byte.
-pub fn measure(rounds: usize) -> Result<Finding> {
+pub fn measure(rounds: usize, sandbox: &str) -> Result<Finding> {
     let guest = tiny::build("first-byte")?;
     let halyard = vm::halyard()?;
     let floor = std::env::current_exe()?.with_file_name("floor");
     ensure!(floor.is_file(), "{} is not there: `cargo build --release -p halyard-tests` builds it", floor.display());
     let (mut own, mut least) = (Vec::new(), Vec::new());
     for round in 0..WARM_UP + rounds {
-        let times =
-            (first_byte(&mut halyard_command(&halyard, &guest))?, first_byte(Command::new(&floor).arg(&guest))?);
+        let times = (
+            first_byte(halyard_command(&halyard, &guest).args(["--sandbox", sandbox]))?,
+            first_byte(Command::new(&floor).arg(&guest))?,
+        );
         if round >= WARM_UP {
             own.push(times.0);
             least.push(times.1);
         }
     }
     let series = vec![Series::new("halyard", own), Series::new("floor", least)];
-    Ok(Finding::ratio("From exec to the guest's first byte, 1 vCPU, 256 MiB, serial port only", "ms", series, LIMIT))
+    let what = format!("From exec to the guest's first byte, 1 vCPU, 256 MiB, serial port only, sandbox {sandbox}");
+    Ok(Finding::ratio(what, "ms", series, LIMIT))
 }
 
 fn halyard_command(halyard: &Path, guest: &Path) -> Command {

@@ -49,7 +49,9 @@ fn main() -> Result<()> {
         findings.push(finding);
     };
     if wants("startup") {
-        found(startup::measure(count("HALYARD_BENCH_ROUNDS", 31)?)?);
+        for sandbox in ["on", "off"] {
+            found(startup::measure(count("HALYARD_BENCH_ROUNDS", 31)?, sandbox)?);
+        }
     }
     if wants("memory") {
         found(memory::private()?);
