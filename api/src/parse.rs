@@ -73,7 +73,7 @@ impl ConfigText {
                 let remedy = "at least `kernel: {path: …}` is needed";
                 problems.push(Problem::new("", "the configuration is empty", remedy));
             }
-            return Err(Problems(problems));
+            return Err(bounded(problems));
         };
         match serde_json::from_value(tree.to_json()) {
             Ok(config) if problems.is_empty() => Ok(config),
@@ -81,12 +81,7 @@ impl ConfigText {
                 problems.extend(diagnose(&tree, parsed.err()));
                 self.locate(&mut problems);
                 problems.sort_by_key(|problem| problem.position.map(|at| (at.line, at.column)));
-                let more = problems.len().saturating_sub(MAX_PROBLEMS);
-                if more > 0 {
-                    problems.truncate(MAX_PROBLEMS);
-                    problems.push(Problem::new("", format!("and {more} more"), ""));
-                }
-                Err(Problems(problems))
+                Err(bounded(problems))
             }
         }
     }
@@ -115,6 +110,16 @@ impl ConfigText {
 /// As [`ConfigText::parse`].
 pub fn parse(text: &str) -> Result<VmConfig, Problems> {
     ConfigText::new("configuration", text).parse()
+}
+
+/// As many problems as are told at once, and how many there are beside.
+fn bounded(mut problems: Vec<Problem>) -> Problems {
+    let more = problems.len().saturating_sub(MAX_PROBLEMS);
+    if more > 0 {
+        problems.truncate(MAX_PROBLEMS);
+        problems.push(Problem::new("", format!("and {more} more"), ""));
+    }
+    Problems(problems)
 }
 
 /// Reads one byte more than is allowed, at the most.

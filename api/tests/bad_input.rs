@@ -167,6 +167,12 @@ fn a_flood_of_problems_is_cut_short() {
     let messages = messages(&text);
     assert_eq!(messages.len(), 51);
     assert_eq!(messages.last().unwrap(), "vm.yaml: and 951 more");
+
+    // So is one that comes before a place where the text is not YAML.
+    let repeated = "kernel: 1\n".repeat(1000) + "memory: [\n";
+    let messages = self::messages(&repeated);
+    assert_eq!(messages.len(), 51);
+    assert!(messages.last().unwrap().starts_with("vm.yaml: and 9"), "{messages:?}");
 }
 
 #[test]
