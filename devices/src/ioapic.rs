@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::bus::BusDevice;
 use crate::seam::{Interrupt, MsiMessage};
 
-/// Number of pins.
+/// The most pins.
 pub const PINS: u8 = 24;
 const PIN_COUNT: usize = PINS as usize;
 
@@ -27,8 +27,8 @@ const VERSION: u8 = 0x01;
 const ARBITRATION: u8 = 0x02;
 const FIRST_ENTRY: u8 = 0x10;
 
-/// Version 0x20, which has the end-of-interrupt register; the number of the last pin in bits 23:16.
-const VERSION_VALUE: u32 = 0x20 | (PINS as u32 - 1) << 16;
+/// Version 0x20, which has the end-of-interrupt register.
+const VERSION_VALUE: u32 = 0x20;
 
 /// Fields of a redirection entry.
 const DELIVERY_MODE: u64 = 7 << 8;
@@ -58,8 +58,9 @@ impl IoApicState {
     const RESET: Self = Self { select: 0, id: 0, entries: [MASKED; PIN_COUNT], high: 0 };
 }
 
-/// An I/O APIC with 24 pins.
+/// An I/O APIC.
 pub struct IoApic {
+    pins: u8,
     lines: [Option<Arc<dyn Interrupt>>; PIN_COUNT],
     state: Mutex<IoApicState>,
 }
@@ -70,26 +71,21 @@ impl fmt::Debug for IoApic {
     }
 }
 
-impl Default for IoApic {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl IoApic {
     /// Length of its range in bytes.
     pub const LEN: u64 = 0x1000;
 
-    /// An I/O APIC with all pins masked and none connected.
-    pub fn new() -> Self {
-        Self { lines: [const { None }; PIN_COUNT], state: Mutex::new(IoApicState::RESET) }
+    /// An I/O APIC with so many pins, 1 to [`PINS`], all masked and none connected. Linux goes through them several times
+    /// while it boots, and each access leaves the guest.
+    pub fn new(pins: u8) -> Self {
+        Self { pins: pins.clamp(1, PINS), lines: [const { None }; PIN_COUNT], state: Mutex::new(IoApicState::RESET) }
     }
 
     /// Connects a pin to a way into the guest. `None` where the pin does not exist. An edge-triggered device
     /// interrupts by the event of what is returned; what comes while the pin is masked is dropped, as by the real
     /// one. A level-triggered device uses [`IoApic::set_level`].
     pub fn connect(&mut self, pin: u8, line: Box<dyn Interrupt>) -> Option<Arc<dyn Interrupt>> {
-        let slot = self.lines.get_mut(usize::from(pin))?;
+        let slot = self.lines.get_mut(usize::from(pin)).filter(|_| pin < self.pins)?;
         let line: Arc<dyn Interrupt> = Arc::from(line);
         *slot = Some(Arc::clone(&line));
         Some(line)
@@ -97,7 +93,7 @@ impl IoApic {
 
     /// Sets the line of a level-triggered device.
     pub fn set_level(&self, pin: u8, high: bool) {
-        if pin >= PINS {
+        if pin >= self.pins {
             return;
         }
         let mut state = self.lock();
@@ -172,12 +168,18 @@ impl IoApic {
         }
     }
 
-    fn read_register(state: &IoApicState) -> u32 {
+    /// The pin whose redirection entry a register is part of.
+    fn pin_of(&self, select: u8) -> Option<usize> {
+        select.checked_sub(FIRST_ENTRY).map(|at| at / 2).filter(|pin| *pin < self.pins).map(usize::from)
+    }
+
+    fn read_register(&self, state: &IoApicState) -> u32 {
         match state.select {
             ID | ARBITRATION => state.id,
-            VERSION => VERSION_VALUE,
+            // The number of the last pin is in bits 23:16.
+            VERSION => VERSION_VALUE | u32::from(self.pins - 1) << 16,
             select => {
-                let entry = pin_of(select).and_then(|pin| state.entries.get(pin)).copied().unwrap_or(0);
+                let entry = self.pin_of(select).and_then(|pin| state.entries.get(pin)).copied().unwrap_or(0);
                 let half = if select & 1 == 0 { entry } else { entry >> 32 };
                 u32::try_from(half & 0xffff_ffff).unwrap_or(0)
             }
@@ -190,7 +192,7 @@ impl IoApic {
             state.id = value & 0x0f00_0000;
             return;
         }
-        let Some(pin) = pin_of(select) else { return };
+        let Some(pin) = self.pin_of(select) else { return };
         let Some(entry) = state.entries.get_mut(pin) else { return };
         let old = *entry;
         let new = match select & 1 {
@@ -213,7 +215,7 @@ impl BusDevice for IoApic {
         let state = self.lock();
         let value = match offset {
             SELECT => u32::from(state.select),
-            WINDOW => Self::read_register(&state),
+            WINDOW => self.read_register(&state),
             _ => 0,
         };
         data.fill(0);
@@ -235,11 +237,6 @@ impl BusDevice for IoApic {
             _ => {}
         }
     }
-}
-
-/// The pin whose redirection entry a register is part of.
-fn pin_of(select: u8) -> Option<usize> {
-    select.checked_sub(FIRST_ENTRY).map(|at| usize::from(at / 2))
 }
 
 /// The message that a redirection entry stands for, `None` while it delivers nothing.
@@ -264,7 +261,7 @@ mod tests {
 
     fn apic() -> (FakeInterrupts, IoApic) {
         let interrupts = FakeInterrupts::new();
-        let mut apic = IoApic::new();
+        let mut apic = IoApic::new(PINS);
         for pin in 0..PINS {
             apic.connect(pin, interrupts.line()).unwrap();
         }
@@ -305,6 +302,23 @@ mod tests {
         assert_eq!(u32::from_le_bytes(data), 0x0017_0020);
         set_entry(&apic, 0, u64::MAX);
         assert_eq!(entry(&apic, 0), WRITABLE);
+    }
+
+    #[test]
+    fn an_io_apic_of_few_pins_has_no_others() {
+        let mut apic = IoApic::new(10);
+        let interrupts = FakeInterrupts::new();
+        assert!(apic.connect(9, interrupts.line()).is_some());
+        assert!(apic.connect(10, interrupts.line()).is_none());
+        apic.write(SELECT, &[VERSION, 0, 0, 0]);
+        let mut data = [0; 4];
+        apic.read(WINDOW, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0x0009_0020);
+        for pin in [9, 10] {
+            set_entry(&apic, pin, 0x31);
+            apic.read(WINDOW, &mut data);
+            assert_eq!(u32::from_le_bytes(data), if pin == 9 { 0x31 } else { 0 });
+        }
     }
 
     #[test]

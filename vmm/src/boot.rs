@@ -9,7 +9,7 @@ use hal::HostCaps;
 use crate::Failure;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
-use crate::memory::{self, Ram};
+use crate::memory::{self, FirstPages, Ram};
 use crate::trace::{Milestone, Trace};
 
 /// A guest ready to be given processors and devices.
@@ -20,6 +20,8 @@ pub struct Loaded {
     pub platform: Platform,
     /// Where the boot processor begins.
     pub kernel: LoadedKernel,
+    /// What is worth populating beside the guest ([`crate::kernel::Kernels::populate`]).
+    pub first_pages: Option<FirstPages>,
 }
 
 /// Makes guest memory and loads the kernel into it.
@@ -64,7 +66,8 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     arch::acpi::write(&memory.map, &platform)?;
     trace.mark(Milestone::Kernel);
     tell(&kernel, &image);
-    Ok(Loaded { memory, platform, kernel })
+    let first_pages = image.unpacked().and_then(|_| memory.first_pages(&config.memory));
+    Ok(Loaded { memory, platform, kernel, first_pages })
 }
 
 /// What is tried when an image could not be loaded: a kept kernel that is damaged is unpacked anew, and what was

@@ -81,7 +81,7 @@ impl Machine {
     /// # Errors
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
-        let Loaded { memory, platform, kernel } = loaded;
+        let Loaded { memory, platform, kernel, first_pages } = loaded;
         let count = platform.topology.vcpu_ids().len();
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory)?;
@@ -132,6 +132,9 @@ impl Machine {
             machine.functions.iter().for_each(|function| function.suspend());
         }
         threads.run(vcpus, &exits, parts.trace, mode);
+        if let Some(pages) = first_pages {
+            parts.inputs.kernels.populate(pages);
+        }
         counters.vcpus = threads.counters().to_vec();
         machine.vcpus = Some(threads);
         machine.counters = Arc::new(counters);
@@ -269,7 +272,7 @@ fn add_platform_devices(
     pio: &Bus,
 ) -> Result<PlatformDevices, Failure> {
     let ports = |port: u16, len, device| insert(pio, port.into(), len, device);
-    let mut ioapic = IoApic::new();
+    let mut ioapic = IoApic::new(platform.ioapic_pins);
     let mut connect = |pin| {
         let line = ioapic.connect(pin, seam.line(pin)?);
         line.ok_or_else(|| Failure::Host(format!("the I/O APIC has no pin {pin}")))

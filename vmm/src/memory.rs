@@ -14,7 +14,8 @@ use api::Hugepages;
 use hal::GpaRange;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use nix::sys::mman::MmapAdvise;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 /// Why guest memory cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,13 @@ pub enum Error {
         problem: String,
     },
 }
+
+/// What Linux takes from the end of memory before its memory map, in bytes.
+const FIRST_ALLOCATIONS: u64 = 12 << 20;
+/// The most that is populated before it is touched, in bytes.
+const MOST_FIRST_PAGES: u64 = 256 << 20;
+/// Bytes that are populated with one call: a huge page.
+const POPULATED_AT_ONCE: usize = 2 << 20;
 
 /// Guest memory, as devices and as the hypervisor take it.
 pub struct Ram {
@@ -82,6 +90,45 @@ pub fn create(ranges: &[GpaRange], config: &api::Memory) -> Result<Ram, Error> {
     Ok(Ram { map, regions })
 }
 
+impl Ram {
+    /// The pages that Linux touches first whatever it boots with: its memory map, an entry of 64 bytes for each page,
+    /// and its first allocations, which it takes from the end of memory downwards. `None` where they are there already.
+    pub fn first_pages(&self, config: &api::Memory) -> Option<FirstPages> {
+        let total: u64 = self.regions.iter().map(|region| region.len()).sum();
+        let region = self.regions.last().filter(|_| !config.prefault && !config.lock)?;
+        let len = (total / 64 + FIRST_ALLOCATIONS).min(region.len()).min(MOST_FIRST_PAGES);
+        Some(FirstPages { region: Arc::clone(region), len: usize::try_from(len).ok()? })
+    }
+}
+
+/// Pages at the end of memory, to be populated beside the guest that begins to run.
+pub struct FirstPages {
+    region: Arc<GuestRegionMmap>,
+    /// In bytes.
+    len: usize,
+}
+
+impl FirstPages {
+    /// Populates them, as far as the host has memory, from the last one on.
+    #[expect(unsafe_code, reason = "madvise takes a raw address")]
+    pub fn populate(self) {
+        // A failure costs nothing: the guest's own accesses do the same, later. Kernels below 5.14 always fail.
+        let mut left = self.len;
+        let mut end = self.region.size();
+        while let Some(start) = end.checked_sub(1).map(|last| last & !(POPULATED_AT_ONCE - 1)).filter(|_| left > 0) {
+            let Some(address) = NonNull::new(self.region.as_ptr().wrapping_add(start).cast()) else { return };
+            let advice = MmapAdvise::MADV_POPULATE_WRITE;
+            // SAFETY: the range is a part of a mapping that is alive, and MADV_POPULATE_WRITE does not change its
+            // contents, whoever accesses it meanwhile.
+            if unsafe { nix::sys::mman::madvise(address, end - start, advice) }.is_err() {
+                return;
+            }
+            left = left.saturating_sub(end - start);
+            end = start;
+        }
+    }
+}
+
 fn memory_file(total: u64, pages: Hugepages) -> Result<File, Error> {
     let failed = |call, errno: nix::Error, hint| Error::System { mib: total >> 20, call, source: errno.into(), hint };
     let huge = match pages {
@@ -119,7 +166,7 @@ fn map(file: Option<FileOffset>, len: u64, config: &api::Memory) -> Result<MmapR
 fn advise_huge(mapping: &MmapRegion) {
     let Some(start) = NonNull::new(mapping.as_ptr().cast()) else { return };
     // SAFETY: the range is the whole of a mapping that is alive, and MADV_HUGEPAGE does not change its contents.
-    let advised = unsafe { nix::sys::mman::madvise(start, mapping.size(), nix::sys::mman::MmapAdvise::MADV_HUGEPAGE) };
+    let advised = unsafe { nix::sys::mman::madvise(start, mapping.size(), MmapAdvise::MADV_HUGEPAGE) };
     if let Err(errno) = advised {
         tracing::warn!("no transparent huge pages for guest memory: madvise: {errno}");
     }
@@ -141,7 +188,7 @@ fn lock(mapping: &MmapRegion) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     #[test]
     fn shared_regions_cover_the_ranges_and_are_one_sealed_file() {
@@ -163,6 +210,30 @@ mod tests {
         let memory = create(&[GpaRange { start: 0, len: 1 << 20 }], &config).unwrap().map;
         assert!(memory.iter().all(|region| region.file_offset().is_none()));
         memory.write_obj(7_u8, GuestAddress(4095)).unwrap();
+    }
+
+    #[test]
+    fn first_pages_are_there_before_they_are_touched_and_hold_what_was_written() {
+        let config = api::Memory::default();
+        let ranges = [GpaRange { start: 0, len: 32 << 20 }, GpaRange { start: 4 << 30, len: 64 << 20 }];
+        let ram = create(&ranges, &config).unwrap();
+        let last = GuestAddress((4 << 30) + (64 << 20) - 8);
+        ram.map.write_obj(0x1234_u64, last).unwrap();
+        let resident = |region: &GuestRegionMmap| {
+            let start = region.as_ptr().addr();
+            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mut mine = smaps.lines().skip_while(|line| !line.starts_with(&format!("{start:x}-")));
+            let rss = mine.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+            rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+        };
+        ram.first_pages(&config).unwrap().populate();
+        // 96 MiB need a memory map of 1.5 MiB.
+        let there = resident(&ram.regions[1]);
+        assert!((13 << 20..=16 << 20).contains(&there), "{there} bytes are populated");
+        assert_eq!(resident(&ram.regions[0]), 0);
+        assert_eq!(ram.map.read_obj::<u64>(last).unwrap(), 0x1234);
+        let populated = api::Memory { prefault: true, ..config };
+        assert!(ram.first_pages(&populated).is_none());
     }
 
     #[test]

@@ -343,7 +343,7 @@ mod tests {
         let vm = fake.create(&VmSpec { max_vcpus: count.into(), ..VmSpec::default() }).unwrap();
         let vcpus: Vec<_> = (0..count).map(|id| vm.create_vcpu(VcpuId(id)).unwrap()).collect();
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new()) });
+        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(24)) });
         let inbox = Inbox::new().unwrap();
         let mut threads = VcpuThreads::spawn("test", count.into(), &inbox).unwrap();
         threads.run(vcpus, &buses, &Trace::off(), mode);

@@ -26,6 +26,8 @@ pub struct Platform {
     pub serial: bool,
     /// There is a panic device at [`layout::PVPANIC_PORT`].
     pub pvpanic: bool,
+    /// Pins of the I/O APIC. Linux goes through all of them several times, at some nine exits a pin.
+    pub ioapic_pins: u8,
     /// PCI host bridges, from the lowest bus up: one for each NUMA node of the guest that has devices.
     pub host_bridges: Vec<HostBridge>,
 }
@@ -65,6 +67,7 @@ impl Platform {
             cmos_rtc: false,
             serial: true,
             pvpanic: true,
+            ioapic_pins: layout::GED_PIN + 1,
             host_bridges: vec![HostBridge {
                 segment: 0,
                 first_bus: 0,
@@ -97,6 +100,7 @@ mod tests {
     fn a_direct_boot_shows_one_bus_and_no_legacy_device_but_the_serial_port() {
         let platform = Platform::direct_boot(6 << 30, 40, Topology::flat(2).unwrap()).unwrap();
         assert!(platform.serial && platform.pvpanic);
+        assert!(platform.ioapic_pins > layout::COM1_PIN.max(layout::GED_PIN));
         assert!(!platform.vga && !platform.i8042 && !platform.cmos_rtc);
         let [bridge] = &platform.host_bridges[..] else { panic!("one host bridge") };
         assert_eq!((bridge.segment, bridge.first_bus, bridge.last_bus), (0, 0, 0));

@@ -113,7 +113,7 @@ impl Platform {
     pub fn new() -> Self {
         let (ports, mmio) = (Bus::new(), Bus::new());
         let (asked, interrupts, typed) = (Arc::new(Asked::default()), FakeInterrupts::new(), Typed::default());
-        let mut ioapic = IoApic::new();
+        let mut ioapic = IoApic::new(24);
         let mut lines = (0..PINS).map(|pin| ioapic.connect(pin, interrupts.line()).expect("a pin"));
         let lines: Vec<_> = lines.by_ref().collect();
         let serial = Arc::new(Serial::new(lines[usize::from(COM1_PIN)].clone(), Box::new(typed.clone())));

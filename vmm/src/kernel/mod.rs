@@ -23,6 +23,7 @@ use arch::payload::{self, Packed, PayloadError};
 pub use self::cache::grant;
 use self::cache::{Cache, Key};
 use self::entry::Entry;
+use crate::memory::FirstPages;
 use crate::sandbox::{self, Access, Grant};
 
 /// What is loaded as the kernel.
@@ -62,8 +63,16 @@ struct Worker {
     thread: JoinHandle<()>,
 }
 
+/// What the thread is asked for.
+enum Job {
+    /// An image.
+    Image(ImageJob),
+    /// Memory that the guest is about to touch, so that its first access does not wait for the host.
+    Populate(FirstPages),
+}
+
 /// An image to be made ready.
-struct Job {
+struct ImageJob {
     kernel: File,
     packed: Packed,
     kept: Kept,
@@ -112,13 +121,22 @@ impl Kernels {
             }
         };
         let (ready, pending) = sync_channel(1);
-        match self.give(Job { kernel, packed, kept, ready }, cache) {
+        match self.give(Job::Image(ImageJob { kernel, packed, kept, ready }), cache) {
             // A thread that has died has dropped the job, and the wait ends.
             Ok(()) => Pending::Working(pending),
             Err(error) => {
                 unpacks_itself(&PayloadError::Read(error));
                 Pending::Ready(Image::File)
             }
+        }
+    }
+
+    /// Populates memory beside the guest, where there is a thread for it: one that has taken a Linux apart.
+    pub fn populate(&self, pages: FirstPages) {
+        let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(worker) = &*worker {
+            // Where the thread has died, the guest's own accesses populate its memory.
+            let _ = worker.jobs.send(Job::Populate(pages));
         }
     }
 
@@ -160,6 +178,13 @@ fn work(jobs: &Receiver<Job>, cache: &KernelCache) {
     }
     sandbox::enter(sandbox::Thread::Loader);
     for job in jobs {
+        let job = match job {
+            Job::Image(job) => job,
+            Job::Populate(pages) => {
+                pages.populate();
+                continue;
+            }
+        };
         let (image, key) = make(&job, cache.as_ref()).unwrap_or_else(|error| {
             unpacks_itself(&error);
             (Image::File, None)
@@ -178,7 +203,7 @@ pub fn unpacks_itself(error: &PayloadError) {
 }
 
 /// Takes the image from the cache, or unpacks it. An image that is to be kept has a key.
-fn make(job: &Job, cache: Option<&Cache>) -> Result<(Image, Option<Key>), PayloadError> {
+fn make(job: &ImageJob, cache: Option<&Cache>) -> Result<(Image, Option<Key>), PayloadError> {
     let kept = cache.filter(|_| job.kept == Kept::Taken);
     if let Some(entry) = kept.and_then(|cache| cache.find_file(&job.kernel)) {
         return Ok((Image::Cached(Arc::new(entry)), None));
