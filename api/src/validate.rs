@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use crate::config::{Cpus, Kernel, Memory, VmConfig};
+use crate::config::{Cpus, Hugepages, Kernel, KernelCache, Memory, VmConfig};
 use crate::device::{Console, DeviceConfig, Disk, Endpoint, Net};
 use crate::host::HostFacts;
 use crate::problem::Problem;
@@ -87,6 +87,7 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
             DeviceConfig::Rng(_) => {}
         }
     }
+    shared_kernel(&mut report, config);
     conflicts(&mut report, config);
     report.problems
 }
@@ -159,6 +160,24 @@ fn cpus(report: &mut Report, cpus: &Cpus, host: &HostFacts) {
             ),
             "the product must be the number of vCPUs",
         );
+    }
+}
+
+/// Pages are shared by private mappings of a file, which is not what memory of these kinds is.
+fn shared_kernel(report: &mut Report, config: &VmConfig) {
+    let memory = &config.memory;
+    if !memory.share_kernel {
+        return;
+    }
+    let against = [
+        (memory.shared, "memory.shared", "other processes map this memory, and would not see the kernel's pages"),
+        (memory.hugepages != Hugepages::Off, "memory.hugepages", "huge pages cannot be shared"),
+        (memory.prefault, "memory.prefault", "a page that is populated is not shared"),
+        (memory.lock, "memory.lock", "a page that is locked is not shared"),
+        (config.kernel.cache == KernelCache::Off, "kernel.cache", "only the pages of a kept kernel can be shared"),
+    ];
+    for (_, field, why) in against.into_iter().filter(|(is, ..)| *is) {
+        report.add("memory.share_kernel", format!("it cannot be had with {field}: {why}"), "leave out one of the two");
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use api::{
-    ByteSize, ConfigText, Console, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, Kind, KindName,
+    ByteSize, ConfigText, Console, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, KernelCache, Kind, KindName,
     MAX_CONFIG_BYTES, MacAddr, Net, Rng, Topology, VmConfig, parse, validate,
 };
 
@@ -255,6 +255,34 @@ fn processors() {
         ]
     );
     assert_eq!(problems(&host, |vm| vm.cpus.topology = topology(u32::MAX, u32::MAX, u32::MAX)).len(), 1);
+}
+
+#[test]
+fn a_shared_kernel_goes_with_plain_memory_only() {
+    let host = small_host();
+    let with = |change: fn(&mut VmConfig)| {
+        problems(&host, |vm| {
+            vm.memory.share_kernel = true;
+            change(vm);
+        })
+    };
+    assert!(with(|_| ()).is_empty());
+    assert_eq!(
+        with(|vm| vm.memory.shared = true),
+        [
+            "memory.share_kernel: it cannot be had with memory.shared: other processes map this memory, and would not see the \
+          kernel's pages; leave out one of the two"
+        ]
+    );
+    let all = with(|vm| {
+        vm.memory.prefault = true;
+        vm.memory.lock = true;
+        vm.memory.hugepages = Hugepages::Size2M;
+        vm.kernel.cache = KernelCache::Off;
+    });
+    for field in ["memory.prefault", "memory.lock", "memory.hugepages", "kernel.cache"] {
+        assert!(all.iter().any(|problem| problem.contains(field)), "{field}: {all:?}");
+    }
 }
 
 #[test]

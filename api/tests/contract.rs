@@ -44,13 +44,14 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
         topology: topology.map(|[sockets, cores, threads]| Topology { sockets, cores, threads }),
     });
     let hugepages = prop_oneof![Just(Hugepages::Off), Just(Hugepages::Size2M), Just(Hugepages::Size1G)];
-    let memory = (any::<u64>(), any::<[bool; 4]>(), hugepages).prop_map(|(size, flags, hugepages)| Memory {
+    let memory = (any::<u64>(), any::<[bool; 5]>(), hugepages).prop_map(|(size, flags, hugepages)| Memory {
         size: ByteSize::new(size),
         hugepages,
         transparent_huge_pages: flags[0],
         prefault: flags[1],
         shared: flags[2],
         lock: flags[3],
+        share_kernel: flags[4],
     });
     let kind =
         prop_oneof![Just(Kind::Standard {}), Just(Kind::Tdx {}), Just(Kind::Snp {}), Just(Kind::SoftwareProtected {})];

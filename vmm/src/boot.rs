@@ -49,6 +49,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         let source = BootSource {
             kernel: &inputs.kernel,
             unpacked: image.unpacked(),
+            share: config.memory.share_kernel,
             random: image.unpacked().map(|_| random()).transpose()?,
             initramfs: inputs.initramfs.as_ref(),
             cmdline: &cmdline,
@@ -65,7 +66,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     };
     arch::acpi::write(&memory.map, &platform)?;
     trace.mark(Milestone::Kernel);
-    tell(&kernel, &image);
+    tell(&kernel, &image, config.memory.share_kernel);
     let first_pages = image.unpacked().and_then(|_| memory.first_pages(&config.memory));
     Ok(Loaded { memory, platform, kernel, first_pages })
 }
@@ -95,7 +96,10 @@ fn reading_failed(error: &BootError) -> bool {
     }
 }
 
-fn tell(kernel: &LoadedKernel, image: &Image) {
+fn tell(kernel: &LoadedKernel, image: &Image, share: bool) {
+    if share && !matches!(image, Image::Cached(_)) {
+        tracing::info!("the kernel's pages are this guest's own: only those of a kept kernel can be shared");
+    }
     if image.unpacked().is_some() && kernel.slide.is_none() {
         tracing::info!(
             "the kernel is not placed at random: it has no relocation table, or its command line forbids it"

@@ -43,6 +43,7 @@ pub fn load(how: Step, content: &[u8]) {
         protocol: [None, Some(Protocol::Linux64), Some(Protocol::Pvh)][usize::from(how.a % 3)],
         gigabyte_pages: how.c & 1 != 0,
         unpacked: None,
+        share: false,
         random: None,
     };
     let topology = Topology::flat(1).expect("one processor");

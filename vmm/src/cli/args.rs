@@ -208,7 +208,8 @@ pub struct RunArgs {
     /// Further keys: hugepages=off|2M|1G takes it from the host's reserved huge pages, transparent_huge_pages=on|off
     /// (default on) lets the host use transparent ones, prefault=on|off (default off) populates all of it at the
     /// start, shared=on|off (default off) makes it a memfd that other processes can map,
-    /// lock=on|off (default off) keeps it from being swapped out.
+    /// lock=on|off (default off) keeps it from being swapped out; share_kernel=on|off (default off): guests of one kernel
+    /// share its unchanged pages, in exchange for the kernel's huge pages.
     #[arg(long, value_name = "SIZE[,KEY=VALUE]…", help_heading = "Processors and memory")]
     pub memory: Option<String>,
 

@@ -300,7 +300,7 @@ impl Flags {
     fn memory(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--memory {}", brief(text));
         self.origin("memory", "--memory", text);
-        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared", "lock"];
+        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared", "lock", "share_kernel"];
         let sizes = [("off", Hugepages::Off), ("2M", Hugepages::Size2M), ("1G", Hugepages::Size1G)];
         let memory = &mut config.memory;
         for Pair { key, value } in self.list(&at, text, Some("size"), &known) {
@@ -314,7 +314,8 @@ impl Flags {
                 "transparent_huge_pages" => memory.transparent_huge_pages = self.on(&at, &key, value),
                 "prefault" => memory.prefault = self.on(&at, &key, value),
                 "shared" => memory.shared = self.on(&at, &key, value),
-                _ => memory.lock = self.on(&at, &key, value),
+                "lock" => memory.lock = self.on(&at, &key, value),
+                _ => memory.share_kernel = self.on(&at, &key, value),
             }
         }
     }

@@ -11,9 +11,12 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
 
 use arch::{KernelImage, Sink};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use vm_memory::{FileOffset, MmapRegion};
 
 const MAGIC: &[u8; 16] = b"halyard kernel 1";
@@ -104,6 +107,7 @@ impl Entry {
     }
 }
 
+#[expect(unsafe_code, reason = "a part of guest memory is replaced")]
 impl KernelImage for Entry {
     fn size(&self) -> u64 {
         self.size
@@ -120,6 +124,17 @@ impl KernelImage for Entry {
             at += part.len();
         }
         Ok(())
+    }
+
+    // SAFETY: the caller's, as the trait says.
+    unsafe fn map_over(&self, offset: u64, len: usize, to: NonNull<u8>) -> io::Result<bool> {
+        let (Some(file), Some(size)) = (self.mapping.file_offset(), NonZeroUsize::new(len)) else { return Ok(false) };
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED | MapFlags::MAP_NORESERVE;
+        // SAFETY: the range may be replaced, as the caller says. The file changes no more than for `block`.
+        unsafe { mmap(Some(to.addr()), size, protection, flags, file.file(), offset) }?;
+        Ok(true)
     }
 }
 

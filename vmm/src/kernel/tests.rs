@@ -397,7 +397,8 @@ fn vmlinux() -> Vec<u8> {
     file.extend(0_u32.to_le_bytes());
     file.extend([64_u16, 56, 1, 0, 0, 0].map(u16::to_le_bytes).concat());
     file.extend([1_u32, 5].map(u32::to_le_bytes).concat());
-    file.extend([120, TEXT as u64, TEXT as u64, size, size, 4096].map(u64::to_le_bytes).concat());
+    file.extend([4096, TEXT as u64, TEXT as u64, size, size, 4096].map(u64::to_le_bytes).concat());
+    file.resize(4096, 0);
     file.extend(text);
     file
 }
@@ -435,9 +436,14 @@ fn bzimage(kernel: &[u8]) -> Vec<u8> {
 impl Bench {
     /// Loads the kernel file as for a run. With it, what the owner's thread logged.
     fn boot(&self) -> (Result<Loaded, Failure>, String) {
+        self.boot_with(|_| ())
+    }
+
+    fn boot_with(&self, change: impl FnOnce(&mut VmConfig)) -> (Result<Loaded, Failure>, String) {
         let mut config = VmConfig::new(self.path("vmlinuz"));
         config.memory.size = ByteSize::mib(32);
         config.kernel.cache = KernelCache::Directory(self.path("cache"));
+        change(&mut config);
         config.fill_defaults();
         let log = Log::default();
         let writer = log.clone();
@@ -472,6 +478,34 @@ fn a_boot_keeps_its_kernel_and_the_next_takes_it() {
         assert!(!log.contains("WARN"), "{log}");
     }
     assert_eq!(content(&Entry::open(File::open(bench.entry()).unwrap()).unwrap()), vmlinux());
+}
+
+#[test]
+fn guests_share_a_kept_kernel_until_they_write_to_it() {
+    let bench = Bench::new();
+    bench.kernel(&bzimage(&vmlinux()));
+    let shared = |config: &mut VmConfig| config.memory.share_kernel = true;
+    let (_, log) = bench.boot_with(shared);
+    assert!(log.contains("the kernel's pages are this guest's own"), "{log}");
+
+    let guests = [bench.boot_with(shared), bench.boot_with(shared)];
+    let [one, two] = guests.map(|(loaded, log)| {
+        assert!(!log.contains("this guest's own"), "{log}");
+        loaded.unwrap()
+    });
+    let name = bench.entry().display().to_string();
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let of_guests = maps.lines().filter(|line| line.contains(" rw-p ") && line.ends_with(&name)).count();
+    assert_eq!(of_guests, 2, "{maps}");
+    let place = GuestAddress(TEXT as u64 + 5000);
+    one.memory.map.write_slice(b"changed", place).unwrap();
+    let mut text = vec![0; 600 << 10];
+    two.memory.map.read_slice(&mut text, GuestAddress(TEXT as u64)).unwrap();
+    assert!(text == bytes(1, 600 << 10), "another guest's kernel has changed");
+    assert_eq!(content(&Entry::open(File::open(bench.entry()).unwrap()).unwrap()), vmlinux());
+    let mut changed = [0; 7];
+    one.memory.map.read_slice(&mut changed, place).unwrap();
+    assert_eq!(&changed, b"changed");
 }
 
 #[test]

@@ -71,6 +71,9 @@ pub struct BootSource<'a> {
     /// The kernel inside a bzImage, where it has been unpacked ([`payload`]). It is entered instead of the bzImage's own
     /// decompressor.
     pub unpacked: Option<&'a dyn KernelImage>,
+    /// Pages of an unpacked kernel that is in a file ([`KernelImage::map_over`]) are mapped, so that guests share those
+    /// that none of them changes. Only for guest memory that is private to this process.
+    pub share: bool,
     /// Two random numbers, for an unpacked kernel to be placed at random where it can be (KASLR); `None` leaves it at the
     /// address that it is linked for.
     pub random: Option<[u64; 2]>,
@@ -131,7 +134,7 @@ pub fn load_kernel(
     let slide = place_at_random(&mut kernel, relocations.as_ref(), initramfs, &map, source);
     kernel.move_up(slide.map_or(0, |slide| slide.physical));
 
-    kernel.load(&file, memory)?;
+    kernel.load(&file, memory, source.share)?;
     if let (Some(slide), Some(relocations)) = (slide, &relocations) {
         relocations.apply(memory, kernel.range.start, slide.virt)?;
     }
@@ -204,7 +207,7 @@ fn place_initramfs(file: &File, kernel: &Kernel, map: &MemoryMap) -> Result<GpaR
 
 fn load_initramfs(file: &File, range: GpaRange, memory: &GuestMemoryMmap) -> Result<(), InitramfsError> {
     let image = FileImage::new(file).map_err(InitramfsError::Read)?.ok_or(InitramfsError::NotAFile)?;
-    image::copy(&image, 0, range, memory).map_err(InitramfsError::Read)
+    image::copy(&image, 0, range, memory, false).map_err(InitramfsError::Read)
 }
 
 /// Writes boot data below 1 MiB.

@@ -131,10 +131,10 @@ impl Kernel {
         if self.pieces.iter().any(filled) { Ok(protocol) } else { Err(KernelError::Entry { protocol, entry }) }
     }
 
-    /// Copies the kernel into guest memory.
-    pub(super) fn load(&self, file: &KernelFile, memory: &GuestMemoryMmap) -> Result<(), KernelError> {
+    /// Copies the kernel into guest memory; with `share`, maps what can be.
+    pub(super) fn load(&self, file: &KernelFile, memory: &GuestMemoryMmap, share: bool) -> Result<(), KernelError> {
         for piece in &self.pieces {
-            image::copy(file.image, piece.file_offset, piece.to, memory).map_err(KernelError::Read)?;
+            image::copy(file.image, piece.file_offset, piece.to, memory, share).map_err(KernelError::Read)?;
         }
         Ok(())
     }

@@ -67,6 +67,7 @@ impl<'a> Case<'a> {
             protocol: self.protocol,
             gigabyte_pages: self.gigabyte_pages,
             unpacked: self.unpacked,
+            share: false,
             random: self.random,
         };
         load_kernel(memory, &platform(self.ram), &source)

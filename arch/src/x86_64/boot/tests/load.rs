@@ -203,6 +203,7 @@ fn what_is_no_regular_file_is_named() {
             protocol: None,
             gigabyte_pages: true,
             unpacked: None,
+            share: false,
             random: None,
         };
         load_kernel(&memory(32 * MIB), &platform(32 * MIB), &source).unwrap_err()
