@@ -105,7 +105,7 @@ pub fn measure() -> Result<Table> {
     let initramfs = images::guest(kernel)?.display().to_string();
     // The clock in the log's stamps is exact from the start only where the kernel trusts the time stamp counter.
     let words = "console=ttyS0 quiet panic=-1 rdinit=/bin/agent -- first";
-    let host = Host::start(&HostSpec::new())?;
+    let host = Host::start(&HostSpec::new().cpus(1))?;
     host.run(Cmd::shell("[ -d /sys/kernel/debug/kvm ] || mount -t debugfs debugfs /sys/kernel/debug"))?.ok()?;
     let halyard = vm::halyard()?.display().to_string();
     let own = ["run", "--cpus", "1", "--memory", "256M", "--on-reset", "exit", "--on-panic", "exit"];
