@@ -50,7 +50,9 @@ struct Shape {
     pages: u32,
 }
 
-const SMALL: Shape = Shape { cpus: "1", mib: "256", pages: 130 };
+const SMALL: Shape = Shape { cpus: "1", mib: "256", pages: SMALL_PAGES };
+/// What a guest with 256 MiB leaves, in huge pages.
+pub(super) const SMALL_PAGES: u32 = 130;
 const LARGE: Shape = Shape { cpus: "8", mib: "4096", pages: 300 };
 
 /// Ways to boot that are compared.
@@ -87,10 +89,7 @@ fn measure_shape(shape: &Shape, rounds: usize) -> Result<Vec<Finding>> {
             eprintln!("  boot {} of {rounds}: {name} {total:.2} s, the kernel's own {kernel:.2} s", round + 1);
             totals.push(total);
             kernels.push(kernel);
-            if !host.is_direct() {
-                let put_away = "/proc/sys/vm/nr_hugepages";
-                host.run(format!("echo $(( $(cat {put_away}) + {} )) >{put_away}", shape.pages))?.ok()?;
-            }
+            put_away(&host, shape.pages)?;
         }
     }
     let what = format!("{}, {} vCPU, {} MiB", Kernel::Debian6_12Cloud.version()?, shape.cpus, shape.mib);
@@ -158,6 +157,15 @@ fn findings(what: &str, contenders: &[Contender]) -> Vec<Finding> {
             UNPACK_LIMIT,
         ),
     ]
+}
+
+/// Puts memory away, in huge pages of 2 MiB, that a guest has left in an emulated host.
+pub(super) fn put_away(host: &Host, pages: u32) -> Result<()> {
+    if !host.is_direct() {
+        let reserved = "/proc/sys/vm/nr_hugepages";
+        host.run(format!("echo $(( $(cat {reserved}) + {pages} )) >{reserved}"))?.ok()?;
+    }
+    Ok(())
 }
 
 /// QEMU with one of its machines and the common options.
