@@ -55,6 +55,14 @@ impl DeviceConfig {
         }
     }
 
+    /// Sets the number of the descriptor that the device is on. A device that can be on none stays as it is.
+    pub fn set_fd(&mut self, number: i32) {
+        match self {
+            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => *fd = Some(number),
+            Self::Console(_) | Self::Rng(_) => {}
+        }
+    }
+
     /// The device's `type`, as the configuration writes it.
     pub fn type_name(&self) -> &'static str {
         match self {

@@ -27,6 +27,7 @@ pub mod network;
 pub mod pool;
 pub mod process;
 pub mod protocol;
+pub mod pty;
 mod qemu;
 pub mod text;
 pub mod tiny;
