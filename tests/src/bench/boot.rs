@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::{Finding, Series};
+use crate::kernels::Lie;
 use crate::process::Process;
 use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
 
@@ -38,9 +39,6 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(180);
 /// Where Halyard keeps unpacked kernels in these measurements.
 const COLD: &str = "/tmp/cold-kernels";
 const WARM: &str = "/tmp/warm-kernels";
-/// Where a bzImage states the length of its payload (Linux, `Documentation/arch/x86/boot.rst`). With none, it unpacks
-/// itself.
-const PAYLOAD_LENGTH: std::ops::Range<usize> = 0x24c..0x250;
 
 /// The size of a guest.
 struct Shape {
@@ -101,10 +99,7 @@ fn contenders(host: &Host, shape: &Shape) -> Result<Vec<Contender>> {
     let bzimage = kernel.bzimage()?.display().to_string();
     let vmlinux = kernel.vmlinux()?.display().to_string();
     let initramfs = images::guest(kernel)?.display().to_string();
-    let slow = "/tmp/vmlinuz-without-payload";
-    let mut bytes = std::fs::read(&bzimage)?;
-    bytes.get_mut(PAYLOAD_LENGTH).context("a setup header")?.fill(0);
-    host.write_file(slow, bytes)?;
+    let slow = kernel.bzimage_with(Lie::NoPayload)?.display().to_string();
 
     let words = "console=ttyS0 quiet panic=-1 rdinit=/bin/agent -- first";
     let halyard = vm::halyard()?.display().to_string();
@@ -122,7 +117,7 @@ fn contenders(host: &Host, shape: &Shape) -> Result<Vec<Contender>> {
         ("halyard", own(&bzimage, WARM)),
         ("halyard, cold cache", own(&bzimage, COLD)),
         ("halyard, no cache", own(&bzimage, "off")),
-        ("halyard, guest unpacks", own(slow, "off")),
+        ("halyard, guest unpacks", own(&slow, "off")),
         ("qemu microvm", qemu(MICROVM, &bzimage)),
         ("qemu microvm, vmlinux", qemu(MICROVM, &vmlinux)),
         ("qemu q35", qemu(Q35, &bzimage)),
