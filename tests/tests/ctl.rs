@@ -177,7 +177,7 @@ fn devices_are_added_changed_and_removed() {
         .expect_messages(&["--disk path=x,queues=many,sise=3: queues: «many» is not possible", "unknown key «sise»"]);
     fs::write(served.path("d.yaml"), "type: disk\nreadonly: 3\nquues: 1\n").unwrap();
     let refused = ctl(&served, &["devices", "add", "--file", &served.path("d.yaml").display().to_string()]);
-    refused.expect_code(2).expect_messages(&["d.yaml:2:11: readonly: ", "d.yaml:3:1: quues: "]);
+    refused.expect_code(2).expect_messages(&["d.yaml:2:1: readonly: ", "d.yaml:3:1: quues: "]);
     ctl(&served, &["devices", "change", "con", "name"]).expect_code(2).expect_messages(&["name: it has no value"]);
     let wrong = ctl(&served, &["devices", "change", "disk0", "queues=0", "x=1"]).expect_code(2);
     wrong.expect_messages(&["halyard: queues: ", "halyard: x: "]);
@@ -291,10 +291,19 @@ fn events_go_on_where_a_connection_broke() {
     served.finish().expect_code(0);
 }
 
+/// Waits until the monitor has seen so many clients of consoles go.
+#[track_caller]
+fn wait_for_closed(served: &Served, count: usize) {
+    let events = served.client().events(Some(0)).unwrap().map(Result::unwrap);
+    let closed = events.filter(|event| matches!(event.event, api::EventKind::ConsoleClosed { .. }));
+    assert_eq!(closed.take(count).count(), count);
+}
+
 #[test]
 fn a_console_is_left_by_its_escape() {
     let served = serve!();
     drop(booted(&served, "commands", ""));
+    wait_for_closed(&served, 1);
     let mut pty = Pty::start(at(&served.path("api"), &["console", "serial"]), PATIENCE);
     pty.wait_for("connected to serial; Ctrl-a x leaves it");
     assert!(pty.is_raw());
@@ -310,6 +319,7 @@ fn a_console_is_left_by_its_escape() {
     assert_eq!(pty.finish(), Some(0));
     assert_eq!(printed(&served, &["phase"]), "running\n", "the VM runs on");
 
+    wait_for_closed(&served, 2);
     let mut first = Pty::start(at(&served.path("api"), &["console", "serial"]), PATIENCE);
     first.wait_for("connected");
     let mut second = Running::start(at(&served.path("api"), &["console", "serial", "--take-over"]), PATIENCE);
@@ -394,6 +404,7 @@ fn a_monitor_that_is_not_there_or_does_not_answer_is_told_soon() {
         let (first, _) = listener.accept().unwrap();
         drop(first);
         let (mut second, _) = listener.accept().unwrap();
+        hear(&mut second, "\r\n\r\n");
         let mut sent = 0;
         while second
             .write_all(b"HTTP/1.1 200 OK\r\nx: yyyyyyyyyyyyyyyyyyyyyyyyyyyyy".get(sent..=sent).unwrap_or(b"y"))
