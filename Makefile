@@ -44,7 +44,7 @@ test: deps
 
 # Only the stories; FILTER chooses some of them.
 stories: build
-	HALYARD_BIN=$(BIN) $(CARGO) test -p halyard-tests --test stories -- --test-threads 2 $(FILTER)
+	HALYARD_BIN=$(BIN) $(CARGO) test -p halyard-tests --test stories --test kernel_stories -- --test-threads 2 $(FILTER)
 
 soak: build
 	@HALYARD_BIN=$(BIN) scripts/soak
