@@ -280,25 +280,32 @@ impl Client {
     /// # Errors
     /// As [`Client::call`].
     pub fn put_device(&mut self, id: &str, device: &DeviceConfig) -> Result<Option<Job>> {
+        self.put_device_on(id, device, &[])
+    }
+
+    /// As [`Client::put_device`], with the descriptors that the device names, the first as number 3.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn put_device_on(
+        &mut self,
+        id: &str,
+        device: &DeviceConfig,
+        descriptors: &[BorrowedFd],
+    ) -> Result<Option<Job>> {
         let body = serde_json::to_vec(device).map_err(|error| ClientError::Garbled(error.to_string()))?;
-        job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), ..Options::default() })?)
+        job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), descriptors, headers: &[] })?)
     }
 
-    /// Removes a device. A job, where the guest must let go of it first.
+    /// Removes a device. A job, where the guest must let go of it first; with `force` it is not asked, and loses what it
+    /// has not written.
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn remove_device(&mut self, id: &str) -> Result<Option<Job>> {
-        job_of(&self.call(Operation::RemoveDevice, id, &Options::default())?)
-    }
-
-    /// Takes a device out of a machine without asking the guest, which loses what it has not written.
-    ///
-    /// # Errors
-    /// As [`Client::call`].
-    pub fn force_device_out(&mut self, id: &str) -> Result<()> {
-        let path = path_of(Operation::RemoveDevice).replace("{id}", &encoded(id)) + "?force=true";
-        self.checked(Verb::Delete, &path, &Options::default()).map(drop)
+    pub fn remove_device(&mut self, id: &str, force: bool) -> Result<Option<Job>> {
+        let query = if force { "?force=true" } else { "" };
+        let path = path_of(Operation::RemoveDevice).replace("{id}", &encoded(id)) + query;
+        job_of(&self.checked(Verb::Delete, &path, &Options::default())?)
     }
 
     /// Reads events on a connection of its own: those after number `after`, or those that happen from now on.

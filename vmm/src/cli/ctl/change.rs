@@ -165,11 +165,8 @@ impl Ctl {
     }
 
     pub(super) fn remove(&mut self, how: &RemoveArgs) -> Done {
-        if how.force {
-            return Ok(self.client.force_device_out(&how.id)?);
-        }
         let events = self.client.events(None)?;
-        match self.client.remove_device(&how.id)? {
+        match self.client.remove_device(&how.id, how.force)? {
             Some(job) if how.no_wait => self.answer(&job, show::job),
             Some(job) => self.wait_for(job, events),
             None => Ok(()),
