@@ -124,6 +124,7 @@ fn contenders(host: &Host, shape: &Shape) -> Result<Vec<Contender>> {
     ];
     // The cache is warm from the first round on.
     boot(host, &all[0].1)?;
+    put_away(host, shape.pages)?;
     let contender = |(name, command)| Contender { name, command, totals: Vec::new(), kernels: Vec::new() };
     Ok(all.map(contender).into())
 }
