@@ -59,7 +59,7 @@ pub fn detail(event: &EventKind) -> String {
         EventKind::ConfigChanged {} => String::new(),
         EventKind::DeviceAdded { id }
         | EventKind::DeviceChanged { id }
-        | EventKind::DeviceRemoved { id }
+        | EventKind::DeviceRemoved { id, .. }
         | EventKind::ConsoleOpened { id }
         | EventKind::ConsoleClosed { id } => id.clone(),
         EventKind::DeviceFailed { id, reason } | EventKind::IoError { id, reason } => format!("{id}: {reason}"),
