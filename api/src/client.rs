@@ -210,12 +210,6 @@ impl Client {
     pub fn device(&mut self, id: &str) -> Result<DeviceConfig> {
         self.get(Operation::GetDevice, id)
     }
-    pub fn put_device(&mut self, id: &str, device: &DeviceConfig) -> Result<DeviceConfig> {
-        self.put(Operation::PutDevice, id, device)
-    }
-    pub fn remove_device(&mut self, id: &str) -> Result<()> {
-        self.act(Operation::RemoveDevice, id)
-    }
     pub fn vcpus(&mut self) -> Result<Vcpus> {
         self.get(Operation::GetVcpus, "")
     }
@@ -244,6 +238,46 @@ impl Client {
 }
 
 impl Client {
+    /// Adds a device, or puts it in the place of the one with its id. A job, where the guest must take it first.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn put_device(&mut self, id: &str, device: &DeviceConfig) -> Result<Option<Job>> {
+        self.put_device_on(id, device, &[])
+    }
+
+    /// As [`Client::put_device`], with the descriptors that the device names, the first as number 3.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn put_device_on(
+        &mut self,
+        id: &str,
+        device: &DeviceConfig,
+        descriptors: &[BorrowedFd],
+    ) -> Result<Option<Job>> {
+        let body = serde_json::to_vec(device).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), descriptors, headers: &[] })?)
+    }
+
+    /// Removes a device. A job, where the guest must let go of it first.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn remove_device(&mut self, id: &str) -> Result<Option<Job>> {
+        job_of(&self.call(Operation::RemoveDevice, id, &Options::default())?)
+    }
+
+    /// Takes a device out of a machine without asking the guest, which loses what it has not written.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn force_device_out(&mut self, id: &str) -> Result<()> {
+        let path = path_of(Operation::RemoveDevice).replace("{id}", id) + "?force=true";
+        let response = self.send(Verb::Delete.as_str(), &path, &Options::default())?;
+        if response.status < 400 { Ok(()) } else { Err(refused(&response)) }
+    }
+
     /// Reads events on a connection of its own: those after number `after`, or those that happen from now on.
     ///
     /// # Errors
@@ -336,6 +370,11 @@ impl Read for Chunks {
         self.left -= length;
         if length == 0 && room > 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(length) }
     }
+}
+
+/// The job that does what was asked, where it was not done at once.
+fn job_of(response: &Response) -> Result<Option<Job>> {
+    if response.status == 202 { read(response).map(Some) } else { Ok(None) }
 }
 
 fn path_of(operation: Operation) -> &'static str {

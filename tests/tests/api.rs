@@ -246,7 +246,8 @@ fn requests_out_of_place_are_refused_and_change_nothing() {
 
     client.create(&config("commands")).unwrap();
     client.boot().unwrap();
-    assert_eq!(refused(client.put_device("rng0", &DeviceConfig::Rng(Rng::default()))).status, 501);
+    let document = refused(client.put_device("rng0", &DeviceConfig::Rng(Rng::default())));
+    assert!(document.status == 409 && document.detail.contains("hot-plug port"), "{document}");
     assert_eq!(refused(client.remove_device("disk0")).status, 404);
     assert_eq!(refused(client.set_vcpus(2)).status, 501);
     assert_eq!(refused(client.create(&config("timer"))).status, 409);
@@ -261,7 +262,8 @@ fn a_configuration_is_changed_before_the_boot_and_only_the_one_that_is_known() {
     let disk = NamedTempFile::new().unwrap();
     disk.as_file().set_len(1 << 20).unwrap();
     client.create(&config("commands")).unwrap();
-    let added = client.put_device("root", &DeviceConfig::Disk(Disk::new(disk.path()))).unwrap();
+    assert_eq!(client.put_device("root", &DeviceConfig::Disk(Disk::new(disk.path()))).unwrap(), None);
+    let added = client.device("root").unwrap();
     assert_eq!((added.id(), added.type_name()), ("root", "disk"));
     assert_eq!(client.devices().unwrap().len(), 1);
     let tag = |client: &mut Client| {

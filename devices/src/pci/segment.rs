@@ -89,6 +89,14 @@ struct Port {
     device: Option<Slot>,
 }
 
+/// Addresses of all ports' windows.
+struct PortWindows {
+    low: Range<u64>,
+    high: Range<u64>,
+    /// Bytes of the high one for each port.
+    share: u64,
+}
+
 #[derive(Default)]
 struct Functions {
     root: Vec<Slot>,
@@ -177,18 +185,18 @@ impl PciSegment {
         if count > MAX_PORTS {
             return Err(Error::Full);
         }
-        let (low, high) = self.port_windows(count)?;
+        let PortWindows { low, high, share } = self.port_windows(count)?;
         for number in 0..count {
             let bridge = RootPort::new(number, interrupts.clone(), observer.clone()).ok_or(Error::Full)?;
             let window = part(&low, number, PORT_WINDOW);
-            bridge.assign(number + 1, &window, &part(&high.0, number, high.1));
+            bridge.assign(number + 1, &window, &part(&high, number, share));
             functions.ports.push(Port { bridge: Arc::new(bridge), window, device: None });
         }
         Ok(())
     }
 
-    /// The last addresses of the low window, and those of the high one with each port's share: at most a half of it.
-    fn port_windows(&self, count: u8) -> Result<(Range<u64>, (Range<u64>, u64)), Error> {
+    /// The last addresses of both windows, of the high one at most a half.
+    fn port_windows(&self, count: u8) -> Result<PortWindows, Error> {
         let Windows { low, high } = &self.windows;
         let size = PORT_WINDOW * u64::from(count);
         let end = low.end - low.end % WINDOW_GRANULE;
@@ -197,7 +205,7 @@ impl PciSegment {
         // A power of two, so that large registers find an aligned place.
         let share = share.checked_ilog2().map_or(0, |log| 1 << log) / WINDOW_GRANULE * WINDOW_GRANULE;
         let top = high.end - high.end.checked_rem(share).unwrap_or(0);
-        Ok((start..end, (top - share * u64::from(count)..top, share)))
+        Ok(PortWindows { low: start..end, high: top - share * u64::from(count)..top, share })
     }
 
     /// Puts a function behind a root port, with addresses of the port's window for its base address registers, and tells
