@@ -260,22 +260,16 @@ impl Client {
         job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), descriptors, headers: &[] })?)
     }
 
-    /// Removes a device. A job, where the guest must let go of it first.
+    /// Removes a device. A job, where the guest must let go of it first; with `force` it is not asked, and loses what it
+    /// has not written.
     ///
     /// # Errors
     /// As [`Client::call`].
-    pub fn remove_device(&mut self, id: &str) -> Result<Option<Job>> {
-        job_of(&self.call(Operation::RemoveDevice, id, &Options::default())?)
-    }
-
-    /// Takes a device out of a machine without asking the guest, which loses what it has not written.
-    ///
-    /// # Errors
-    /// As [`Client::call`].
-    pub fn force_device_out(&mut self, id: &str) -> Result<()> {
-        let path = path_of(Operation::RemoveDevice).replace("{id}", id) + "?force=true";
+    pub fn remove_device(&mut self, id: &str, force: bool) -> Result<Option<Job>> {
+        let query = if force { "?force=true" } else { "" };
+        let path = path_of(Operation::RemoveDevice).replace("{id}", id) + query;
         let response = self.send(Verb::Delete.as_str(), &path, &Options::default())?;
-        if response.status < 400 { Ok(()) } else { Err(refused(&response)) }
+        if response.status < 400 { job_of(&response) } else { Err(refused(&response)) }
     }
 
     /// Reads events on a connection of its own: those after number `after`, or those that happen from now on.

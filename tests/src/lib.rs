@@ -28,6 +28,7 @@ pub mod pool;
 pub mod process;
 pub mod protocol;
 mod qemu;
+pub mod service;
 pub mod text;
 pub mod tiny;
 pub mod vm;

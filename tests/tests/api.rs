@@ -147,7 +147,7 @@ fn events_tell_everything_in_order() {
     let mut events = client.events(Some(known)).unwrap();
     client.create(&config("commands")).unwrap();
     client.put_device("rng0", &DeviceConfig::Rng(Rng::default())).unwrap();
-    client.remove_device("rng0").unwrap();
+    client.remove_device("rng0", false).unwrap();
     client.boot().unwrap();
     let mut console = Console::open(&client, "serial");
     console.wait_for("ready\n");
@@ -248,7 +248,7 @@ fn requests_out_of_place_are_refused_and_change_nothing() {
     client.boot().unwrap();
     let document = refused(client.put_device("rng0", &DeviceConfig::Rng(Rng::default())));
     assert!(document.status == 409 && document.detail.contains("hot-plug port"), "{document}");
-    assert_eq!(refused(client.remove_device("disk0")).status, 404);
+    assert_eq!(refused(client.remove_device("disk0", false)).status, 404);
     assert_eq!(refused(client.set_vcpus(2)).status, 501);
     assert_eq!(refused(client.create(&config("timer"))).status, 409);
     let opened = client.console("other", false).map(drop);

@@ -84,8 +84,8 @@ struct Slot {
 /// A root port, and what is behind it.
 struct Port {
     bridge: Arc<RootPort>,
-    /// Its 32-bit memory window, as it was assigned.
-    window: Range<u64>,
+    /// Its memory windows, as they were assigned: the 32-bit one first.
+    windows: [Range<u64>; 2],
     device: Option<Slot>,
 }
 
@@ -188,9 +188,9 @@ impl PciSegment {
         let PortWindows { low, high, share } = self.port_windows(count)?;
         for number in 0..count {
             let bridge = RootPort::new(number, interrupts.clone(), observer.clone()).ok_or(Error::Full)?;
-            let window = part(&low, number, PORT_WINDOW);
-            bridge.assign(number + 1, &window, &part(&high, number, share));
-            functions.ports.push(Port { bridge: Arc::new(bridge), window, device: None });
+            let windows = [part(&low, number, PORT_WINDOW), part(&high, number, share)];
+            bridge.assign(number + 1, &windows[0], &windows[1]);
+            functions.ports.push(Port { bridge: Arc::new(bridge), windows, device: None });
         }
         Ok(())
     }
@@ -221,7 +221,7 @@ impl PciSegment {
         for (index, bar) in function.bars().into_iter().enumerate() {
             let Some(bar) = bar else { continue };
             // None of them is prefetchable, so none may go into a bridge's 64-bit window.
-            let place = first_fit(&slot.window, &taken, bar.size).ok_or(Error::NoRoom { size: bar.size })?;
+            let place = first_fit(&slot.windows[0], &taken, bar.size).ok_or(Error::NoRoom { size: bar.size })?;
             taken.push(place..place + bar.size);
             function.place_bar(index, place);
         }
@@ -280,7 +280,7 @@ impl PciSegment {
         if !exists || functions.root.iter().any(|slot| slot.address == address) {
             return Err(Error::Taken(address));
         }
-        let windows = functions.ports.iter().map(|port| port.window.clone());
+        let windows = functions.ports.iter().flat_map(|port| port.windows.clone());
         let root = functions.root.iter().flat_map(|slot| ranges(&slot.function.bars()));
         let mut taken: Vec<Range<u64>> = windows.chain(root).collect();
         for (index, bar) in function.bars().into_iter().enumerate() {
