@@ -55,6 +55,14 @@ impl DeviceConfig {
         }
     }
 
+    /// Gives the descriptor that the device is on, where it names one, another number.
+    pub fn renumber_fd(&mut self, number: i32) {
+        match self {
+            Self::Disk(Disk { fd: Some(fd), .. }) | Self::Net(Net { fd: Some(fd), .. }) => *fd = number,
+            Self::Disk(_) | Self::Net(_) | Self::Console(_) | Self::Rng(_) => {}
+        }
+    }
+
     /// The device's `type`, as the configuration writes it.
     pub fn type_name(&self) -> &'static str {
         match self {

@@ -82,7 +82,8 @@ impl Host {
         let name = &link.name;
         let master =
             bridge.map_or_else(String::new, |bridge| format!("ip link set {name} master {} &&", bridge.name()));
-        self.run(format!("ip tuntap add {name} mode tap vnet_hdr {kind} && {master} ip link set {name} up"))?.ok()?;
+        self.run(format!("ip tuntap add {name} mode tap user root vnet_hdr {kind} && {master} ip link set {name} up"))?
+            .ok()?;
         Ok(Tap { link })
     }
 }

@@ -125,7 +125,7 @@ fn story_a_device_is_forced_out_and_a_guest_that_does_not_answer_keeps_its_own()
     let mut service = Service::start(host, &[])?;
     let mut config = config(1)?;
     config.devices.insert(0, disk(&first));
-    config.pci.hotplug_timeout = TimeSpan::from_millis(4000);
+    config.pci.hotplug_timeout = TimeSpan::from_millis(4500);
     let guest = service.boot(&config)?;
     let load = load(&guest)?;
     let before = census(host, service.process().pid())?;
@@ -142,16 +142,16 @@ fn story_a_device_is_forced_out_and_a_guest_that_does_not_answer_keeps_its_own()
     service.client.cancel_job(job.id)?;
     ensure!(service.client.job(job.id)?.state == JobState::Cancelled, "it is cancelled");
 
-    let reader = guest.spawn("while dd if=/dev/vdb of=/dev/null bs=64k 2>/dev/null; do :; done; echo it is gone")?;
     ensure!(service.client.remove_device("second", true)?.is_none(), "it is done at once");
-    reader.wait_line("it is gone")?;
     wait_in(&guest, "[ ! -b /dev/vdb ]")?;
     ensure!(service.client.devices()?.len() == 2, "it is gone");
     service.add("third", &disk(&second))?;
     wait_in(&guest, "[ -b /dev/vdb ]")?;
     write_and_compare(host, &guest, "vdb", &second)?;
+    // Linux's driver waits for ever for what it has in flight then, but the machine goes on.
+    let reader = guest.spawn("while dd if=/dev/vdb of=/dev/null bs=64k 2>/dev/null; do echo read; done")?;
+    reader.wait_line("read")?;
     ensure!(service.client.remove_device("third", true)?.is_none(), "it is done at once");
-    wait_in(&guest, "[ ! -b /dev/vdb ]")?;
     let after = census(host, service.process().pid())?;
     ensure!(before == after, "left behind: {before}, then {after}");
     ensure!(load.status().is_none(), "the busy disk goes on: {}", load.last_words());

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use api::{DeviceConfig, Disk, Endpoint, EventKind, Job, JobState, PhaseName, Rng, TimeSpan};
 use arch::layout;
+use hal::VcpuId;
 use hal::fake::{Live, Step};
 use vmm::request::{Answer, Change, Descriptors, Refusal, Request};
 
@@ -14,6 +15,7 @@ use service::Service;
 
 /// Slot control of port 0: device 31, function 0 of the root bus; its capability stands at 0x40.
 const SLOT_CONTROL: u64 = layout::ECAM.start + (31 << 15) + 0x40 + 0x18;
+const SLOT_STATUS: u64 = SLOT_CONTROL + 2;
 const ON: u16 = 1 << 8;
 const BLINKING: u16 = 2 << 8;
 const OFF: u16 = 3 << 8;
@@ -62,6 +64,20 @@ fn end_of(service: &Service, job: u64) -> Job {
 /// The guest has the power indicator show these, one after the other.
 fn shows(service: &Service, indicators: &[u16]) {
     service.script(indicators.iter().map(|bits| Step::mmio_write(SLOT_CONTROL, &bits.to_le_bytes())));
+}
+
+/// Whether the attention button was pressed since the guest last looked; it looks now, and clears the event if it is to.
+fn pressed(service: &Service, clear: bool) -> bool {
+    let seen = service.fake.reads(VcpuId(0)).len();
+    service.script([Step::mmio_read(SLOT_STATUS, 2)]);
+    service.wait_for("a look", |service| service.fake.reads(VcpuId(0)).len() > seen);
+    let found = service.fake.reads(VcpuId(0)).last().unwrap().data[0] & 1 != 0;
+    if clear {
+        assert!(found, "the button was not pressed");
+        service.script([Step::mmio_write(SLOT_STATUS, &[1, 0])]);
+        service.wait_for("no press", |service| !pressed(service, false));
+    }
+    found
 }
 
 fn devices(service: &Service) -> Vec<String> {
@@ -173,6 +189,14 @@ fn a_job_is_cancelled_and_the_guest_told() {
     service.ask(Request::CancelJob(removing)).unwrap();
     assert_eq!(end_of(&service, removing).state, JobState::Cancelled);
     assert_eq!(devices(&service), ["b"]);
+    // The guest has seen no press yet, so the second one comes when it has answered the first.
+    pressed(&service, true);
+    shows(&service, &[BLINKING]);
+    service.wait_for("the second press", |service| pressed(service, false));
+    shows(&service, &[ON]);
+    let removing = job(remove(&service, "b", false));
+    shows(&service, &[BLINKING, OFF]);
+    assert_eq!(end_of(&service, removing).state, JobState::Succeeded);
     service.end();
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{BarKind, Bars, PciFunction, RootPort, SlotObserver};
+use super::{BarKind, Bars, Indicator, PciFunction, RootPort, SlotObserver};
 use crate::bus::{Bus, BusDevice};
 use crate::seam::Interrupts;
 
@@ -87,6 +87,8 @@ struct Port {
     /// Its memory windows, as they were assigned: the 32-bit one first.
     windows: [Range<u64>; 2],
     device: Option<Slot>,
+    /// Where the memory of a device that is gone reads as zeros, until the guest is through with it.
+    remains: Vec<u64>,
 }
 
 /// Addresses of all ports' windows.
@@ -190,7 +192,7 @@ impl PciSegment {
             let bridge = RootPort::new(number, interrupts.clone(), observer.clone()).ok_or(Error::Full)?;
             let windows = [part(&low, number, PORT_WINDOW), part(&high, number, share)];
             bridge.assign(number + 1, &windows[0], &windows[1]);
-            functions.ports.push(Port { bridge: Arc::new(bridge), windows, device: None });
+            functions.ports.push(Port { bridge: Arc::new(bridge), windows, device: None, remains: Vec::new() });
         }
         Ok(())
     }
@@ -217,6 +219,7 @@ impl PciSegment {
         let mut functions = self.lock();
         let free = functions.ports.get_mut(usize::from(port)).filter(|port| port.device.is_none());
         let slot = free.ok_or(Error::Occupied(port))?;
+        self.clear_remains(slot);
         let mut taken = Vec::new();
         for (index, bar) in function.bars().into_iter().enumerate() {
             let Some(bar) = bar else { continue };
@@ -233,14 +236,42 @@ impl PciSegment {
 
     /// Takes the function behind a root port out, and tells the guest. It answers nowhere any more, but a call of it that
     /// another thread began before may still be under way.
+    ///
+    /// Its memory reads as zeros until the guest is through with it. What a memory read gives that nobody completes is the
+    /// root complex's choice (PCIe 5.0 §2.3.2), and drivers of virtio devices wait for a status of zero after the reset with
+    /// which they end.
     pub fn unplug(&self, port: u8) -> Option<Arc<dyn PciFunction>> {
         let mut functions = self.lock();
         let slot = functions.ports.get_mut(usize::from(port))?;
         let mut device = slot.device.take()?;
+        let sizes = device.function.bars().map(|bar| bar.map_or(0, |bar| bar.size));
+        let memory: Vec<_> = device.mapped.iter().zip(sizes).filter_map(|(at, size)| Some(((*at)?, size))).collect();
         self.unmap_where(&mut device, |_, _| true);
+        let used = slot.bridge.indicator() != Indicator::Off;
+        for (at, size) in memory.into_iter().filter(|_| used) {
+            if self.mmio.insert(at, size, Arc::new(Gone)).is_ok() {
+                slot.remains.push(at);
+            }
+        }
         slot.bridge.take_out();
         self.map_bars(&mut functions);
         Some(device.function)
+    }
+
+    fn clear_remains(&self, port: &mut Port) {
+        for at in port.remains.drain(..) {
+            if let Err(e) = self.mmio.remove(at) {
+                tracing::warn!("what a device left at {at:#x}: {e}");
+            }
+        }
+    }
+
+    /// Whether the guest is through with what was behind a port: it says so by the indicator, or moves windows.
+    fn follow_remains(&self, functions: &mut Functions, address: Address, register: u16) {
+        let port = port_at(address).and_then(|number| functions.ports.get_mut(number));
+        if let Some(port) = port.filter(|port| register < 0x30 || port.bridge.indicator() == Indicator::Off) {
+            self.clear_remains(port);
+        }
     }
 
     /// A root port.
@@ -414,8 +445,13 @@ impl BusDevice for PciSegment {
         function.config_write(register, data);
         // The command register, the base address registers and a bridge's windows lie in 0x04 to 0x2f; a port can also
         // switch its link off.
-        if register < 0x30 || bus == 0 && address.device >= self.lock().devices_end() {
-            self.map_bars(&mut self.lock());
+        let mut functions = self.lock();
+        let is_port = bus == 0 && address.device >= functions.devices_end();
+        if is_port {
+            self.follow_remains(&mut functions, address, register);
+        }
+        if register < 0x30 || is_port {
+            self.map_bars(&mut functions);
         }
     }
 }
@@ -455,6 +491,17 @@ fn first_fit(window: &Range<u64>, taken: &[Range<u64>], size: u64) -> Option<u64
             None => return Some(at),
         }
     }
+}
+
+/// The memory of a device that is gone.
+struct Gone;
+
+impl BusDevice for Gone {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
 }
 
 /// The memory of one base address register, on the bus.

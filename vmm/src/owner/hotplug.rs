@@ -5,6 +5,7 @@
 //! when the indicator goes off. What the guest refuses, or does not answer in time, is undone. Each is a job, and the
 //! board shows only devices that the guest has taken.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use api::{DeviceConfig, EventKind, JobKind, JobState, Problem, ProblemDocument, Problems};
@@ -40,7 +41,12 @@ struct Waiting {
 
 /// The devices that come and go.
 #[derive(Debug, Default)]
-pub(super) struct Hotplug(Vec<Waiting>);
+pub(super) struct Hotplug {
+    waiting: Vec<Waiting>,
+    /// Ports whose guest is to keep its device after all, and has not answered the first press yet: the second follows when
+    /// the indicator blinks. Two presses that the guest sees at once are one to it.
+    keep: BTreeSet<u8>,
+}
 
 /// How a wait ends.
 enum Ending {
@@ -59,21 +65,22 @@ impl Ending {
 impl Hotplug {
     /// The devices that the guest has not taken yet.
     pub(super) fn comes(&self, id: &str) -> bool {
-        self.0.iter().any(|waiting| waiting.id == id && waiting.wish == Wish::Add)
+        self.waiting.iter().any(|waiting| waiting.id == id && waiting.wish == Wish::Add)
     }
 
     fn of(&self, id: &str) -> Option<&Waiting> {
-        self.0.iter().find(|waiting| waiting.id == id)
+        self.waiting.iter().find(|waiting| waiting.id == id)
     }
 
     fn take(&mut self, which: impl Fn(&Waiting) -> bool) -> Option<Waiting> {
-        let at = self.0.iter().position(which)?;
-        Some(self.0.remove(at))
+        let at = self.waiting.iter().position(which)?;
+        Some(self.waiting.remove(at))
     }
 
     /// Ends all waits with the machine: nobody will answer any more.
     pub(super) fn end_with_the_run(&mut self, board: &Board) {
-        for waiting in self.0.drain(..) {
+        self.keep.clear();
+        for waiting in self.waiting.drain(..) {
             let why = format!("the run of the VM ended before the guest had answered for «{}»", waiting.id);
             board.end_job(waiting.job, JobState::Failed, Some(ProblemDocument::new(409, "Conflict", why)));
         }
@@ -84,7 +91,7 @@ impl Owner {
     /// When the next guest has had its time. A machine that stands still has all of it.
     pub(super) fn hotplug_deadline(&self) -> Option<Instant> {
         let runs = matches!(self.phase, Phase::Running(_));
-        self.hotplug.0.iter().map(|waiting| waiting.deadline).min().filter(|_| runs)
+        self.hotplug.waiting.iter().map(|waiting| waiting.deadline).min().filter(|_| runs)
     }
 
     fn patience(&self) -> Duration {
@@ -183,13 +190,15 @@ impl Owner {
         }
         let job = self.board.start_job(JobKind::RemoveDevice, Some(id));
         self.wait_for(Wish::Remove, id.to_owned(), port, job);
-        self.press(port);
+        if !self.hotplug.keep.remove(&port) {
+            self.press(port);
+        }
         Ok(Answer::Job(job))
     }
 
     fn wait_for(&mut self, wish: Wish, id: String, port: u8, job: u64) {
         let deadline = Instant::now() + self.patience();
-        self.hotplug.0.push(Waiting { wish, id, port, job, deadline, blinked: false });
+        self.hotplug.waiting.push(Waiting { wish, id, port, job, deadline, blinked: false });
     }
 
     /// Presses a port's attention button.
@@ -201,7 +210,10 @@ impl Owner {
 
     /// The indicator of a port shows something else.
     pub(super) fn slot_changed(&mut self, port: u8, shows: Indicator) {
-        let Some(waiting) = self.hotplug.0.iter_mut().find(|waiting| waiting.port == port) else { return };
+        if self.hotplug.keep.remove(&port) && shows == Indicator::Blinking {
+            self.press(port);
+        }
+        let Some(waiting) = self.hotplug.waiting.iter_mut().find(|waiting| waiting.port == port) else { return };
         let refused = |what: &str| Ending::failed(409, "Conflict", what.to_owned());
         let ending = match (waiting.wish, shows) {
             (_, Indicator::Blinking) => {
@@ -209,6 +221,8 @@ impl Owner {
                 return;
             }
             (Wish::Add, Indicator::On) | (Wish::Remove, Indicator::Off) => Ending::Done,
+            // It has kept the device when it was asked before, and may have taken this for the same.
+            (Wish::Remove, Indicator::On) if !waiting.blinked => return self.press(port),
             // What the guest still had to say of a device that was there before.
             _ if !waiting.blinked => return,
             (Wish::Add, Indicator::Off) => refused("the guest did not take the device"),
@@ -233,7 +247,7 @@ impl Owner {
 
     /// Cancels a job, where it is one of these. False where it is not.
     pub(super) fn cancel_hotplug(&mut self, job: u64) -> bool {
-        let is = self.hotplug.0.iter().any(|waiting| waiting.job == job);
+        let is = self.hotplug.waiting.iter().any(|waiting| waiting.job == job);
         self.answered(|waiting| waiting.job == job, Ending::Undone(JobState::Cancelled, None));
         is
     }
@@ -268,14 +282,19 @@ impl Owner {
 
     /// A second press while the indicator blinks has the guest keep its device.
     fn press_again(&mut self, port: u8) {
-        let port = self.phase.live().and_then(|live| live.machine.port(port));
-        if let Some(port) = port.filter(|port| port.indicator() == Indicator::Blinking) {
-            port.press();
+        let shows = self.phase.live().and_then(|live| live.machine.port(port)).map(|port| port.indicator());
+        match shows {
+            Some(Indicator::Blinking) => self.press(port),
+            Some(Indicator::On) => drop(self.hotplug.keep.insert(port)),
+            Some(Indicator::Off) | None => {}
         }
     }
 
     fn take_out(&mut self, id: &str) {
         let Some(Live { machine, endpoints, prepared }) = self.phase.live() else { return };
+        if let Some(port) = prepared.ports.get(id) {
+            self.hotplug.keep.remove(port);
+        }
         machine.take_device_out(id);
         endpoints.remove(id);
         if let Err(error) = prepared.remove_device(id) {
@@ -294,9 +313,10 @@ impl Owner {
     /// A machine that is made anew has let go of what it was asked for, and a guest that boots finds what was added.
     pub(super) fn hotplug_over_reset(&mut self, live: &mut Prepared, endpoints: &mut crate::endpoints::Endpoints) {
         let deadline = Instant::now() + live.config.pci.hotplug_timeout.duration();
-        let (gone, stay) = self.hotplug.0.drain(..).partition(|waiting| waiting.wish == Wish::Remove);
-        self.hotplug.0 = stay;
-        for waiting in &mut self.hotplug.0 {
+        let (gone, stay) = self.hotplug.waiting.drain(..).partition(|waiting| waiting.wish == Wish::Remove);
+        self.hotplug.waiting = stay;
+        self.hotplug.keep.clear();
+        for waiting in &mut self.hotplug.waiting {
             (waiting.deadline, waiting.blinked) = (deadline, false);
         }
         let gone: Vec<Waiting> = gone;
@@ -315,7 +335,7 @@ impl Owner {
     /// A guest that runs on has all its time again.
     pub(super) fn hotplug_resumed(&mut self) {
         let deadline = Instant::now() + self.patience();
-        self.hotplug.0.iter_mut().for_each(|waiting| waiting.deadline = deadline);
+        self.hotplug.waiting.iter_mut().for_each(|waiting| waiting.deadline = deadline);
     }
 }
 

@@ -200,7 +200,14 @@ impl Prepared {
         put(&mut config.devices, index, device.clone());
         config.fill_defaults();
         let of_device = format!("devices[{index}]");
-        let problems = validate(&config).into_iter().map(|problem| {
+        let mut checked = config.clone();
+        // Each request numbers its descriptors anew: those of others are no longer what they were named.
+        for (number, other) in
+            (0..).zip(&mut checked.devices).filter(|(number, _)| usize::try_from(*number) != Ok(index))
+        {
+            other.renumber_fd(i32::MAX - number);
+        }
+        let problems = validate(&checked).into_iter().map(|problem| {
             // What is wrong elsewhere is the device's doing too: two of something where one is possible.
             let field = problem.field.strip_prefix(&of_device).map(|rest| rest.trim_start_matches('.').to_owned());
             Problem { field: field.unwrap_or_default(), ..problem }

@@ -279,8 +279,11 @@ fn a_device_behind_a_port_answers_on_its_bus_and_in_its_windows() {
     segment.write(ecam(0, 31, 1, 0x19), &[9]);
     assert_eq!(dword(&segment, ecam(2, 0, 0, 0)), u32::MAX);
     assert_eq!(dword(&segment, ecam(9, 0, 0, 0)), 0x0007_1234);
+    segment.write(ecam(0, 31, 1, 0x58), &[0, 1]);
     let gone = segment.unplug(1).unwrap();
-    assert_eq!((dword(&segment, ecam(9, 0, 0, 0)), at(&mmio, 0xd000_0000)), (u32::MAX, 0xff));
+    assert_eq!((dword(&segment, ecam(9, 0, 0, 0)), at(&mmio, 0xd000_0000)), (u32::MAX, 0));
+    segment.write(ecam(0, 31, 1, 0x58), &[0, 3]);
+    assert_eq!(at(&mmio, 0xd000_0000), 0xff, "the guest is through with it");
     assert!(segment.unplug(1).is_none() && segment.unplug(2).is_none());
     segment.plug(1, gone, false).unwrap();
 }
