@@ -4,8 +4,11 @@ CARGO ?= cargo
 TARGET := x86_64-unknown-linux-gnu
 OUT := $(abspath $(or $(CARGO_TARGET_DIR),target))/$(TARGET)
 BIN := $(OUT)/release/halyard
+# Where `make install` puts things; DESTDIR is for packagers.
+PREFIX ?= /usr/local
+SHARE = $(DESTDIR)$(PREFIX)/share
 
-.PHONY: help deps build demo test stories soak bench fuzz clean
+.PHONY: help deps build install demo test stories soak bench fuzz clean
 
 help:
 	@echo "make demo    boot a stock Debian kernel in a Halyard VM, with live output"
@@ -13,12 +16,21 @@ help:
 	@echo "make soak    long rounds, load and fuzzing"
 	@echo "make bench   speed and memory beside peers, as ratios (writes bench-results.json)"
 	@echo "make build   the release binary: $(BIN)"
+	@echo "make install the binary, its manual and completions for shells, below PREFIX ($(PREFIX))"
 
 deps:
 	@scripts/install
 
 build: deps
 	$(CARGO) build --release --quiet -p vmm
+
+install: build
+	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/halyard
+	install -D -m 644 resources/completions/halyard.bash $(SHARE)/bash-completion/completions/halyard
+	install -D -m 644 resources/completions/halyard.zsh $(SHARE)/zsh/site-functions/_halyard
+	install -D -m 644 resources/completions/halyard.fish $(SHARE)/fish/vendor_completions.d/halyard.fish
+	install -d $(SHARE)/man/man1
+	$(BIN) man $(SHARE)/man/man1
 
 demo:
 	@scripts/demo
@@ -32,7 +44,7 @@ test: deps
 
 # Only the stories; FILTER chooses some of them.
 stories: build
-	HALYARD_BIN=$(BIN) $(CARGO) test -p halyard-tests --test stories -- --test-threads 2 $(FILTER)
+	HALYARD_BIN=$(BIN) $(CARGO) test -p halyard-tests --test stories --test kernel_stories -- --test-threads 2 $(FILTER)
 
 soak: build
 	@HALYARD_BIN=$(BIN) scripts/soak

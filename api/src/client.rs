@@ -14,15 +14,19 @@ use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect as connect_to, sendmsg, setsockopt,
+    socket, sockopt,
+};
+use nix::sys::time::TimeVal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::routes::{CONSOLE_PROTOCOL, Operation, Verb, route_of};
+use crate::routes::{CONSOLE_PROTOCOL, Operation, Verb, encoded, route_of};
 use crate::{
-    DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, ProblemDocument, Shutdown, Vcpus, VcpusPatch,
+    DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, Pong, ProblemDocument, Shutdown, Vcpus, VcpusPatch,
     Version, VmConfig, VmInfo,
 };
 
@@ -30,6 +34,8 @@ use crate::{
 const MAX_HEAD: u64 = 64 << 10;
 /// The most bytes of a reply's body that are read.
 const MAX_BODY: u64 = 16 << 20;
+/// How long a stream of events may be silent. The monitor says something every 15 seconds.
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// Why a request was not answered as it wished.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +51,9 @@ pub enum ClientError {
     /// The connection broke.
     #[error("the connection broke: {0}")]
     Broken(#[from] io::Error),
+    /// No answer came in time.
+    #[error("no answer came within {} s", .0.as_secs_f32())]
+    TimedOut(Duration),
     /// The monitor refused, and says why.
     #[error("{0}")]
     Refused(Box<ProblemDocument>),
@@ -89,8 +98,47 @@ pub struct Options<'a> {
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
-    stream: BufReader<UnixStream>,
+    stream: BufReader<Line>,
     timeout: Option<Duration>,
+    /// A reply was not read to its end: what comes next on this connection belongs to nothing.
+    broken: bool,
+}
+
+/// A connection on which reading and writing end at a moment.
+#[derive(Debug)]
+struct Line {
+    socket: UnixStream,
+    until: Option<Instant>,
+}
+
+impl Line {
+    /// What is left of the time.
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.map(|until| until.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+    }
+}
+
+impl Read for Line {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if let Some(left) = self.left()? {
+            self.socket.set_read_timeout(Some(left))?;
+        }
+        self.socket.read(into)
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        if let Some(left) = self.left()? {
+            self.socket.set_write_timeout(Some(left))?;
+        }
+        self.socket.write(from)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Client {
@@ -99,17 +147,26 @@ impl Client {
     /// # Errors
     /// [`ClientError::Connect`].
     pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref().to_owned();
-        let stream = connect(&path, None)?;
-        Ok(Self { path, stream, timeout: None })
+        Self::connect_within(path, None)
     }
 
-    /// Gives up on a reply that does not come within `timeout`.
+    /// Connects to the socket at `path`, and gives up where this, or later a request with its reply, takes longer than
+    /// `timeout`.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`].
+    pub fn connect_within(path: impl AsRef<Path>, timeout: Option<Duration>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let stream = connect(&path, timeout)?;
+        Ok(Self { path, stream, timeout, broken: false })
+    }
+
+    /// Gives up on a request whose reply has not come within `timeout`.
     ///
     /// # Errors
     /// The socket does not take it.
     pub fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
-        self.stream.get_ref().set_read_timeout(timeout)?;
+        self.stream.get_ref().socket.set_read_timeout(timeout)?;
         self.timeout = timeout;
         Ok(())
     }
@@ -117,13 +174,21 @@ impl Client {
     /// Sends a request and reads its reply, whatever its status.
     ///
     /// # Errors
-    /// [`ClientError::Broken`], [`ClientError::Garbled`], and [`ClientError::Connect`] where the connection, which had been
-    /// closed since the last request, cannot be made again.
+    /// [`ClientError::Broken`], [`ClientError::TimedOut`], [`ClientError::Garbled`], and [`ClientError::Connect`] where the
+    /// connection, which had been closed since the last request, cannot be made again.
     pub fn send(&mut self, verb: &str, path: &str, options: &Options) -> Result<Response> {
-        if self.closed() {
+        if self.broken || self.closed() {
             self.stream = connect(&self.path, self.timeout)?;
         }
-        write_request(self.stream.get_ref(), verb, path, options)?;
+        self.broken = true;
+        self.stream.get_mut().until = self.timeout.map(|timeout| Instant::now() + timeout);
+        let response = self.exchange(verb, path, options).map_err(|error| late(error, self.timeout))?;
+        self.broken = false;
+        Ok(response)
+    }
+
+    fn exchange(&mut self, verb: &str, path: &str, options: &Options) -> Result<Response> {
+        write_request(self.stream.get_mut(), verb, path, options)?;
         let head = read_head(&mut self.stream)?;
         let body = if verb == "HEAD" { Vec::new() } else { read_body(&mut self.stream, &head)? };
         Ok(Response { body, ..head })
@@ -134,7 +199,7 @@ impl Client {
         if !self.stream.buffer().is_empty() {
             return true;
         }
-        let socket = self.stream.get_ref();
+        let socket = &self.stream.get_ref().socket;
         let mut byte = [0];
         let peeked = nix::sys::socket::recv(socket.as_raw_fd(), &mut byte, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
         // Nothing may have come: a byte belongs to no request.
@@ -147,7 +212,11 @@ impl Client {
     /// As [`Client::send`], and [`ClientError::Refused`] where the monitor refuses.
     pub fn call(&mut self, operation: Operation, id: &str, options: &Options) -> Result<Response> {
         let route = route_of(operation).ok_or_else(|| ClientError::Garbled("there is no such operation".into()))?;
-        let response = self.send(route.verb.as_str(), &route.path.replace("{id}", id), options)?;
+        self.checked(route.verb, &route.path.replace("{id}", &encoded(id)), options)
+    }
+
+    fn checked(&mut self, verb: Verb, path: &str, options: &Options) -> Result<Response> {
+        let response = self.send(verb.as_str(), path, options)?;
         if response.status < 400 { Ok(response) } else { Err(refused(&response)) }
     }
 
@@ -171,6 +240,12 @@ impl Client {
 /// As [`Client::call`].
 #[expect(missing_docs, clippy::missing_errors_doc, reason = "the table of routes says what each does")]
 impl Client {
+    pub fn ping(&mut self) -> Result<Pong> {
+        self.get(Operation::Ping, "")
+    }
+    pub fn openapi(&mut self) -> Result<String> {
+        text(self.call(Operation::GetOpenapi, "", &Options::default())?)
+    }
     pub fn version(&mut self) -> Result<Version> {
         self.get(Operation::GetVersion, "")
     }
@@ -210,6 +285,15 @@ impl Client {
     pub fn device(&mut self, id: &str) -> Result<DeviceConfig> {
         self.get(Operation::GetDevice, id)
     }
+    pub fn put_device(&mut self, id: &str, device: &DeviceConfig) -> Result<Option<Job>> {
+        let body = serde_json::to_vec(device).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), ..Options::default() })?)
+    }
+    pub fn remove_device(&mut self, id: &str, force: bool) -> Result<Option<Job>> {
+        let query = if force { "?force=true" } else { "" };
+        let path = path_of(Operation::RemoveDevice).replace("{id}", &encoded(id)) + query;
+        job_of(&self.checked(Verb::Delete, &path, &Options::default())?)
+    }
     pub fn vcpus(&mut self) -> Result<Vcpus> {
         self.get(Operation::GetVcpus, "")
     }
@@ -232,20 +316,11 @@ impl Client {
         self.act(Operation::CancelJob, &id.to_string())
     }
     pub fn metrics(&mut self) -> Result<String> {
-        let response = self.call(Operation::GetMetrics, "", &Options::default())?;
-        String::from_utf8(response.body).map_err(|error| ClientError::Garbled(error.to_string()))
+        text(self.call(Operation::GetMetrics, "", &Options::default())?)
     }
 }
 
 impl Client {
-    /// Adds a device, or puts it in the place of the one with its id. A job, where the guest must take it first.
-    ///
-    /// # Errors
-    /// As [`Client::call`].
-    pub fn put_device(&mut self, id: &str, device: &DeviceConfig) -> Result<Option<Job>> {
-        self.put_device_on(id, device, &[])
-    }
-
     /// As [`Client::put_device`], with the descriptors that the device names, the first as number 3.
     ///
     /// # Errors
@@ -260,33 +335,25 @@ impl Client {
         job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), descriptors, headers: &[] })?)
     }
 
-    /// Removes a device. A job, where the guest must let go of it first; with `force` it is not asked, and loses what it
-    /// has not written.
-    ///
-    /// # Errors
-    /// As [`Client::call`].
-    pub fn remove_device(&mut self, id: &str, force: bool) -> Result<Option<Job>> {
-        let query = if force { "?force=true" } else { "" };
-        let path = path_of(Operation::RemoveDevice).replace("{id}", id) + query;
-        let response = self.send(Verb::Delete.as_str(), &path, &Options::default())?;
-        if response.status < 400 { job_of(&response) } else { Err(refused(&response)) }
-    }
-
     /// Reads events on a connection of its own: those after number `after`, or those that happen from now on.
     ///
     /// # Errors
     /// As [`Client::call`].
     pub fn events(&self, after: Option<u64>) -> Result<Events> {
-        let mut stream = connect(&self.path, self.timeout)?;
+        let mut stream = self.another()?;
         let after = after.map(|number| number.to_string());
         let header = after.as_deref().map(|number| ("last-event-id", number));
         let options = Options { headers: header.as_slice(), ..Options::default() };
-        write_request(stream.get_ref(), Verb::Get.as_str(), path_of(Operation::ReadEvents), &options)?;
-        let head = read_head(&mut stream)?;
+        let asked = write_request(stream.get_mut(), Verb::Get.as_str(), path_of(Operation::ReadEvents), &options);
+        let head = asked.map_err(ClientError::from).and_then(|()| read_head(&mut stream));
+        let head = head.map_err(|error| late(error, self.timeout))?;
         if head.status != 200 {
             let body = read_body(&mut stream, &head)?;
             return Err(refused(&Response { body, ..head }));
         }
+        let line = stream.get_mut();
+        line.until = None;
+        line.socket.set_read_timeout(self.timeout.map(|timeout| timeout.max(SILENCE)))?;
         Ok(Events { stream: BufReader::new(Chunks { stream, left: 0, begun: false }) })
     }
 
@@ -295,16 +362,28 @@ impl Client {
     /// # Errors
     /// As [`Client::call`].
     pub fn console(&self, id: &str, take_over: bool) -> Result<UnixStream> {
-        let mut stream = connect(&self.path, self.timeout)?;
-        let path = path_of(Operation::OpenConsole).replace("{id}", id) + if take_over { "?takeover=true" } else { "" };
+        let mut stream = self.another()?;
+        let path = path_of(Operation::OpenConsole).replace("{id}", &encoded(id))
+            + if take_over { "?takeover=true" } else { "" };
         let headers = [("connection", "upgrade"), ("upgrade", CONSOLE_PROTOCOL)];
-        write_request(stream.get_ref(), "GET", &path, &Options { headers: &headers, ..Options::default() })?;
-        let head = read_byte_by_byte(stream.get_mut())?;
+        let asked = write_request(stream.get_mut(), "GET", &path, &Options { headers: &headers, ..Options::default() });
+        let head = asked.map_err(ClientError::from).and_then(|()| read_byte_by_byte(stream.get_mut()));
+        let head = head.map_err(|error| late(error, self.timeout))?;
         if head.status != 101 {
             let body = read_body(&mut stream, &head)?;
             return Err(refused(&Response { body, ..head }));
         }
-        Ok(stream.into_inner())
+        let Line { socket, .. } = stream.into_inner();
+        socket.set_read_timeout(None)?;
+        socket.set_write_timeout(None)?;
+        Ok(socket)
+    }
+
+    /// A connection beside this one.
+    fn another(&self) -> Result<BufReader<Line>> {
+        let mut stream = connect(&self.path, self.timeout)?;
+        stream.get_mut().until = self.timeout.map(|timeout| Instant::now() + timeout);
+        Ok(stream)
     }
 }
 
@@ -337,7 +416,7 @@ impl Iterator for Events {
 /// A body in chunks (RFC 9112 §7.1), without what holds them together.
 #[derive(Debug)]
 struct Chunks {
-    stream: BufReader<UnixStream>,
+    stream: BufReader<Line>,
     /// What is left of this chunk.
     left: usize,
     begun: bool,
@@ -366,24 +445,59 @@ impl Read for Chunks {
     }
 }
 
-/// The job that does what was asked, where it was not done at once.
-fn job_of(response: &Response) -> Result<Option<Job>> {
-    if response.status == 202 { read(response).map(Some) } else { Ok(None) }
-}
-
 fn path_of(operation: Operation) -> &'static str {
     route_of(operation).map_or("", |route| route.path)
 }
 
-fn connect(path: &Path, timeout: Option<Duration>) -> Result<BufReader<UnixStream>> {
-    let connected = UnixStream::connect(path).and_then(|stream| {
-        stream.set_read_timeout(timeout)?;
-        Ok(BufReader::new(stream))
+fn connect(path: &Path, timeout: Option<Duration>) -> Result<BufReader<Line>> {
+    let connected = open(path, timeout).map_err(|source| {
+        // A connect that runs out of time says that it would block.
+        let late = source.kind() == io::ErrorKind::WouldBlock;
+        let source = if late { io::ErrorKind::TimedOut.into() } else { source };
+        ClientError::Connect { path: path.display().to_string(), source }
     });
-    connected.map_err(|source| ClientError::Connect { path: path.display().to_string(), source })
+    connected.map(|socket| BufReader::new(Line { socket, until: None }))
 }
 
-fn write_request(mut stream: &UnixStream, verb: &str, path: &str, options: &Options) -> io::Result<()> {
+/// Connects. A monitor that does not accept connections is waited for as long as `timeout` says.
+fn open(path: &Path, timeout: Option<Duration>) -> io::Result<UnixStream> {
+    let address = UnixAddr::new(path)?;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    if let Some(timeout) = timeout {
+        let whole = i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX);
+        let micros = i64::from(timeout.subsec_micros());
+        // Nothing would mean that it waits for ever.
+        let micros = if whole == 0 { micros.max(1) } else { micros };
+        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::new(whole, micros))?;
+    }
+    connect_to(socket.as_raw_fd(), &address)?;
+    let socket = UnixStream::from(socket);
+    socket.set_read_timeout(timeout)?;
+    Ok(socket)
+}
+
+/// An error that may be the end of the time that there was.
+fn late(error: ClientError, timeout: Option<Duration>) -> ClientError {
+    match (error, timeout) {
+        (ClientError::Broken(error), Some(timeout))
+            if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) =>
+        {
+            ClientError::TimedOut(timeout)
+        }
+        (error, _) => error,
+    }
+}
+
+/// The job that goes on with what was asked, where it is not done yet.
+fn job_of(response: &Response) -> Result<Option<Job>> {
+    if response.status == 202 { read(response).map(Some) } else { Ok(None) }
+}
+
+fn text(response: Response) -> Result<String> {
+    String::from_utf8(response.body).map_err(|error| ClientError::Garbled(error.to_string()))
+}
+
+fn write_request(line: &mut Line, verb: &str, path: &str, options: &Options) -> io::Result<()> {
     let mut request = format!("{verb} {path} HTTP/1.1\r\nhost: localhost\r\n").into_bytes();
     for (name, value) in options.headers {
         request.extend(format!("{name}: {value}\r\n").bytes());
@@ -398,13 +512,14 @@ fn write_request(mut stream: &UnixStream, verb: &str, path: &str, options: &Opti
         // They come with the first byte.
         let numbers: Vec<i32> = options.descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&numbers)];
-        sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(&request)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        sent =
+            sendmsg::<()>(line.socket.as_raw_fd(), &[IoSlice::new(&request)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
     }
-    stream.write_all(request.get(sent..).unwrap_or_default())
+    line.write_all(request.get(sent..).unwrap_or_default())
 }
 
 /// Reads the head of a reply, and not a byte more: what follows belongs to somebody else.
-fn read_byte_by_byte(stream: &mut UnixStream) -> Result<Response> {
+fn read_byte_by_byte(stream: &mut Line) -> Result<Response> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -417,7 +532,7 @@ fn read_byte_by_byte(stream: &mut UnixStream) -> Result<Response> {
     parse_head(&head)
 }
 
-fn read_head(stream: &mut BufReader<UnixStream>) -> Result<Response> {
+fn read_head(stream: &mut BufReader<Line>) -> Result<Response> {
     let mut head = Vec::new();
     let mut limited = stream.take(MAX_HEAD);
     loop {
@@ -444,7 +559,7 @@ fn parse_head(head: &[u8]) -> Result<Response> {
     })
 }
 
-fn read_body(stream: &mut BufReader<UnixStream>, head: &Response) -> Result<Vec<u8>> {
+fn read_body(stream: &mut BufReader<Line>, head: &Response) -> Result<Vec<u8>> {
     let length = head.header("content-length").and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
     if length > MAX_BODY {
         return Err(ClientError::Garbled(format!("its body of {length} bytes is too long")));

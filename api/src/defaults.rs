@@ -56,7 +56,8 @@ impl VmConfig {
         })
     }
 
-    fn fill_ids(&mut self) {
+    /// Gives each device without an id its type and the first free number, as in `disk0`.
+    pub fn fill_ids(&mut self) {
         let mut taken: HashSet<String> = self.devices.iter().map(|device| device.id().to_owned()).collect();
         for device in &mut self.devices {
             if !device.id().is_empty() {

@@ -55,11 +55,11 @@ impl DeviceConfig {
         }
     }
 
-    /// Gives the descriptor that the device is on, where it names one, another number.
-    pub fn renumber_fd(&mut self, number: i32) {
+    /// Sets the number of the descriptor that the device is on. A device that can be on none stays as it is.
+    pub fn set_fd(&mut self, number: i32) {
         match self {
-            Self::Disk(Disk { fd: Some(fd), .. }) | Self::Net(Net { fd: Some(fd), .. }) => *fd = number,
-            Self::Disk(_) | Self::Net(_) | Self::Console(_) | Self::Rng(_) => {}
+            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => *fd = Some(number),
+            Self::Console(_) | Self::Rng(_) => {}
         }
     }
 

@@ -89,6 +89,20 @@ pub fn pointer(field: &str) -> String {
     })
 }
 
+/// The path of the field that a JSON pointer leads to: `/devices/1/path` is `devices[1].path`.
+pub fn field_of(pointer: &str) -> String {
+    pointer.split('/').skip(1).fold(String::new(), |mut field, step| {
+        let step = step.replace("~1", "/").replace("~0", "~");
+        if !step.is_empty() && step.bytes().all(|byte| byte.is_ascii_digit()) {
+            field += &format!("[{step}]");
+        } else {
+            field += if field.is_empty() { "" } else { "." };
+            field += &step;
+        }
+        field
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,6 +117,9 @@ mod tests {
             ("[3]", "/3"),
         ] {
             assert_eq!(pointer(field), expected, "{field}");
+        }
+        for field in ["", "kernel", "devices[12].path", "[3]", "a.b[0][1].c"] {
+            assert_eq!(field_of(&pointer(field)), field);
         }
     }
 }

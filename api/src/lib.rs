@@ -28,6 +28,7 @@ mod tree;
 mod units;
 mod validate;
 mod vm;
+mod yaml;
 
 pub use body::{BodyError, parse_body};
 pub use client::{Client, ClientError, Events, Options, Response};
@@ -36,7 +37,7 @@ pub use config::{
     Topology, VmConfig,
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
-pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, pointer};
+pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, field_of, pointer};
 pub use event::{Event, EventKind, Job, JobKind, JobState};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};
 pub use openapi::{OPENAPI_JSON, SCHEMAS, openapi};
@@ -48,3 +49,4 @@ pub use suggest::did_you_mean;
 pub use units::{ByteSize, MacAddr, TimeSpan, UnitError};
 pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate, validate_running};
 pub use vm::{MemoryInfo, MemoryPatch, PhaseName, Pong, Reason, Shutdown, Vcpus, VcpusPatch, Version, VmInfo};
+pub use yaml::{from_yaml, to_yaml};

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
+use crate::body::{BodyError, parse_body};
 use crate::config::VmConfig;
+use crate::device::DeviceConfig;
 use crate::diagnose::diagnose;
 use crate::problem::{Problem, Problems};
 use crate::tree;
@@ -84,6 +86,28 @@ impl ConfigText {
                 Err(bounded(problems))
             }
         }
+    }
+
+    /// The device that the text describes, as a configuration's list of devices has it.
+    ///
+    /// # Errors
+    /// As [`ConfigText::parse`].
+    pub fn parse_device(&self) -> Result<DeviceConfig, Problems> {
+        let (tree, mut problems) = tree::read(&self.text);
+        let Some(tree) = tree.filter(|_| problems.is_empty()) else {
+            if problems.is_empty() {
+                problems.push(Problem::new("", "there is no device in it", "at least `type: …` is needed"));
+            }
+            return Err(bounded(problems));
+        };
+        parse_body(&tree.to_json().to_string(), "DeviceConfig").map_err(|error| {
+            let mut problems = match error {
+                BodyError::Problems(problems) => problems.0,
+                BodyError::Syntax(problem) => vec![Problem::new("", problem, "")],
+            };
+            self.locate(&mut problems);
+            Problems(problems)
+        })
     }
 
     /// Gives each problem the place of its field in the text, or of the nearest field around it.

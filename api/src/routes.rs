@@ -373,6 +373,18 @@ fn fits<'path>(template: &str, path: &'path str) -> Option<Option<&'path str>> {
     }
 }
 
+/// A text as a segment of a path, percent-encoded where that is needed (RFC 3986 §2.1).
+pub(crate) fn encoded(text: &str) -> String {
+    text.bytes().fold(String::with_capacity(text.len()), |mut segment, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            segment.push(char::from(byte));
+        } else {
+            segment += &format!("%{byte:02X}");
+        }
+        segment
+    })
+}
+
 /// A segment of a path without its percent-encoding (RFC 3986 §2.1). What is encoded wrongly stays as it is.
 fn decoded(segment: &str) -> Cow<'_, str> {
     if !segment.contains('%') {
@@ -408,6 +420,14 @@ mod tests {
         let names: HashSet<&str> = ROUTES.iter().map(|route| route.id).collect();
         let places: HashSet<(Verb, &str)> = ROUTES.iter().map(|route| (route.verb, route.path)).collect();
         assert_eq!([operations.len(), names.len(), places.len()], [ROUTES.len(); 3]);
+    }
+
+    #[test]
+    fn whatever_is_encoded_is_decoded_to_the_same() {
+        for text in ["disk0", "a.b_c-d~", "a/b?c=d#e", "x\r\nhost: y", "ä %41", ""] {
+            assert_eq!(decoded(&encoded(text)), text);
+        }
+        assert_eq!(encoded("a/b\n"), "a%2Fb%0A");
     }
 
     #[test]

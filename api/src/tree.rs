@@ -253,7 +253,7 @@ fn broken(error: &ScanError) -> Problem {
 }
 
 /// What a text without quotes stands for (YAML 1.2 §10.3.2, the core schema). `yes`, `no`, `on` and `off` are texts.
-fn resolve(text: &str) -> Value {
+pub(crate) fn resolve(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
         "true" | "True" | "TRUE" => return Value::Bool(true),

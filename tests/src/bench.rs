@@ -7,6 +7,7 @@ pub mod boot;
 pub mod boot_trace;
 pub mod hotadd;
 pub mod memory;
+pub mod share;
 pub mod startup;
 
 use std::fmt;

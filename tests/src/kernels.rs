@@ -14,13 +14,38 @@ pub enum Kernel {
     Debian6_1Cloud,
     /// A guest's, of Debian 13 and 12's backports: virtio's PCI transport and console are built in.
     Debian6_12Cloud,
-    /// The lab host's, with 9p, KVM and vhost as modules.
+    /// The lab host's, with 9p, KVM and vhost as modules: Debian's 6.12 for any machine.
     Lab,
+    /// Debian 12's for any machine, and the one for real-time work.
+    Debian6_1Generic,
+    /// See there.
+    Debian6_1Rt,
+    /// Real-time, of Debian 13 and 12's backports.
+    Debian6_12Rt,
+    /// The newest of Debian 13's backports, of each kind.
+    DebianNewCloud,
+    /// See there.
+    DebianNewGeneric,
+    /// See there.
+    DebianNewRt,
 }
 
 impl Kernel {
     /// Both guest kernels.
     pub const GUESTS: [Self; 2] = [Self::Debian6_1Cloud, Self::Debian6_12Cloud];
+
+    /// Each kind of kernel of each series that Debian ships. `scripts/install soak` unpacks them.
+    pub const ALL: [Self; 9] = [
+        Self::Debian6_1Cloud,
+        Self::Debian6_1Generic,
+        Self::Debian6_1Rt,
+        Self::Debian6_12Cloud,
+        Self::Lab,
+        Self::Debian6_12Rt,
+        Self::DebianNewCloud,
+        Self::DebianNewGeneric,
+        Self::DebianNewRt,
+    ];
 
     /// Its label in resources/guest/packages.list and in the cache.
     pub fn label(self) -> &'static str {
@@ -28,6 +53,12 @@ impl Kernel {
             Self::Debian6_1Cloud => "cloud-6.1",
             Self::Debian6_12Cloud => "cloud-6.12",
             Self::Lab => "lab-6.12",
+            Self::Debian6_1Generic => "generic-6.1",
+            Self::Debian6_1Rt => "rt-6.1",
+            Self::Debian6_12Rt => "rt-6.12",
+            Self::DebianNewCloud => "cloud-new",
+            Self::DebianNewGeneric => "generic-new",
+            Self::DebianNewRt => "rt-new",
         }
     }
 
@@ -37,7 +68,11 @@ impl Kernel {
     /// Where it is not there.
     pub fn folder(self) -> Result<PathBuf> {
         let folder = cache::folder()?.join("kernels").join(self.label());
-        ensure!(folder.join("version").exists(), "{} is not there: scripts/install unpacks it", folder.display());
+        ensure!(
+            folder.join("version").exists(),
+            "{} is not there: scripts/install [soak] unpacks it",
+            folder.display()
+        );
         Ok(folder)
     }
 
@@ -56,6 +91,21 @@ impl Kernel {
     /// Where it is not there.
     pub fn bzimage(self) -> Result<PathBuf> {
         Ok(self.folder()?.join("vmlinuz"))
+    }
+
+    /// Its bzImage with a setup header that lies.
+    ///
+    /// # Errors
+    /// Where the kernel is not there.
+    pub fn bzimage_with(self, lie: Lie) -> Result<PathBuf> {
+        let image = self.bzimage()?;
+        cache::file(&format!("vmlinuz-{}-{lie:?}", self.label()), &Inputs::default().file(&image)?, || {
+            let mut bytes = fs::read(&image)?;
+            let field =
+                bytes.get_mut(lie.field()..).and_then(|rest| rest.first_chunk_mut()).context("a setup header")?;
+            *field = lie.tell(u32::from_le_bytes(*field)).to_le_bytes();
+            Ok(bytes)
+        })
     }
 
     /// Its ELF file, taken out of the bzImage the first time.
@@ -78,6 +128,40 @@ impl Kernel {
         let path = folder.join("modules.dep");
         let index = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         Ok(Modules { folder, index })
+    }
+}
+
+/// What a setup header may say that only a monitor believes (Linux, `Documentation/arch/x86/boot.rst`): a kernel's own
+/// decompressor knows where its payload is, and runs where it is put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lie {
+    /// There is no payload.
+    NoPayload,
+    /// The payload begins 16 bytes later.
+    LaterPayload,
+    /// The payload ends 16 bytes earlier.
+    ShorterPayload,
+    /// The kernel prefers to be 16 MiB higher.
+    HigherAddress,
+}
+
+impl Lie {
+    /// Where the field of 32 bits begins.
+    fn field(self) -> usize {
+        match self {
+            Self::LaterPayload => 0x248,
+            Self::NoPayload | Self::ShorterPayload => 0x24c,
+            Self::HigherAddress => 0x258,
+        }
+    }
+
+    fn tell(self, truth: u32) -> u32 {
+        match self {
+            Self::NoPayload => 0,
+            Self::LaterPayload => truth.wrapping_add(16),
+            Self::ShorterPayload => truth.wrapping_sub(16),
+            Self::HigherAddress => truth.wrapping_add(16 << 20),
+        }
     }
 }
 

@@ -36,7 +36,8 @@ pub fn arguments(
     let mut all = Arguments(vec!["qemu-system-x86_64".into()]);
     // SVM with nested paging is in the emulated processor of AMD's kind; VT-x is not emulated.
     all.add("-accel", "tcg,thread=multi");
-    all.add("-cpu", "max");
+    // Without fast string operations: Linux would clear pages with them, and the emulator does them byte by byte.
+    all.add("-cpu", "max,-erms,-fsrm");
     all.add("-M", "q35,kernel-irqchip=split");
     all.add("-m", spec.memory_mib);
     all.add("-smp", spec.cpus);

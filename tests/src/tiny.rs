@@ -13,6 +13,7 @@
 //! Everything here panics where it cannot go on, as tests do.
 
 mod build;
+pub mod bzimage;
 mod run;
 mod served;
 

@@ -64,6 +64,13 @@ impl VmSpec {
         Ok(spec)
     }
 
+    /// Another file of the same kernel, at a path of the host.
+    #[must_use]
+    pub fn kernel_file(mut self, path: &std::path::Path) -> Self {
+        self.kernel = path.display().to_string();
+        self
+    }
+
     /// Processors.
     #[must_use]
     pub fn cpus(mut self, cpus: u32) -> Self {

@@ -219,8 +219,9 @@ fn a_guest_that_does_not_switch_itself_off_runs_on_or_is_destroyed() {
     assert_eq!(client.job(job.id).unwrap().state, JobState::Cancelled);
     client.cancel_job(job.id).expect("it is cancelled already");
 
-    client.shutdown(&Shutdown { deadline: Some(TimeSpan::from_millis(0)), force: true }).unwrap();
+    let job = client.shutdown(&Shutdown { deadline: Some(TimeSpan::from_millis(0)), force: true }).unwrap();
     assert_eq!(wait_for_phase(&mut events, PhaseName::Stopped), Some(Outcome::Destroyed));
+    assert_eq!(client.job(job.id).unwrap().state, JobState::Succeeded, "force was asked for, and used");
     assert_eq!(client.vm().unwrap().reason, Reason::Deadline);
 }
 
@@ -262,7 +263,8 @@ fn a_configuration_is_changed_before_the_boot_and_only_the_one_that_is_known() {
     let disk = NamedTempFile::new().unwrap();
     disk.as_file().set_len(1 << 20).unwrap();
     client.create(&config("commands")).unwrap();
-    assert_eq!(client.put_device("root", &DeviceConfig::Disk(Disk::new(disk.path()))).unwrap(), None);
+    let job = client.put_device("root", &DeviceConfig::Disk(Disk::new(disk.path()))).unwrap();
+    assert_eq!(job, None, "no guest has to be asked");
     let added = client.device("root").unwrap();
     assert_eq!((added.id(), added.type_name()), ("root", "disk"));
     assert_eq!(client.devices().unwrap().len(), 1);

@@ -4,7 +4,6 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use halyard_tests::bench::Series;
 use halyard_tests::bench::memory::private_dirty;
 use halyard_tests::service::{self, Service};
+use halyard_tests::story::{PATIENCE, Story, ask, boot, power_off};
 use halyard_tests::tiny::{Tiny, debug_exit};
 use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Tap, Vm, VmSpec};
 
@@ -39,47 +39,6 @@ const PLUGS_SETTLED: usize = 12;
 /// How much more memory of its own, in KiB, a monitor may have after all resets than after the first ones. Its heap takes
 /// some hundred resets to find the size that it keeps.
 const GROWTH: f64 = 128.0;
-/// How long anything of a story may take. An emulated host that has to share its processor gets slower out of all
-/// proportion, since most of what is left to it goes into timer interrupts.
-const PATIENCE: Duration = Duration::from_secs(600);
-
-/// A story that runs. There is one at a time, so that each has the machine for itself.
-struct Story {
-    name: &'static str,
-    began: Instant,
-    _turn: MutexGuard<'static, ()>,
-}
-
-impl Story {
-    fn begin(name: &'static str) -> Self {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        Self { name, began: Instant::now(), _turn: turn }
-    }
-
-    /// Prints what was done, in figures.
-    fn tell(&self, figures: &str) {
-        println!("soak: {:<10} {figures}; {:.0} s", self.name, self.began.elapsed().as_secs_f64());
-    }
-}
-
-fn boot<'a>(host: &'a Host, spec: &VmSpec) -> Result<Vm<'a>> {
-    let vm = host.halyard(spec)?;
-    vm.process().wait_line_for("HALYARD-GUEST ready", PATIENCE)?;
-    Ok(vm)
-}
-
-/// What a command in the guest says.
-fn ask(vm: &Vm, command: &str) -> Result<String> {
-    vm.run(Cmd::shell(command).patience(PATIENCE))?.ok().with_context(|| command.to_owned())
-}
-
-fn power_off(vm: &Vm) -> Result<()> {
-    // The guest is gone before its agent can answer.
-    let _last = vm.spawn("poweroff -f");
-    ensure!(vm.exit_status()? == Status::Exited(0), "power-off must end Halyard with code 0");
-    Ok(())
-}
 
 /// What a monitor has.
 #[derive(Debug)]
@@ -382,7 +341,7 @@ fn soak_tiny_guests_by_the_thousand() -> Result<()> {
         ensure!(fs::read_dir(folder.path())?.next().is_none(), "guest {number} has left a file behind");
     }
     assert_eq!(leftovers()?, before);
-    let each = 1000.0 * story.began.elapsed().as_secs_f64() / f64::from(TINY_GUESTS);
+    let each = 1000.0 * story.began().elapsed().as_secs_f64() / f64::from(TINY_GUESTS);
     story.tell(&format!("{TINY_GUESTS} guests one after another, {each:.1} ms each, nothing left behind"));
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! What this host can do: facts for validation, and the report of `halyard probe`.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use api::{Check, HostFacts, HostReport, KindName, KindReport};
@@ -35,10 +36,14 @@ fn kind(name: hal::KindName) -> KindName {
 
 /// Looks at everything that a VM may need.
 pub fn probe() -> HostReport {
-    let opened = hal::open();
+    report(&hal::open())
+}
+
+/// What a VM may need of the host, with a hypervisor that was opened, or was tried to be.
+pub fn report(opened: &hal::Result<Box<dyn Hypervisor>>) -> HostReport {
     let caps = opened.as_ref().ok().map(|hypervisor| hypervisor.caps());
     let facts = caps.map(facts);
-    let mut checks = vec![hypervisor_check(&opened)];
+    let mut checks = vec![hypervisor_check(opened)];
     checks.extend([hardware_check(), tap_check(), huge_pages_check(), io_uring_check()]);
     HostReport {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -81,11 +86,15 @@ fn hypervisor_check(opened: &hal::Result<Box<dyn Hypervisor>>) -> Check {
     Check { name: "hypervisor".into(), ok, required: true, detail, remedy: String::new() }
 }
 
+/// The flags of the first processor. A host with hundreds of them takes long to write them all.
+fn first_flags() -> Option<String> {
+    let lines = BufReader::new(fs::File::open("/proc/cpuinfo").ok()?).lines();
+    lines.map_while(Result::ok).find(|line| line.starts_with("flags"))
+}
+
 fn hardware_check() -> Check {
-    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let has = |wanted: &str| {
-        flags.lines().filter(|line| line.starts_with("flags")).any(|line| line.split_whitespace().any(|f| f == wanted))
-    };
+    let flags = first_flags().unwrap_or_default();
+    let has = |wanted: &str| flags.split_whitespace().any(|flag| flag == wanted);
     let (ok, detail) = match (has("vmx"), has("svm")) {
         (true, _) => (true, "Intel VT-x (vmx)"),
         (_, true) => (true, "AMD-V (svm)"),

@@ -7,6 +7,7 @@ use api::{Outcome, Problems, VmConfig};
 use hal::Hypervisor;
 
 use crate::board::Board;
+use crate::host;
 use crate::owner::{Owner, Until};
 use crate::request::Descriptors;
 use crate::sandbox::{self, Thread};
@@ -77,6 +78,8 @@ pub fn carry_out(plan: Plan) -> Result<Option<Outcome>, Failure> {
 /// # Errors
 /// As [`carry_out`].
 pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) -> Result<Option<Outcome>, Failure> {
+    // The sandbox lets nobody look at the host again.
+    let host = plan.api.is_some().then(|| host::report(&hypervisor));
     let board = Arc::new(Board::new(if plan.api.is_some() { KEPT_EVENTS } else { 0 }));
     let mut owner = Owner::new(hypervisor, board.clone())?;
     owner.watch(plan.watching);
@@ -92,7 +95,8 @@ pub fn carry_out_on(hypervisor: hal::Result<Box<dyn Hypervisor>>, plan: Plan) ->
         sandbox::confine(&[])?;
     }
     let owner_is = if listener.is_some() { Thread::OwnerWithClients } else { Thread::Owner };
-    let server = listener.map(|listener| Server::start(listener, board, owner.inbox().clone())).transpose()?;
+    let start = |(listener, host)| Server::start(listener, host, board, owner.inbox().clone());
+    let server = listener.zip(host).map(start).transpose()?;
     if boot {
         owner.boot()?;
     }

@@ -3,6 +3,7 @@
 //!
 //! Helpers panic where the monitor's code has gone wrong: that is how libFuzzer learns of it.
 
+pub mod allocated;
 pub mod census;
 pub mod configuration;
 pub mod functions;
@@ -11,5 +12,8 @@ pub mod hosts;
 pub mod input;
 pub mod kernel;
 pub mod layout;
+pub mod memory;
+pub mod payload;
 pub mod platform;
+pub mod relocations;
 pub mod seeds;

@@ -6,7 +6,9 @@ use std::{env, fs};
 
 use crate::guest::ops as guest;
 use crate::input::Step;
-use crate::{functions, hosts, layout, platform};
+use crate::payload::{Format, room_for};
+use crate::relocations::place;
+use crate::{functions, hosts, layout, platform, relocations as reloc};
 
 const START: u64 = arch::layout::HIGH_RAM_START;
 
@@ -28,6 +30,8 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "config" => config(),
         "kernel" => kernel(),
         "registers" => registers(),
+        "payload" => payload(),
+        "relocations" => relocations(),
         _ => panic!("there is no target {target}"),
     }
 }
@@ -142,12 +146,12 @@ fn config() -> Vec<Vec<u8>> {
         .to_vec()
 }
 
-fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
+pub(crate) fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
     image[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-/// A bzImage whose kernel goes to the start of high RAM.
-fn bzimage() -> Vec<u8> {
+/// A bzImage that prefers an address.
+pub(crate) fn bzimage(preferred: u64) -> Vec<u8> {
     let mut image = vec![0; 2 * 512 + 0x800];
     put(&mut image, 0x1f1, &[1]); // setup_sects
     put(&mut image, 0x1f4, &0x80_u32.to_le_bytes()); // syssize
@@ -159,7 +163,7 @@ fn bzimage() -> Vec<u8> {
     put(&mut image, 0x230, &0x20_0000_u32.to_le_bytes()); // kernel_alignment
     put(&mut image, 0x234, &[1, 21, 3, 0]); // relocatable_kernel, min_alignment, xloadflags
     put(&mut image, 0x238, &2047_u32.to_le_bytes()); // cmdline_size
-    put(&mut image, 0x258, &START.to_le_bytes()); // pref_address
+    put(&mut image, 0x258, &preferred.to_le_bytes()); // pref_address
     put(&mut image, 0x260, &0x1_0000_u32.to_le_bytes()); // init_size
     image[0x400..].fill(0xcc);
     image
@@ -187,9 +191,55 @@ fn elf(note_kind: u32) -> Vec<u8> {
 }
 
 fn kernel() -> Vec<Vec<u8>> {
-    let files = [bzimage(), elf(18), elf(1), b"\x28\xb5\x2f\xfd".to_vec()];
+    let files = [bzimage(START), elf(18), elf(1), b"\x28\xb5\x2f\xfd".to_vec()];
     let ways = [Step::new(0, 0, 1, 1, 13), Step::new(0, 1, 0, 0, 0), Step::new(0, 2, 2, 1, 2047)];
     ways.iter().flat_map(|way| files.iter().map(|file| [&way.encode()[..], file].concat())).collect()
+}
+
+/// Each format with a small kernel and with one that is longer than a block, sound and with lies about the size: payloads
+/// that end too early, and that go on for long.
+fn payload() -> Vec<Vec<u8>> {
+    let small = [elf(18), crate::input::pattern(7, 600), vec![0; 3000]].concat();
+    let long = |len: u32| (0..len).map(|at| (at >> 16).to_le_bytes()[0]).collect::<Vec<u8>>();
+    let mut all = Vec::new();
+    for format in Format::ALL {
+        // The blocks of lz4 have 8 MiB, those of zstd 128 KiB.
+        let long = long(if matches!(format, Format::Lz4) { 9 << 20 } else { 300 << 10 });
+        for content in [&small, &long] {
+            let len = u32::try_from(content.len()).unwrap_or(0);
+            for size in [len, len - 1, len + 1, 5000] {
+                let sound = Step::new(0, room_for(content.len()), 0, 0, 0);
+                all.push([&sound.encode()[..], &format.pack(content, size)].concat());
+            }
+        }
+        // Headers that lie about the payload's place, its length, and their own.
+        for lie in [Step::new(1, 14, 0, 0, 0x80), Step::new(2, 14, 0, 0, 0x10), Step::new(4, 14, 0x46, 0, 0)] {
+            all.push([&lie.encode()[..], &format.pack(&small, 0x1000)].concat());
+        }
+    }
+    all
+}
+
+/// Tables with two lists and with three, sound ones first; then with places at and beyond each edge of the kernel, next
+/// to and over one another, and with other numbers of lists.
+fn relocations() -> Vec<Vec<u8>> {
+    let end = 0x1000 + 0x180;
+    let tables: [&[u32]; 12] = [
+        &[],
+        &[0, place(0), place(0x208), 0, place(0x300), place(0x304)],
+        &[0, place(8), place(0x1001), 0, place(0x400), place(0x9ff), 0, place(0x9f0), place(0x1100)],
+        &[0, place(end - 8), 0, place(end - 4), 0, place(end - 4)],
+        &[0, place(end - 7), 0, place(0)],
+        &[0, 0, place(end - 3)],
+        &[0, 0, place(0).wrapping_sub(1), 0],
+        &[0, 0x8000_0000, 0, 0x7fff_ffff],
+        &[0, u32::MAX, 0, 1],
+        &[0, place(0x10), place(0x12), place(0x14), 0, place(0x16), place(0x17)],
+        &[place(0), 0, place(0)],
+        &[0, 0, 0, 0, 0],
+    ];
+    let ways = [Step::new(0, 0, 0, 0, 0x0003_0007), Step::new(2, 0, 40, 2, 0x1234_5678), Step::new(8, 0, 0, 0, 99)];
+    ways.iter().flat_map(|way| tables.iter().map(|table| reloc::program(*way, table))).collect()
 }
 
 fn registers() -> Vec<Vec<u8>> {

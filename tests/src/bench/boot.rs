@@ -8,13 +8,14 @@
 //! An emulated host has a quirk that would tell more of the order of the programs than of themselves: when memory that
 //! held a guest's code is given to another guest, the emulator drops its translations of it one by one, which takes
 //! seconds. So each guest gets memory that no other had: what one has left is put away as reserved huge pages, and the
-//! host has all its memory from the start.
+//! host has all its memory from the start. It has one processor: with a second one it disturbs itself.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::{Finding, Series};
+use crate::kernels::Lie;
 use crate::process::Process;
 use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
 
@@ -38,20 +39,22 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(180);
 /// Where Halyard keeps unpacked kernels in these measurements.
 const COLD: &str = "/tmp/cold-kernels";
 const WARM: &str = "/tmp/warm-kernels";
-/// Where a bzImage states the length of its payload (Linux, `Documentation/arch/x86/boot.rst`). With none, it unpacks
-/// itself.
-const PAYLOAD_LENGTH: std::ops::Range<usize> = 0x24c..0x250;
 
 /// The size of a guest.
 struct Shape {
     cpus: &'static str,
     mib: &'static str,
-    /// Huge pages that it touches at the most.
+    /// Huge pages, of 2 MiB, that it touches at the most.
     pages: u32,
 }
 
-const SMALL: Shape = Shape { cpus: "1", mib: "256", pages: 130 };
+const SMALL: Shape = Shape { cpus: "1", mib: "256", pages: SMALL_PAGES };
+/// What a guest with 256 MiB leaves, in huge pages.
+pub(super) const SMALL_PAGES: u32 = 130;
 const LARGE: Shape = Shape { cpus: "8", mib: "4096", pages: 300 };
+
+/// Ways to boot that are compared.
+const CONTENDERS: usize = 7;
 
 /// A way to boot, and what it took.
 struct Contender {
@@ -72,8 +75,9 @@ pub fn measure(rounds: usize) -> Result<Vec<Finding>> {
 }
 
 fn measure_shape(shape: &Shape, rounds: usize) -> Result<Vec<Finding>> {
-    // Two processors: a monitor may work beside its guest.
-    let host = Host::start(&HostSpec::new().memory_mib(8192).qemu(["-mem-prealloc"]))?;
+    let boots = u64::try_from(rounds * CONTENDERS + 2)?;
+    let memory = 1024 + boots * u64::from(shape.pages) * 2;
+    let host = Host::start(&HostSpec::new().cpus(1).memory_mib(memory).qemu(["-mem-prealloc"]))?;
     let mut contenders = contenders(&host, shape)?;
     for round in 0..rounds {
         for contender in &mut contenders {
@@ -83,10 +87,7 @@ fn measure_shape(shape: &Shape, rounds: usize) -> Result<Vec<Finding>> {
             eprintln!("  boot {} of {rounds}: {name} {total:.2} s, the kernel's own {kernel:.2} s", round + 1);
             totals.push(total);
             kernels.push(kernel);
-            if !host.is_direct() {
-                let put_away = "/proc/sys/vm/nr_hugepages";
-                host.run(format!("echo $(( $(cat {put_away}) + {} )) >{put_away}", shape.pages))?.ok()?;
-            }
+            put_away(&host, shape.pages)?;
         }
     }
     let what = format!("{}, {} vCPU, {} MiB", Kernel::Debian6_12Cloud.version()?, shape.cpus, shape.mib);
@@ -98,10 +99,7 @@ fn contenders(host: &Host, shape: &Shape) -> Result<Vec<Contender>> {
     let bzimage = kernel.bzimage()?.display().to_string();
     let vmlinux = kernel.vmlinux()?.display().to_string();
     let initramfs = images::guest(kernel)?.display().to_string();
-    let slow = "/tmp/vmlinuz-without-payload";
-    let mut bytes = std::fs::read(&bzimage)?;
-    bytes.get_mut(PAYLOAD_LENGTH).context("a setup header")?.fill(0);
-    host.write_file(slow, bytes)?;
+    let slow = kernel.bzimage_with(Lie::NoPayload)?.display().to_string();
 
     let words = "console=ttyS0 quiet panic=-1 rdinit=/bin/agent -- first";
     let halyard = vm::halyard()?.display().to_string();
@@ -115,11 +113,11 @@ fn contenders(host: &Host, shape: &Shape) -> Result<Vec<Contender>> {
         let files = ["-kernel", kernel, "-initrd", &initramfs, "-append", words];
         qemu(machine, &files).args(["-smp", shape.cpus, "-m", shape.mib])
     };
-    let all = [
+    let all: [_; CONTENDERS] = [
         ("halyard", own(&bzimage, WARM)),
         ("halyard, cold cache", own(&bzimage, COLD)),
         ("halyard, no cache", own(&bzimage, "off")),
-        ("halyard, guest unpacks", own(slow, "off")),
+        ("halyard, guest unpacks", own(&slow, "off")),
         ("qemu microvm", qemu(MICROVM, &bzimage)),
         ("qemu microvm, vmlinux", qemu(MICROVM, &vmlinux)),
         ("qemu q35", qemu(Q35, &bzimage)),
@@ -154,6 +152,15 @@ fn findings(what: &str, contenders: &[Contender]) -> Vec<Finding> {
             UNPACK_LIMIT,
         ),
     ]
+}
+
+/// Puts memory away, in huge pages of 2 MiB, that a guest has left in an emulated host.
+pub(super) fn put_away(host: &Host, pages: u32) -> Result<()> {
+    if !host.is_direct() {
+        let reserved = "/proc/sys/vm/nr_hugepages";
+        host.run(format!("echo $(( $(cat {reserved}) + {pages} )) >{reserved}"))?.ok()?;
+    }
+    Ok(())
 }
 
 /// QEMU with one of its machines and the common options.

@@ -1,20 +1,20 @@
 //! Measures Halyard's speed and memory beside others, prints a table and writes it as JSON.
 //!
-//! Usage: `bench [startup] [memory] [boot] [boot-trace] [hotadd]`, all of them where none is named. A missed limit is said, but is no failure:
+//! Usage: `bench [startup] [memory] [boot] [boot-trace] [share] [hotadd]`, all of them where none is named. A missed limit is said, but is no failure:
 //! the exit code is 1 only where something could not be measured.
 //!
 //! Environment: `HALYARD_BIN` names the program (else what lies beside this one), `HALYARD_BENCH_ROUNDS` and
-//! `HALYARD_BENCH_BOOTS` say how often (31 and 5), `HALYARD_BENCH_JSON` names the file (`bench-results.json`).
+//! `HALYARD_BENCH_BOOTS` say how often (31 and 5), `HALYARD_BENCH_GUESTS` how many share (10), `HALYARD_BENCH_JSON` names the file (`bench-results.json`).
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::bench::{Finding, boot, boot_trace, hotadd, memory, startup};
+use halyard_tests::bench::{Finding, boot, boot_trace, hotadd, memory, share, startup};
 use halyard_tests::vm;
 use serde::Serialize;
 
 /// What can be measured, by name.
-const ALL: [&str; 5] = ["startup", "memory", "boot", "boot-trace", "hotadd"];
+const ALL: [&str; 6] = ["startup", "memory", "boot", "boot-trace", "share", "hotadd"];
 
 #[derive(Serialize)]
 struct Report {
@@ -69,6 +69,9 @@ fn main() -> Result<()> {
         println!("{table}");
         found(table.exits());
         boot_trace = Some(table);
+    }
+    if wants("share") {
+        share::measure(count("HALYARD_BENCH_GUESTS", 10)?)?.into_iter().for_each(&mut found);
     }
     let program = program.display().to_string();
     write(&Report { program, host: host()?, processor: processor()?, findings, boot_trace })

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Command, FromArgMatches};
 
+use super::ctl::args::CtlArgs;
 use super::help;
 use crate::logging::{Format, Level};
 
@@ -28,6 +29,12 @@ pub enum Action {
     Validate(Box<RunArgs>),
     /// Say what the host can do.
     Probe(ProbeArgs),
+    /// Ask something of a running monitor.
+    Ctl(Box<CtlArgs>),
+    /// Complete a command line, for a shell.
+    Complete(CompleteArgs),
+    /// Write the manual's pages.
+    Man(ManArgs),
     /// Print the configuration's JSON schema.
     Schema,
 }
@@ -51,6 +58,9 @@ impl Cli {
             Some(("serve", args)) => Action::Serve(Box::new(ServeArgs::from_arg_matches(args)?)),
             Some(("validate", args)) => Action::Validate(Box::new(RunArgs::from_arg_matches(args)?)),
             Some(("probe", args)) => Action::Probe(ProbeArgs::from_arg_matches(args)?),
+            Some(("ctl", args)) => Action::Ctl(Box::new(CtlArgs::from_arg_matches(args)?)),
+            Some(("complete", args)) => Action::Complete(CompleteArgs::from_arg_matches(args)?),
+            Some(("man", args)) => Action::Man(ManArgs::from_arg_matches(args)?),
             _ => Action::Schema,
         };
         Ok(Self { action, log: LogArgs::from_arg_matches(&matches)? })
@@ -87,6 +97,18 @@ pub fn command() -> Command {
                 .defer(|probe| ProbeArgs::augment_args(probe).after_help(help::PROBE)),
         )
         .subcommand(
+            Command::new("ctl")
+                .about(help::CTL_TITLE)
+                .defer(|ctl| CtlArgs::augment_args(ctl).long_about(help::CTL_ABOUT).after_help(help::CTL)),
+        )
+        .subcommand(
+            Command::new("complete")
+                .about("Complete a command line, for a shell")
+                .hide(true)
+                .defer(CompleteArgs::augment_args),
+        )
+        .subcommand(Command::new("man").about("Write the manual's pages").hide(true).defer(ManArgs::augment_args))
+        .subcommand(
             Command::new("schema")
                 .about("Print the JSON schema of the configuration file")
                 .defer(|schema| schema.after_help(help::SCHEMA)),
@@ -106,6 +128,22 @@ pub struct LogArgs {
     #[arg(long = "log-format", global = true, value_enum, value_name = "FORMAT", default_value = "text")]
     #[arg(hide_possible_values = true, help_heading = "Log")]
     pub format: Format,
+}
+
+/// A command line that is not finished.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct CompleteArgs {
+    /// Its words, the program's name first; the last, which may be empty, is the one to complete
+    #[arg(value_name = "WORD", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub words: Vec<String>,
+}
+
+/// Where the manual goes.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct ManArgs {
+    /// An existing folder for the pages
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
 }
 
 /// What to say of the host.

@@ -5,6 +5,8 @@ pub const TOP: &str = "\
 Examples:
   halyard run --kernel /boot/vmlinuz --initramfs /boot/initrd.img
   halyard probe
+  halyard serve --api-socket vm.sock
+  halyard ctl --socket vm.sock show
 
 `halyard run --help` has more, and the exit codes.";
 
@@ -75,6 +77,37 @@ Examples:
 
 Exit codes: 0 after a signal, 1 where the host failed, 2 for bad input, 128 and more where a signal had to end the \
 machine by force: its number is added.";
+
+/// `halyard ctl` in the list of commands.
+pub const CTL_TITLE: &str = "Ask something of a running monitor, at its API socket";
+
+/// `halyard ctl --help`, at its top.
+pub const CTL_ABOUT: &str = "\
+Ask something of a running monitor, at its API socket.
+
+The socket is the one that was given to `halyard serve` or `halyard run` as --api-socket. Paths in a configuration are \
+the monitor's: a relative one begins where the monitor was started.";
+
+/// `halyard ctl --help`, after the flags.
+pub const CTL: &str = "\
+Examples:
+  export HALYARD_SOCKET=vm.sock
+  halyard ctl create vm.yaml && halyard ctl boot
+  halyard ctl console serial
+  halyard ctl devices add --disk path=data.img,id=data
+  halyard ctl shutdown --deadline 30s --force --wait
+  halyard ctl show --output json | jq -r .phase
+  halyard ctl events --follow
+
+Exit codes:
+    0  it is done
+    1  the monitor or its host failed, or this end did
+    2  bad input: every problem is listed, with its field or flag
+    3  no connection: nobody listens at the socket, nothing was answered in time, or the connection broke
+    4  refused: the VM's phase or another change is in the way, or it cannot be done
+    5  what was named is not there: a device, console, job, or the VM
+    6  the job that was waited for failed or was cancelled
+  128  and more: ended by a signal, whose number is added";
 
 /// `halyard validate` in the list of commands.
 pub const VALIDATE_TITLE: &str =

@@ -1,9 +1,12 @@
 //! The command line: what is asked, done, printed and returned as the exit code.
 
 mod args;
+mod complete;
+mod ctl;
 mod flags;
 mod help;
 mod keys;
+mod man;
 mod probe;
 mod quick;
 mod run;
@@ -35,6 +38,9 @@ pub fn main() -> ExitCode {
         Action::Serve(args) => run::serve(args, format),
         Action::Validate(args) => run::validate(args, format),
         Action::Probe(args) => probe::probe(args.json, format),
+        Action::Ctl(args) => ctl::ctl(args, format),
+        Action::Complete(args) => complete::complete(args, format),
+        Action::Man(args) => man::write(&args.folder, format),
         Action::Schema => print(SCHEMA_JSON, ExitCode::SUCCESS, format),
     }
 }

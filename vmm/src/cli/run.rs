@@ -73,6 +73,11 @@ impl Source {
         }
     }
 
+    /// The configuration as it was given, without defaults, where all of it could be understood.
+    pub fn given(&self) -> Option<&VmConfig> {
+        self.config.as_ref()
+    }
+
     /// The problems as they are told: with the flag, or the place in the file, that they come from.
     pub fn told(&self, problems: &mut [Problem]) -> Vec<String> {
         if let Some(file) = &self.file {

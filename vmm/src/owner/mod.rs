@@ -345,8 +345,10 @@ impl Owner {
         drop(prepared);
         self.hotplug.end_with_the_run(&self.board);
         if let Some(Closing { job, .. }) = self.closing.take() {
-            let by_itself = outcome == Outcome::PoweredOff;
-            self.end_closing(job, if by_itself { JobState::Succeeded } else { JobState::Failed });
+            // Who asked for force has what was asked for when the deadline destroys the VM.
+            let by_force = outcome == Outcome::Destroyed && reason == Reason::Deadline;
+            let done = outcome == Outcome::PoweredOff || by_force;
+            self.end_closing(job, if done { JobState::Succeeded } else { JobState::Failed });
         }
         self.phase = Phase::Stopped(outcome.clone());
         self.show_machine();

@@ -202,10 +202,10 @@ impl Prepared {
         let of_device = format!("devices[{index}]");
         let mut checked = config.clone();
         // Each request numbers its descriptors anew: those of others are no longer what they were named.
-        for (number, other) in
-            (0..).zip(&mut checked.devices).filter(|(number, _)| usize::try_from(*number) != Ok(index))
-        {
-            other.renumber_fd(i32::MAX - number);
+        for (number, other) in (0..).zip(&mut checked.devices) {
+            if usize::try_from(number) != Ok(index) && other.fd().is_some() {
+                other.set_fd(i32::MAX - number);
+            }
         }
         let problems = validate(&checked).into_iter().map(|problem| {
             // What is wrong elsewhere is the device's doing too: two of something where one is possible.

@@ -20,7 +20,6 @@ use super::connections::{Activity, Connection};
 use super::events::EventStream;
 use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, text, unusable};
 use super::{Context, console, metrics};
-use crate::host;
 use crate::request::{Answer, Asked, Change, Descriptors, Request as Ask};
 
 /// The most bytes of a request's body.
@@ -127,7 +126,7 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
     match route.operation {
         Operation::Ping => Ok(json(StatusCode::OK, &Pong { pid: std::process::id() })),
         Operation::GetVersion => Ok(json(StatusCode::OK, &version())),
-        Operation::GetHost => Ok(json(StatusCode::OK, &host::probe())),
+        Operation::GetHost => Ok(json(StatusCode::OK, &context.host)),
         Operation::GetOpenapi => Ok(fixed("application/json", api::OPENAPI_JSON)),
         Operation::GetMetrics => Ok(text(METRICS_TEXT, metrics::text(&context.board, &context.counters))),
         Operation::CreateVm => create(context, connection, &body).await,

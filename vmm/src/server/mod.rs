@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
+use api::HostReport;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio::task::yield_now;
@@ -83,6 +84,8 @@ struct Context {
     board: Arc<Board>,
     inbox: Inbox,
     counters: Arc<ApiCounters>,
+    /// What the host can do, as it was found at the start.
+    host: HostReport,
 }
 
 /// The running server. Dropping it ends it.
@@ -97,10 +100,10 @@ impl Server {
     ///
     /// # Errors
     /// The thread or its descriptors cannot be made.
-    pub fn start(listener: ApiListener, board: Arc<Board>, inbox: Inbox) -> io::Result<Self> {
+    pub fn start(listener: ApiListener, host: HostReport, board: Arc<Board>, inbox: Inbox) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (stop, stopped) = watch::channel(false);
-        let context = Context { board: board.clone(), inbox, counters: Arc::default() };
+        let context = Context { board: board.clone(), inbox, counters: Arc::default(), host };
         let (listener, access, file) = listener.split();
         let listener = {
             let _guard = runtime.enter();

@@ -206,6 +206,69 @@ fn sizes_that_no_kernel_has_are_refused() {
     }
 }
 
+#[test]
+fn headers_that_lie_about_the_room_or_the_code_are_named() {
+    let sound = bzimage_with(&Format::Lz4.pack(&vmlinux()));
+    let (size, len) = (sound.len(), vmlinux().len());
+    let changed = |at: usize, bytes: &[u8]| {
+        let mut image = sound.clone();
+        put(&mut image, at, bytes);
+        image
+    };
+    for room in [0, 1, 0x1000] {
+        let error = unpack_error(&changed(0x260, &u32::to_le_bytes(room)));
+        assert!(
+            error.contains(&format!("room for {room} bytes, and its payload says that it unpacks to {len}")),
+            "{error}"
+        );
+    }
+    // More than there can be below the hole: the bzImage itself needs it, unpacked or not.
+    let error = Case::new(&changed(0x260, &[0xff; 4])).error();
+    assert!(error.contains("needs memory from 0x1000000 up to 0x100ffffff"), "{error}");
+    // The code begins elsewhere, and with it the payload.
+    for (sectors, start) in [(2, 0xa00), (0, 0xe00), (255, 0x2_0400)] {
+        let error = unpack_error(&changed(0x1f1, &[sectors]));
+        let expected = format!("a payload from {start:#x} up to ");
+        assert!(error.contains(&expected) && error.ends_with(&format!(" of {size:#x} bytes")), "{error}");
+    }
+    // Code is taken for the payload, and the number at its end is none.
+    let error = unpack_error(&changed(0x248, &0_u32.to_le_bytes()));
+    assert!(error.contains("its payload says that it unpacks to "), "{error}");
+}
+
+#[test]
+fn other_formats_are_named_by_their_first_bytes() {
+    // bzip2, LZMA alone, LZO, the new format of lz4, a kernel that is not packed, and nothing.
+    let kernel = vmlinux();
+    for begin in [&b"BZh9"[..], b"\x5d\0\0\x80", b"\x89LZO", b"\x04\x22\x4d\x18", &kernel, &[0; 64]] {
+        let payload = claim([begin, &[0; 60]].concat(), 5000);
+        let image = bzimage_with(&payload);
+        let first = [begin[0], begin[1], begin[2], begin[3]];
+        let expected = format!("its payload begins with {first:02x?}, which is neither zstd, lz4, gzip nor xz");
+        assert_eq!(unpack_error(&image), expected);
+        // It is no fault of the bzImage's.
+        Case::new(&image).load();
+    }
+}
+
+/// An xz payload whose dictionary is said to be of 4 GiB.
+#[test]
+fn a_decoder_is_not_given_all_the_memory_that_it_asks_for() {
+    let bytes = code(5000);
+    let mut payload = Format::Xz.pack(&bytes);
+    // The header of the first block follows that of the stream: its length in words less one, then its filters, then its
+    // checksum. LZMA2 is filter 0x21, with one byte that tells the dictionary's size.
+    let start = 12;
+    let end = start + 4 * usize::from(payload[start]);
+    let filter = payload[start..end].windows(2).position(|pair| pair == [0x21, 1]).unwrap();
+    payload[start + filter + 2] = 40;
+    let mut sum = flate2::Crc::new();
+    sum.update(&payload[start..end]);
+    put(&mut payload, end, &sum.sum().to_le_bytes());
+    let error = unpack_error(&bzimage_with(&payload));
+    assert!(error.contains("cannot be unpacked (xz)") && error.contains("memory"), "{error}");
+}
+
 /// A payload that says that it unpacks to `size` bytes.
 fn claim(mut payload: Vec<u8>, size: usize) -> Vec<u8> {
     let at = payload.len() - 4;
