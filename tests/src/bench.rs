@@ -5,6 +5,7 @@
 
 pub mod boot;
 pub mod boot_trace;
+pub mod hotadd;
 pub mod memory;
 pub mod share;
 pub mod startup;
