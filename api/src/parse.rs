@@ -105,7 +105,10 @@ impl ConfigText {
                 BodyError::Problems(problems) => problems.0,
                 BodyError::Syntax(problem) => vec![Problem::new("", problem, "")],
             };
+            // Their places are those of the JSON in between.
+            problems.iter_mut().for_each(|problem| problem.position = None);
             self.locate(&mut problems);
+            problems.sort_by_key(|problem| problem.position.map(|at| (at.line, at.column)));
             Problems(problems)
         })
     }

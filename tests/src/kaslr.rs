@@ -6,6 +6,7 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 
 use crate::kernels::Kernel;
+use crate::story::ask;
 use crate::vm::Vm;
 
 /// Where Linux is linked for: its virtual and its physical address.
@@ -34,9 +35,9 @@ impl Place {
     /// # Errors
     /// Where the guest does not say.
     pub fn of(vm: &Vm) -> Result<Self> {
-        let command =
-            "sed -n 's/ . _text$//p' /proc/kallsyms; sed -n 's/^ *\\([0-9a-f]*\\)-.* Kernel code$/\\1/p' /proc/iomem";
-        let told = vm.run(command)?.ok()?;
+        let symbol = "sed -n '/ _text$/{s/ .*//p;q}' /proc/kallsyms";
+        let memory = r"sed -n 's/^ *\([0-9a-f]*\)-.* Kernel code$/\1/p' /proc/iomem";
+        let told = ask(vm, &format!("{symbol}; {memory}"))?;
         let numbers: Vec<u64> =
             told.lines().map(|line| u64::from_str_radix(line, 16)).collect::<Result<_, _>>().context(told.clone())?;
         let [virt, physical] = numbers[..] else { anyhow::bail!("two addresses were to come: {told:?}") };

@@ -263,8 +263,7 @@ fn a_configuration_is_changed_before_the_boot_and_only_the_one_that_is_known() {
     let disk = NamedTempFile::new().unwrap();
     disk.as_file().set_len(1 << 20).unwrap();
     client.create(&config("commands")).unwrap();
-    let job = client.put_device("root", &DeviceConfig::Disk(Disk::new(disk.path()))).unwrap();
-    assert_eq!(job, None, "no guest has to be asked");
+    assert_eq!(client.put_device("root", &DeviceConfig::Disk(Disk::new(disk.path()))).unwrap(), None);
     let added = client.device("root").unwrap();
     assert_eq!((added.id(), added.type_name()), ("root", "disk"));
     assert_eq!(client.devices().unwrap().len(), 1);

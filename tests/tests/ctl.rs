@@ -177,7 +177,7 @@ fn devices_are_added_changed_and_removed() {
         .expect_messages(&["--disk path=x,queues=many,sise=3: queues: «many» is not possible", "unknown key «sise»"]);
     fs::write(served.path("d.yaml"), "type: disk\nreadonly: 3\nquues: 1\n").unwrap();
     let refused = ctl(&served, &["devices", "add", "--file", &served.path("d.yaml").display().to_string()]);
-    refused.expect_code(2).expect_messages(&["d.yaml:2:11: readonly: ", "d.yaml:3:1: quues: "]);
+    refused.expect_code(2).expect_messages(&["d.yaml:2:1: readonly: ", "d.yaml:3:1: quues: "]);
     ctl(&served, &["devices", "change", "con", "name"]).expect_code(2).expect_messages(&["name: it has no value"]);
     let wrong = ctl(&served, &["devices", "change", "disk0", "queues=0", "x=1"]).expect_code(2);
     wrong.expect_messages(&["halyard: queues: ", "halyard: x: "]);
@@ -291,10 +291,19 @@ fn events_go_on_where_a_connection_broke() {
     served.finish().expect_code(0);
 }
 
+/// Waits until the monitor has seen so many clients of consoles go.
+#[track_caller]
+fn wait_for_closed(served: &Served, count: usize) {
+    let events = served.client().events(Some(0)).unwrap().map(Result::unwrap);
+    let closed = events.filter(|event| matches!(event.event, api::EventKind::ConsoleClosed { .. }));
+    assert_eq!(closed.take(count).count(), count);
+}
+
 #[test]
 fn a_console_is_left_by_its_escape() {
     let served = serve!();
     drop(booted(&served, "commands", ""));
+    wait_for_closed(&served, 1);
     let mut pty = Pty::start(at(&served.path("api"), &["console", "serial"]), PATIENCE);
     pty.wait_for("connected to serial; Ctrl-a x leaves it");
     assert!(pty.is_raw());
@@ -310,6 +319,7 @@ fn a_console_is_left_by_its_escape() {
     assert_eq!(pty.finish(), Some(0));
     assert_eq!(printed(&served, &["phase"]), "running\n", "the VM runs on");
 
+    wait_for_closed(&served, 2);
     let mut first = Pty::start(at(&served.path("api"), &["console", "serial"]), PATIENCE);
     first.wait_for("connected");
     let mut second = Running::start(at(&served.path("api"), &["console", "serial", "--take-over"]), PATIENCE);
@@ -364,7 +374,7 @@ fn what_cannot_be_used_is_told_at_once() {
     assert_eq!(ctl(&served, &["create", &path]).stderr, alike.stderr, "as validate tells it");
     // What only the monitor can know.
     fs::write(&path, "kernel:\n  path: /nonexistent/k\ndevices:\n  - {type: disk, path: /nonexistent/d}\n").unwrap();
-    let told = ["bad.yaml:2:3: kernel.path: ", "bad.yaml:4:17: devices[0].path: "];
+    let told = ["bad.yaml:2:3: kernel.path: ", "bad.yaml:4:18: devices[0].path: "];
     ctl(&served, &["create", &path]).expect_code(2).expect_messages(&told);
     ctl(&served, &["create", "/nonexistent"]).expect_code(2).expect_messages(&["there is no such file"]);
     ctl(&served, &["--timeout", "5", "ping"]).expect_code(2);
@@ -394,6 +404,7 @@ fn a_monitor_that_is_not_there_or_does_not_answer_is_told_soon() {
         let (first, _) = listener.accept().unwrap();
         drop(first);
         let (mut second, _) = listener.accept().unwrap();
+        hear(&mut second, "\r\n\r\n");
         let mut sent = 0;
         while second
             .write_all(b"HTTP/1.1 200 OK\r\nx: yyyyyyyyyyyyyyyyyyyyyyyyyyyyy".get(sent..=sent).unwrap_or(b"y"))
@@ -443,6 +454,77 @@ fn a_monitor_that_vanishes_while_a_job_is_waited_for_is_told() {
     served.signal(nix::sys::signal::Signal::SIGKILL);
     waiting.wait_for("halyard: ");
     assert_eq!(waiting.finish(), Some(3));
+}
+
+/// Answers a connection's requests as a monitor would whose guest must answer first: a device comes and goes by job 7.
+/// The lines of the requests are told.
+fn serve_a_job(mut stream: UnixStream, told: &std::sync::mpsc::Sender<String>) {
+    let job = |state: &str, progress: u32| {
+        format!(r#"{{"id":7,"kind":"shutdown","state":"{state}","progress":{progress},"started_ms":0}}"#)
+    };
+    let reply = |status: &str, body: &str| {
+        format!("HTTP/1.1 {status}\r\netag: \"3\"\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+    };
+    loop {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            let Ok(1) = stream.read(&mut byte) else { return };
+            head.extend(byte);
+        }
+        let head = String::from_utf8(head).unwrap();
+        let length =
+            head.lines().find_map(|line| line.strip_prefix("content-length: ")).map_or(0, |l| l.parse().unwrap());
+        stream.read_exact(&mut vec![0; length]).unwrap();
+        let line = head.lines().next().unwrap_or_default().to_owned();
+        if line.starts_with("GET /api/v1/events") {
+            stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\n:\n\n\r\n").unwrap();
+            for (number, state, progress) in [(1, "running", 50), (2, "succeeded", 100)] {
+                let event = format!(
+                    r#"{{"sequence":{number},"time_ms":0,"event":{{"type":"job","job":{}}}}}"#,
+                    job(state, progress)
+                );
+                let event = format!("id: {number}\nevent: job\ndata: {event}\n\n");
+                stream.write_all(format!("{:x}\r\n{event}\r\n", event.len()).as_bytes()).unwrap();
+            }
+            // It stays open, as a monitor's does.
+            continue;
+        }
+        let body = if line.starts_with("GET /api/v1/vm ") {
+            reply("200 OK", r#"{"sequence":0,"phase":"running","reason":"request","since_ms":0}"#)
+        } else {
+            told.send(line + if head.contains("if-match: \"3\"\r\n") { " if 3" } else { "" }).unwrap();
+            reply("202 Accepted", &job("running", 0))
+        };
+        stream.write_all(body.as_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn a_guests_answer_to_a_device_is_waited_for() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (sender, told) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let sender = sender.clone();
+            thread::spawn(move || serve_a_job(stream, &sender));
+        }
+    });
+    let mut add = Pty::start(at(&path, &["devices", "add", "--rng"]), PATIENCE);
+    add.wait_for("job 7: shutdown [..............................] 0 %");
+    add.wait_for("job 7: shutdown [###############...............] 50 %");
+    add.wait_for("succeeded  100 %");
+    assert_eq!(add.finish(), Some(0));
+    assert_eq!(told.recv().unwrap(), "PUT /api/v1/vm/devices/rng0 HTTP/1.1 if 3");
+    let run = run_command(at(&path, &["devices", "remove", "rng0"])).expect_code(0);
+    assert!(run.output().contains("succeeded") && run.stderr.is_empty(), "{run}");
+    assert_eq!(told.recv().unwrap(), "DELETE /api/v1/vm/devices/rng0 HTTP/1.1");
+    run_command(at(&path, &["devices", "remove", "a b", "--force"])).expect_code(0);
+    assert_eq!(told.recv().unwrap(), "DELETE /api/v1/vm/devices/a%20b?force=true HTTP/1.1");
+    let run = run_command(at(&path, &["devices", "remove", "rng0", "--no-wait"])).expect_code(0);
+    assert!(run.output().contains("running  0 %"), "{run}");
 }
 
 /// What bash would offer for a line, whose last word is after its last blank.
@@ -502,6 +584,7 @@ fn the_installation_has_the_manual_and_completions() {
     let page = |name: &str| fs::read_to_string(man.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
     for (name, wanted) in [
         ("halyard.1", "halyard\\-ctl(1)"),
+        ("halyard-ctl.1", "\\- Ask something of a running monitor"),
         ("halyard-run.1", "\\-\\-kernel"),
         ("halyard-ctl.1", "HALYARD_SOCKET"),
         ("halyard-ctl-devices-add.1", "\\-\\-disk"),
@@ -529,6 +612,7 @@ fn a_late_reply_is_not_taken_for_the_next_one() {
         // The next connection comes when the client has given up.
         let (mut second, _) = listener.accept().unwrap();
         first.write_all(reply(1).as_bytes()).unwrap_or_default();
+        hear(&mut second, "\r\n\r\n");
         second.write_all(reply(2).as_bytes()).unwrap();
     });
     let mut client = Client::connect(&path).unwrap();

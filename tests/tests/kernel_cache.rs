@@ -269,7 +269,7 @@ fn a_payload_that_is_refused_leaves_the_kernel_to_unpack_itself() {
         image[at..at + 4].copy_from_slice(&value.to_le_bytes());
         image
     };
-    let cases: [(Vec<u8>, &str); 9] = [
+    let cases: [(Vec<u8>, &str); 10] = [
         (changed(PAYLOAD, 0x4453_5a2e), "which is neither zstd, lz4, gzip nor xz"),
         (changed(PAYLOAD + 4, u32::MAX), "(lz4): a block is longer than the payload"),
         (changed(PAYLOAD + 2000, 0), "cannot be unpacked (lz4)"),
@@ -277,6 +277,7 @@ fn a_payload_that_is_refused_leaves_the_kernel_to_unpack_itself() {
         (changed(size - 4, u32::MAX), "room for 4194304 bytes, and its payload says that it unpacks to 4294967295"),
         (changed(0x248, u32::MAX - 1023), "a payload from 0x"),
         (changed(0x24c, len + 1), "of 0x"),
+        (changed(0x24c, 0), "its setup header gives no payload"),
         (changed(0x230, 0x1000), "an alignment of 0x1000: a power of two from 2 MiB up"),
         (changed(0x258, 0x120_0000), "0x1200000 as its address, and the kernel inside is linked for 0x1000000"),
     ];

@@ -8,7 +8,7 @@ use crate::guest::ops as guest;
 use crate::input::Step;
 use crate::payload::{Format, room_for};
 use crate::relocations::place;
-use crate::{functions, hosts, layout, platform, relocations as reloc};
+use crate::{functions, hosts, layout, platform};
 
 const START: u64 = arch::layout::HIGH_RAM_START;
 
@@ -47,12 +47,6 @@ fn queue() -> Vec<Vec<u8>> {
             let started = step(kind, 0, 0, 0, 0);
             let requests =
                 |shape: u8| (0..layout::QUEUES).map(move |queue| step(guest::REQUEST, queue, shape, 0x1b, 0x10001));
-            let chain = [
-                step(guest::DESCRIPTOR, 1 << 3, 0, 0x10, 1 << 16 | 0x1000),
-                step(guest::DESCRIPTOR, 2 << 3, 1, 0x50, 0x1100),
-                step(guest::PUBLISH, 0, 0, 0, 0),
-                step(guest::KICK, 0, 0, 0, 0),
-            ];
             let host = (0..5).map(|what| step(guest::HOST, what, 0, 8, u32::from(what)));
             let control = [(0, 1), (3, 1), (6, 1)]
                 .map(|(event, value): (u32, u32)| step(guest::REQUEST, 3, 0, 0, event << 16 | value << 24));
@@ -91,7 +85,7 @@ fn queue() -> Vec<Vec<u8>> {
                 [started].into_iter().chain(kinds).collect(),
                 [started]
                     .into_iter()
-                    .chain(chain)
+                    .chain(chain())
                     .chain(host.clone())
                     .chain(control)
                     .chain(host)
@@ -103,6 +97,16 @@ fn queue() -> Vec<Vec<u8>> {
         })
         .map(|steps| program(&steps))
         .collect()
+}
+
+/// A chain of two descriptors.
+fn chain() -> [Step; 4] {
+    [
+        Step::new(guest::DESCRIPTOR, 1 << 3, 0, 0x10, 1 << 16 | 0x1000),
+        Step::new(guest::DESCRIPTOR, 2 << 3, 1, 0x50, 0x1100),
+        Step::new(guest::PUBLISH, 0, 0, 0, 0),
+        Step::new(guest::KICK, 0, 0, 0, 0),
+    ]
 }
 
 fn pci() -> Vec<Vec<u8>> {
@@ -239,7 +243,7 @@ fn relocations() -> Vec<Vec<u8>> {
         &[0, 0, 0, 0, 0],
     ];
     let ways = [Step::new(0, 0, 0, 0, 0x0003_0007), Step::new(2, 0, 40, 2, 0x1234_5678), Step::new(8, 0, 0, 0, 99)];
-    ways.iter().flat_map(|way| tables.iter().map(|table| reloc::program(*way, table))).collect()
+    ways.iter().flat_map(|way| tables.iter().map(|table| crate::relocations::program(*way, table))).collect()
 }
 
 fn registers() -> Vec<Vec<u8>> {

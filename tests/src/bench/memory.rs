@@ -12,8 +12,8 @@ use crate::{tiny, vm};
 
 /// The most private memory beside the guest's, in KiB.
 const MEMORY_LIMIT: f64 = 512.0;
-/// The most that the stripped program may have, in MiB.
-const SIZE_LIMIT: f64 = 4.0;
+/// The most that the stripped program may have, in MiB: 4 for the monitor, 1 for the API and its command line.
+const SIZE_LIMIT: f64 = 5.0;
 /// The guest's memory, in KiB. Any mapping of that size or more is it: the program itself has none as large.
 const GUEST_MEMORY: f64 = 262_144.0;
 

@@ -70,50 +70,42 @@ impl Cli {
 /// The command line. A subcommand's flags are put together only when it is asked for: the monitor's start is measured
 /// in microseconds.
 pub fn command() -> Command {
-    let command = Command::new("halyard")
+    LogArgs::augment_args(Command::new("halyard"))
         .version(env!("CARGO_PKG_VERSION"))
         .about("A virtual machine monitor: one process, one virtual machine")
         .after_help(help::TOP)
         .disable_help_subcommand(true)
         .subcommand_required(true)
         .arg_required_else_help(true)
-        .subcommand(Command::new("run").about("Start a virtual machine and stay until it ends").defer(|run| {
+        .subcommand(subcommand("run", help::RUN_TITLE, |run| {
             ServiceArgs::augment_args(RunArgs::augment_args(run))
+                .about(help::RUN_TITLE)
                 .long_about(help::RUN_ABOUT)
                 .after_help(help::RUN_SHORT)
                 .after_long_help(help::RUN)
         }))
-        .subcommand(
-            Command::new("serve")
-                .about(help::SERVE_TITLE)
-                .defer(|serve| ServeArgs::augment_args(serve).long_about(help::SERVE_ABOUT).after_help(help::SERVE)),
-        )
-        .subcommand(Command::new("validate").about(help::VALIDATE_TITLE).defer(|validate| {
-            RunArgs::augment_args(validate).long_about(help::VALIDATE_ABOUT).after_help(help::VALIDATE)
+        .subcommand(subcommand("serve", help::SERVE_TITLE, |serve| {
+            let serve = ServeArgs::augment_args(serve).about(help::SERVE_TITLE);
+            serve.long_about(help::SERVE_ABOUT).after_help(help::SERVE)
         }))
-        .subcommand(
-            Command::new("probe")
-                .about("Say what this host can do for virtual machines, and why not")
-                .defer(|probe| ProbeArgs::augment_args(probe).after_help(help::PROBE)),
-        )
-        .subcommand(
-            Command::new("ctl")
-                .about(help::CTL_TITLE)
-                .defer(|ctl| CtlArgs::augment_args(ctl).long_about(help::CTL_ABOUT).after_help(help::CTL)),
-        )
-        .subcommand(
-            Command::new("complete")
-                .about("Complete a command line, for a shell")
-                .hide(true)
-                .defer(CompleteArgs::augment_args),
-        )
-        .subcommand(Command::new("man").about("Write the manual's pages").hide(true).defer(ManArgs::augment_args))
-        .subcommand(
-            Command::new("schema")
-                .about("Print the JSON schema of the configuration file")
-                .defer(|schema| schema.after_help(help::SCHEMA)),
-        );
-    LogArgs::augment_args(command)
+        .subcommand(subcommand("validate", help::VALIDATE_TITLE, |validate| {
+            let validate = RunArgs::augment_args(validate).about(help::VALIDATE_TITLE);
+            validate.long_about(help::VALIDATE_ABOUT).after_help(help::VALIDATE)
+        }))
+        .subcommand(subcommand("probe", help::PROBE_TITLE, |probe| {
+            ProbeArgs::augment_args(probe).about(help::PROBE_TITLE).after_help(help::PROBE)
+        }))
+        .subcommand(subcommand("ctl", help::CTL_TITLE, |ctl| {
+            CtlArgs::augment_args(ctl).about(help::CTL_TITLE).long_about(help::CTL_ABOUT).after_help(help::CTL)
+        }))
+        .subcommand(subcommand("schema", help::SCHEMA_TITLE, |schema| schema.after_help(help::SCHEMA)))
+        .subcommand(subcommand("complete", help::COMPLETE_TITLE, CompleteArgs::augment_args).hide(true))
+        .subcommand(subcommand("man", help::MAN_TITLE, ManArgs::augment_args).hide(true))
+}
+
+/// A subcommand that `rest` completes when it is asked for. The comment on a struct of flags would be its title there.
+fn subcommand(name: &'static str, title: &'static str, rest: fn(Command) -> Command) -> Command {
+    Command::new(name).about(title).defer(rest)
 }
 
 /// How to log.

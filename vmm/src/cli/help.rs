@@ -10,6 +10,9 @@ Examples:
 
 `halyard run --help` has more, and the exit codes.";
 
+/// `halyard run` in the list of commands.
+pub const RUN_TITLE: &str = "Start a virtual machine and stay until it ends";
+
 /// `halyard run --help`, at its top.
 pub const RUN_ABOUT: &str = "\
 Start a virtual machine and stay until it ends.
@@ -103,7 +106,7 @@ Exit codes:
     0  it is done
     1  the monitor or its host failed, or this end did
     2  bad input: every problem is listed, with its field or flag
-    3  no connection: nobody listens at the socket, nothing was answered in time, or the connection broke
+    3  no connection: nobody listens at the socket, no answer came in time, or it broke
     4  refused: the VM's phase or another change is in the way, or it cannot be done
     5  what was named is not there: a device, console, job, or the VM
     6  the job that was waited for failed or was cancelled
@@ -127,6 +130,18 @@ Examples:
   halyard validate --kernel vmlinuz --disk root.img --memory 2G > vm.json
 
 Exit codes: 0 where there is no problem, 2 where there are some.";
+
+/// `halyard probe` in the list of commands.
+pub const PROBE_TITLE: &str = "Say what this host can do for virtual machines, and why not";
+
+/// `halyard schema` in the list of commands.
+pub const SCHEMA_TITLE: &str = "Print the JSON schema of the configuration file";
+
+/// `halyard complete`, which is for shells.
+pub const COMPLETE_TITLE: &str = "Complete a command line";
+
+/// `halyard man`, which is for `make install`.
+pub const MAN_TITLE: &str = "Write the manual's pages";
 
 /// `halyard probe --help`, after the flags.
 pub const PROBE: &str = "Exit codes: 0 where virtual machines can run here, 1 where not.";

@@ -31,8 +31,8 @@ const LZ4_BLOCK: usize = 8 << 20;
 /// Why a kernel cannot be unpacked here.
 #[derive(Debug, thiserror::Error)]
 pub enum PayloadError {
-    /// The file is no bzImage that tells where its kernel is.
-    #[error("it is no bzImage with a payload")]
+    /// The file is no bzImage.
+    #[error("it is no bzImage")]
     None,
     /// Reading the file failed, or nobody is there to do it.
     #[error("its payload cannot be read: {0}")]
@@ -78,7 +78,8 @@ impl Packed {
     /// Finds the payload of a bzImage.
     ///
     /// # Errors
-    /// [`PayloadError::None`] for any other file, [`PayloadError::Header`] where the fields lie outside the file.
+    /// [`PayloadError::None`] for any other file, [`PayloadError::Header`] where the fields tell of no payload, or of one that
+    /// lies outside the file.
     pub fn find(kernel: &File) -> Result<Self, PayloadError> {
         let image = FileImage::new(kernel).ok().flatten().ok_or(PayloadError::None)?;
         let file = KernelFile::open(&image).map_err(|_| PayloadError::None)?;
@@ -88,7 +89,7 @@ impl Packed {
         let header = bzimage::read_header(&file).map_err(|_| PayloadError::None)?;
         let (offset, len) = (u64::from(header.payload_offset), u64::from(header.payload_length));
         if len == 0 {
-            return Err(PayloadError::None);
+            return Err(PayloadError::Header { is: "no payload: its length is 0".to_owned() });
         }
         if !(2 * SIZE_FIELD..=MAX_PACKED).contains(&len) {
             return Err(PayloadError::Header {

@@ -9,7 +9,8 @@ use clap::{Args, Subcommand, ValueEnum};
 #[derive(Debug, Clone, PartialEq, Args)]
 pub struct CtlArgs {
     /// The monitor's API socket
-    #[arg(long, short, global = true, env = "HALYARD_SOCKET", value_name = "PATH", help_heading = "Connection")]
+    #[arg(long, short, global = true, env = "HALYARD_SOCKET", hide_env_values = true)]
+    #[arg(value_name = "PATH", help_heading = "Connection")]
     pub socket: Option<PathBuf>,
 
     /// Give up when connecting, or a request with its answer, takes longer than this

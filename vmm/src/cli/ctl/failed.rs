@@ -104,7 +104,7 @@ impl From<ClientError> for Failed {
         match error {
             ClientError::Refused(document) => (*document).into(),
             ClientError::Connect { path, source } => Self::new(NO_CONNECTION, format!("{path}: {}", why(&source))),
-            ClientError::Broken(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
+            ClientError::Broken(source) if is_end(&source) => {
                 Self::new(NO_CONNECTION, "the monitor closed the connection before it had answered")
             }
             ClientError::Broken(_) | ClientError::TimedOut(_) => Self::new(NO_CONNECTION, error.to_string()),
@@ -124,6 +124,11 @@ impl From<ProblemDocument> for Failed {
         let told: Vec<_> = problems(&document).into_iter().map(|one| (one.field.clone(), one.to_string())).collect();
         if told.is_empty() { Self::new(code, document.detail) } else { Self { code, told } }
     }
+}
+
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
 }
 
 /// Why a socket cannot be reached, and what would help.

@@ -91,20 +91,11 @@ fn line(job: &Job) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api::JobKind;
 
     #[test]
     fn a_bar_tells_how_far_a_job_is() {
-        let mut job = Job {
-            id: 3,
-            kind: JobKind::Shutdown,
-            device: None,
-            state: JobState::Running,
-            progress: None,
-            started_ms: 0,
-            ended_ms: None,
-            error: None,
-        };
+        let text = r#"{"id": 3, "kind": "shutdown", "state": "running", "started_ms": 0}"#;
+        let mut job: Job = serde_json::from_str(text).unwrap();
         assert_eq!(line(&job), "job 3: shutdown, running");
         for (percent, full) in [(0, 0), (50, 15), (99, 29), (100, 30), (255, 30)] {
             job.progress = Some(percent);
