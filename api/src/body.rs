@@ -1,6 +1,6 @@
 //! From the body of a request to what it stands for, with everything that is wrong with it.
 
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::config::VmConfig;
@@ -10,7 +10,7 @@ use crate::host::HostFacts;
 use crate::openapi::{OPENAPI_JSON, SCHEMAS};
 use crate::parse::MAX_PROBLEMS;
 use crate::problem::{Problem, Problems};
-use crate::{tree, validate};
+use crate::{json, validate};
 
 /// Why a body cannot be used.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,14 +29,8 @@ pub enum BodyError {
 /// [`BodyError::Syntax`] where it is no JSON or is nested too deep; [`BodyError::Problems`] with everything that is wrong
 /// otherwise: for a configuration, that is what [`validate`] finds on an unlimited host, too, as far as it can be read.
 pub fn parse_body<T: DeserializeOwned>(text: &str, type_name: &str) -> Result<T, BodyError> {
-    if let Err(error) = serde_json::from_str::<IgnoredAny>(text) {
-        return Err(BodyError::Syntax(format!("the body is no JSON: {error}")));
-    }
-    let (tree, mut problems) = tree::read(text);
-    let Some(tree) = tree else {
-        let first = problems.first().map_or("it is empty".to_owned(), ToString::to_string);
-        return Err(BodyError::Syntax(format!("the body cannot be read: {first}")));
-    };
+    let (tree, mut problems) =
+        json::read(text).map_err(|error| BodyError::Syntax(format!("the body cannot be read as JSON: {error}")))?;
     let refused = match serde_json::from_value(tree.to_json()) {
         Ok(value) if problems.is_empty() => return Ok(value),
         parsed => parsed.err(),
@@ -99,6 +93,7 @@ mod tests {
         assert_eq!(config, VmConfig::new("k"));
         let shutdown: Shutdown = parse_body(r#"{"deadline": "3s"}"#, "Shutdown").unwrap();
         assert_eq!(shutdown, Shutdown { deadline: Some(crate::TimeSpan::from_millis(3000)), force: false });
+        assert_eq!(parse_body::<VcpusPatch>(r#"{"count": 2.0}"#, "VcpusPatch").unwrap(), VcpusPatch { count: 2 });
     }
 
     #[test]

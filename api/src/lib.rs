@@ -17,6 +17,7 @@ mod diagnose;
 mod document;
 mod event;
 mod host;
+mod json;
 mod openapi;
 mod outcome;
 mod parse;

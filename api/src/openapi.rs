@@ -4,7 +4,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use crate::routes::{Content, Operation, ROUTES, Route};
+use crate::routes::{Content, EVENT_STREAM, Operation, ROUTES, Route};
 use crate::schema::unfold;
 use crate::{
     DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, PROBLEM_JSON, Pong, ProblemDocument, Shutdown,
@@ -163,8 +163,27 @@ fn content(content: Content) -> Option<(&'static str, Value)> {
         Content::Json(name) => Some(("application/json", named(name))),
         Content::List(name) => Some(("application/json", json!({ "type": "array", "items": named(name) }))),
         Content::Object => Some(("application/json", json!({ "type": "object" }))),
+        // Of a stream it is each event that is described, as OpenAPI had it before 3.2.
+        Content::Text(EVENT_STREAM) => Some((EVENT_STREAM, event())),
         Content::Text(media) => Some((media.split(';').next().unwrap_or(media), json!({ "type": "string" }))),
     }
+}
+
+fn event() -> Value {
+    json!({
+        "type": "object",
+        "required": ["id", "event", "data"],
+        "properties": {
+            "id": { "type": "string", "pattern": "^[0-9]+$", "description": "The event's number." },
+            "event": { "type": "string", "description": "The event's type." },
+            "data": {
+                "type": "string",
+                "description": "The event as JSON.",
+                "contentMediaType": "application/json",
+                "contentSchema": { "$ref": format!("#{SCHEMAS}/Event") },
+            },
+        },
+    })
 }
 
 fn problem(meaning: &str) -> Value {

@@ -12,9 +12,9 @@ use crate::problem::{Position, Problem};
 use crate::units::shorten;
 
 /// How deep lists and mappings may nest. A configuration needs five levels.
-const MAX_DEPTH: usize = 32;
+pub(crate) const MAX_DEPTH: usize = 32;
 /// How many values a configuration may have. One with 254 devices has some 2000.
-const MAX_VALUES: usize = 10_000;
+pub(crate) const MAX_VALUES: usize = 10_000;
 
 /// A part of the text.
 pub(crate) struct Node {

@@ -29,6 +29,7 @@ pub mod pool;
 pub mod process;
 pub mod protocol;
 pub mod pty;
+pub mod python;
 mod qemu;
 pub mod service;
 pub mod story;
