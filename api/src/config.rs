@@ -27,6 +27,9 @@ pub struct VmConfig {
     /// Fixed parts of the machine that can be switched on and off.
     #[serde(default)]
     pub platform: Platform,
+    /// Its PCI buses.
+    #[serde(default, skip_serializing_if = "Pci::is_default")]
+    pub pci: Pci,
     /// What happens when the guest resets or panics.
     #[serde(default)]
     pub lifecycle: Lifecycle,
@@ -54,6 +57,7 @@ impl VmConfig {
             memory: Memory::default(),
             kind: Kind::default(),
             platform: Platform::default(),
+            pci: Pci::default(),
             lifecycle: Lifecycle::default(),
             serial: None,
             devices: Vec::new(),
@@ -272,6 +276,35 @@ pub struct Platform {
 impl Default for Platform {
     fn default() -> Self {
         Self { pvpanic: true, debug_exit: false }
+    }
+}
+
+/// The VM's PCI buses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Pci {
+    /// How many devices can be added while the VM runs: each needs a hot-plug port of its own. 224 at the most; each eight
+    /// take the place of a device that is there from the start.
+    #[schemars(range(max = 224))]
+    pub hotplug_ports: u8,
+    /// How long a guest has to take a device that is added, or to let go of one that is removed. At most 24h.
+    pub hotplug_timeout: TimeSpan,
+}
+
+impl Pci {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// How many devices fewer than without hot-plug ports can be there from the start: ports share devices by eight.
+    pub fn devices_of_ports(&self) -> u32 {
+        u32::from(self.hotplug_ports).div_ceil(8)
+    }
+}
+
+impl Default for Pci {
+    fn default() -> Self {
+        Self { hotplug_ports: 0, hotplug_timeout: TimeSpan::from_millis(60_000) }
     }
 }
 

@@ -48,8 +48,10 @@ pub enum EventKind {
     DeviceRemoved {
         /// The device.
         id: String,
+        /// The guest was using it and was not asked.
+        forced: bool,
     },
-    /// A device stopped working.
+    /// A device could not be added or removed, or stopped working.
     DeviceFailed {
         /// The device.
         id: String,
@@ -132,6 +134,9 @@ pub struct Job {
     pub id: u64,
     /// What it does.
     pub kind: JobKind,
+    /// The device that it is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// How far it is.
     pub state: JobState,
     /// Progress in percent, where it can be told.
@@ -154,6 +159,10 @@ pub struct Job {
 pub enum JobKind {
     /// It waits for the guest to switch itself off.
     Shutdown,
+    /// It waits for the guest to take a device. Where that does not, or the job is cancelled, the device is taken out again.
+    AddDevice,
+    /// It waits for the guest to let go of a device. Where that does not, or the job is cancelled, the device stays.
+    RemoveDevice,
 }
 
 /// How far a job is.

@@ -33,8 +33,8 @@ mod yaml;
 pub use body::{BodyError, parse_body};
 pub use client::{Client, ClientError, Events, Options, Response};
 pub use config::{
-    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Platform, Topology,
-    VmConfig,
+    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Pci, Platform,
+    Topology, VmConfig,
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, field_of, pointer};
@@ -47,6 +47,6 @@ pub use problem::{Position, Problem, Problems};
 pub use schema::{SCHEMA_JSON, schema};
 pub use suggest::did_you_mean;
 pub use units::{ByteSize, MacAddr, TimeSpan, UnitError};
-pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate};
+pub use validate::{MAX_CMDLINE_BYTES, MAX_VCPUS, MIN_MEMORY, PAGE_SIZE, validate, validate_running};
 pub use vm::{MemoryInfo, MemoryPatch, PhaseName, Pong, Reason, Shutdown, Vcpus, VcpusPatch, Version, VmInfo};
 pub use yaml::{from_yaml, to_yaml};

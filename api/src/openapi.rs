@@ -144,6 +144,15 @@ fn parameters(route: &Route) -> Vec<Value> {
         })),
         _ => {}
     }
+    if route.operation == Operation::RemoveDevice {
+        parameters.push(json!({
+            "name": "force",
+            "in": "query",
+            "description": "Take the device out of a running machine without asking the guest, which loses what it has \
+                            not written.",
+            "schema": { "type": "boolean", "default": false },
+        }));
+    }
     parameters
 }
 

@@ -232,6 +232,11 @@ pub const ROUTES: &[Route] = &[
         replies: &[
             json("The device has taken the place of the one before.", "DeviceConfig"),
             Success { status: 201, meaning: "The device was added.", content: Content::Json("DeviceConfig") },
+            Success {
+                status: 202,
+                meaning: "A job waits for the guest to take the device.",
+                content: Content::Json("Job"),
+            },
         ],
         problems: &[400, 409, 412, 422, 501],
         ..get(Operation::PutDevice, "put_device", "/api/v1/vm/devices/{id}", "Add a device, or replace it.")
@@ -250,8 +255,15 @@ pub const ROUTES: &[Route] = &[
     },
     Route {
         verb: Verb::Delete,
-        replies: NO_CONTENT,
-        problems: &[404, 409, 412, 501],
+        replies: &[
+            Success {
+                status: 202,
+                meaning: "A job waits for the guest to let go of it.",
+                content: Content::Json("Job"),
+            },
+            Success { status: 204, meaning: "It is done.", content: Content::None },
+        ],
+        problems: &[400, 404, 409, 412],
         ..get(Operation::RemoveDevice, "remove_device", "/api/v1/vm/devices/{id}", "Remove a device.")
     },
     Route {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use crate::config::{Cpus, Hugepages, Kernel, KernelCache, Memory, VmConfig};
+use crate::config::{Cpus, Hugepages, Kernel, KernelCache, Memory, Pci, VmConfig};
 use crate::device::{Console, DeviceConfig, Disk, Endpoint, Net};
 use crate::host::HostFacts;
 use crate::problem::Problem;
@@ -32,12 +32,32 @@ const MAX_QUEUES: u16 = 64;
 const MIN_MTU: u16 = 68;
 /// The longest time that a guest may be given to switch itself off: a day.
 const MAX_SHUTDOWN_TIMEOUT: TimeSpan = TimeSpan::from_millis(86_400_000);
+/// The longest time that a guest may be given to take a device or to let go of one: a day.
+const MAX_HOTPLUG_TIMEOUT: TimeSpan = MAX_SHUTDOWN_TIMEOUT;
+/// The most hot-plug ports: 28 devices of eight functions of the root bus.
+const MAX_HOTPLUG_PORTS: u8 = 224;
 /// The id of the serial port, which is no device.
 const SERIAL_ID: &str = "serial";
 
 /// Every problem of `config` on a host with these abilities. Nothing is opened: whether files exist and may be used is
 /// for the machine to find out.
 pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
+    let mut problems = validate_running(config, host);
+    let room = host.max_devices.saturating_sub(config.pci.devices_of_ports());
+    if config.devices.len() > usize::try_from(room).unwrap_or(usize::MAX) {
+        let why = if room < host.max_devices { " beside its hot-plug ports" } else { "" };
+        problems.push(Problem::new(
+            "devices",
+            format!("{} devices are too many", config.devices.len()),
+            format!("a VM has room for {room}{why}"),
+        ));
+    }
+    problems
+}
+
+/// As [`validate`], for a machine that exists: a device that was added to it is behind a hot-plug port, and needs no room
+/// among those that are there from the start.
+pub fn validate_running(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
     let mut report = Report::default();
     kernel(&mut report, &config.kernel);
     cpus(&mut report, &config.cpus, host);
@@ -60,13 +80,7 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
             format!("{MAX_SHUTDOWN_TIMEOUT} is the most"),
         );
     }
-    if config.devices.len() > usize::try_from(host.max_devices).unwrap_or(usize::MAX) {
-        report.add(
-            "devices",
-            format!("{} devices are too many", config.devices.len()),
-            format!("a VM has room for {}", host.max_devices),
-        );
-    }
+    pci(&mut report, &config.pci);
     if config.lifecycle.boot_timeout.is_some_and(|time| time.duration().is_zero()) {
         report.add(
             "lifecycle.boot_timeout",
@@ -221,6 +235,22 @@ fn memory(report: &mut Report, memory: &Memory, host: &HostFacts) {
             ),
             format!("at most {} fit beside the devices", ByteSize::new(host.max_memory)),
         );
+    }
+}
+
+fn pci(report: &mut Report, pci: &Pci) {
+    if pci.hotplug_ports > MAX_HOTPLUG_PORTS {
+        report.add(
+            "pci.hotplug_ports",
+            format!("{} ports are too many", pci.hotplug_ports),
+            format!("0 to {MAX_HOTPLUG_PORTS} are possible"),
+        );
+    }
+    let field = "pci.hotplug_timeout";
+    if pci.hotplug_timeout > MAX_HOTPLUG_TIMEOUT {
+        report.add(field, format!("{} is too long", pci.hotplug_timeout), format!("{MAX_HOTPLUG_TIMEOUT} is the most"));
+    } else if pci.hotplug_timeout.duration().is_zero() {
+        report.add(field, "no guest answers in no time", "write 60s, or leave it out");
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod api;
 pub mod boot;
 pub mod boot_trace;
+pub mod hotadd;
 pub mod memory;
 pub mod share;
 pub mod startup;

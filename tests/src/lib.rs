@@ -30,6 +30,7 @@ pub mod process;
 pub mod protocol;
 pub mod pty;
 mod qemu;
+pub mod service;
 pub mod story;
 pub mod text;
 pub mod tiny;

@@ -1,6 +1,12 @@
 //! Bridges and taps of a host, which go with the value that stands for them.
 
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
 use anyhow::Result;
+use nix::libc;
 
 use crate::command::Cmd;
 use crate::host::Host;
@@ -76,7 +82,31 @@ impl Host {
         let name = &link.name;
         let master =
             bridge.map_or_else(String::new, |bridge| format!("ip link set {name} master {} &&", bridge.name()));
-        self.run(format!("ip tuntap add {name} mode tap vnet_hdr {kind} && {master} ip link set {name} up"))?.ok()?;
+        self.run(format!("ip tuntap add {name} mode tap user root vnet_hdr {kind} && {master} ip link set {name} up"))?
+            .ok()?;
         Ok(Tap { link })
     }
+}
+
+mod requests {
+    nix::ioctl_write_ptr_bad!(set_interface, nix::libc::TUNSETIFF, nix::libc::ifreq);
+}
+
+/// Attaches to a tap of this machine that is there already.
+///
+/// # Errors
+/// The tap is not there, or not this user's.
+#[expect(unsafe_code, reason = "an ioctl that no wrapper has")]
+pub fn open_tap(name: &str) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    // SAFETY: all zeroes are a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap_or_default();
+    // SAFETY: TUNSETIFF reads and writes one ifreq.
+    unsafe { requests::set_interface(file.as_raw_fd(), &raw mut request) }?;
+    Ok(file)
 }

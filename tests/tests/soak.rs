@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use halyard_tests::bench::Series;
 use halyard_tests::bench::memory::private_dirty;
+use halyard_tests::service::{self, Service};
 use halyard_tests::story::{PATIENCE, Story, ask, boot, power_off};
 use halyard_tests::tiny::{Tiny, debug_exit};
 use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Tap, Vm, VmSpec};
@@ -30,6 +31,11 @@ const TINY_ROUNDS: usize = 50;
 const TINY_RESETS: u32 = 2000;
 const TINY_SETTLED: u32 = 1000;
 const TINY_GROWTH: f64 = 48.0;
+/// Disks that are added, written, compared and removed under load, unless SOAK_PLUGS says how many; at once; and after
+/// how many their monitor's heap has settled.
+const PLUGS: usize = 500;
+const PLUGS_AT_ONCE: usize = 4;
+const PLUGS_SETTLED: usize = 12;
 /// How much more memory of its own, in KiB, a monitor may have after all resets than after the first ones. Its heap takes
 /// some hundred resets to find the size that it keeps.
 const GROWTH: f64 = 128.0;
@@ -390,5 +396,65 @@ fn soak_a_tiny_guest_resets_by_the_hundred() -> Result<()> {
     last.check_since(settled, TINY_GROWTH)?;
     let (settled, last) = (settled.memory, last.memory);
     story.tell(&format!("{TINY_RESETS} resets of a tiny guest; {settled} KiB of memory half way, then {last}"));
+    Ok(())
+}
+
+/// One round: disks are added, written and compared, and removed.
+fn plug_round(host: &Host, service: &mut Service, guest: &halyard_tests::Client, images: &[String]) -> Result<()> {
+    let ids: Vec<String> = (0..images.len()).map(|number| format!("plug{number}")).collect();
+    let jobs: Vec<_> = ids
+        .iter()
+        .zip(images)
+        .map(|(id, image)| service.client.put_device(id, &api::DeviceConfig::Disk(api::Disk::new(image))))
+        .collect();
+    jobs.into_iter().try_for_each(|job| service.success_of(job?))?;
+    for (id, image) in ids.iter().zip(images) {
+        // A disk's serial number is its id.
+        let line = format!(
+            "until disk=$(grep -lx {id} /sys/block/vd*/serial); do usleep 20000; done; disk=${{disk%/serial}}; \
+             until [ -b /dev/${{disk##*/}} ]; do usleep 20000; done; head -c 262144 /dev/urandom >/{id} && \
+             dd if=/{id} of=/dev/${{disk##*/}} bs=64k conv=fsync 2>/dev/null && sha256sum </{id}"
+        );
+        let written = guest.run(Cmd::shell(line).patience(PATIENCE))?.ok()?;
+        let read = host.run(format!("head -c 262144 {image} | sha256sum"))?.ok()?;
+        ensure!(written == read, "{id}: {written} was written, {read} is in {image}");
+    }
+    service.remove(&ids.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+#[test]
+fn soak_disks_come_and_go_under_load() -> Result<()> {
+    let story = Story::begin("plugs");
+    let plugs = std::env::var("SOAK_PLUGS").map_or(Ok(PLUGS), |text| text.parse().context("SOAK_PLUGS"))?;
+    let host = &Lent::take()?;
+    let folder = host.folder()?;
+    let image = |name: &str, mib: u32| -> Result<String> {
+        let path = format!("{folder}/{name}.img");
+        host.run(format!("truncate -s {mib}M {path}"))?.ok().map(|_| path)
+    };
+    let busy = image("busy", 64)?;
+    let images: Vec<String> = (0..PLUGS_AT_ONCE).map(|number| image(&number.to_string(), 16)).collect::<Result<_>>()?;
+    let mut service = Service::start(host, &[])?;
+    let mut config = service::guest(Kernel::Debian6_12Cloud)?;
+    config.pci.hotplug_ports = 32;
+    config.pci.hotplug_timeout = api::TimeSpan::from_millis(600_000);
+    config.devices.insert(0, api::DeviceConfig::Disk(api::Disk::new(&busy)));
+    let guest = service.boot(&config)?;
+    let load = guest.spawn("while dd if=/dev/zero of=/dev/vda bs=64k count=64 conv=fsync 2>/dev/null; do :; done")?;
+    let mut settled = None;
+    let mut done = 0;
+    while done < plugs {
+        plug_round(host, &mut service, &guest, &images).with_context(|| format!("after {done} disks"))?;
+        done += PLUGS_AT_ONCE;
+        if settled.is_none() && done >= PLUGS_SETTLED {
+            settled = Some(Census::in_host(host, service.process().pid())?);
+        }
+    }
+    let last = Census::in_host(host, service.process().pid())?;
+    ensure!(load.status().is_none(), "the busy disk goes on: {}", load.last_words());
+    let settled = settled.context("too few disks to tell")?;
+    last.check_since(&settled, GROWTH)?;
+    service.finish()?;
+    story.tell(&format!("{done} disks came and went; {settled:?} after the first, {last:?} after the last"));
     Ok(())
 }

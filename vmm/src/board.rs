@@ -158,13 +158,22 @@ impl Board {
         self.lock().jobs.iter().find(|job| job.id == id).cloned()
     }
 
-    /// A job begins. Its number is returned.
-    pub fn start_job(&self, kind: JobKind) -> u64 {
+    /// A job begins, for this device where it is about one. Its number is returned.
+    pub fn start_job(&self, kind: JobKind, device: Option<&str>) -> u64 {
         let mut state = self.lock();
         state.last_job += 1;
         let id = state.last_job;
         let started_ms = now_ms();
-        let job = Job { id, kind, state: JobState::Running, progress: None, started_ms, ended_ms: None, error: None };
+        let job = Job {
+            id,
+            kind,
+            device: device.map(str::to_owned),
+            state: JobState::Running,
+            progress: None,
+            started_ms,
+            ended_ms: None,
+            error: None,
+        };
         let ended = |job: &Job| job.state != JobState::Running;
         if state.jobs.iter().filter(|job| ended(job)).count() >= KEPT_JOBS
             && let Some(oldest) = state.jobs.iter().position(ended)
@@ -320,9 +329,9 @@ mod tests {
     #[test]
     fn jobs_that_ended_are_remembered_but_not_for_ever() {
         let board = Board::new(0);
-        let running = board.start_job(JobKind::Shutdown);
+        let running = board.start_job(JobKind::Shutdown, None);
         for _ in 0..100 {
-            let id = board.start_job(JobKind::Shutdown);
+            let id = board.start_job(JobKind::Shutdown, None);
             board.end_job(id, JobState::Cancelled, None);
         }
         assert_eq!(board.jobs().len(), KEPT_JOBS + 1);

@@ -36,6 +36,9 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         .map_err(|error| bad("memory.size", &error.to_string()))?;
     platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
     platform.pvpanic = config.platform.pvpanic;
+    for bridge in &mut platform.host_bridges {
+        bridge.last_bus = config.pci.hotplug_ports;
+    }
 
     let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Taken);
     let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;

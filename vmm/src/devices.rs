@@ -19,7 +19,7 @@ use crate::sandbox::{self, Thread};
 pub type Created = (Box<dyn VirtioDevice>, DeviceCounters);
 
 /// What a device counts, as it does its work.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum DeviceCounters {
     /// A disk's.
     Disk(Arc<BlkCounters>),

@@ -34,7 +34,7 @@ pub struct Endpoints {
     /// Signalled when the person at the terminal asks to quit.
     quit: EventFd,
     /// Gives the terminal its mode back when dropped.
-    _terminal: Option<RawTerminal>,
+    terminal: Option<RawTerminal>,
     io: ConsoleIo,
 }
 
@@ -48,25 +48,47 @@ impl Endpoints {
     pub fn open(config: &VmConfig, board: &Arc<Board>) -> Result<Self, Failure> {
         let io = ConsoleIo::held()?;
         let quit = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let mut by_id = BTreeMap::new();
-        let mut stdio = false;
-        for Wanted { field, id, endpoint, protocol } in wanted(config) {
-            let mut options = EndpointOptions::new(&id, kind(&endpoint));
-            if protocol {
-                options.history = 0;
-                options.patience = None;
-            }
-            options.quit = Some(quit.try_clone()?);
-            options.observer = Some(Arc::new(Observer { id: id.clone(), board: board.clone() }));
-            stdio |= options.kind == EndpointKind::Stdio;
-            let opened = Endpoint::open(options, &io).map_err(|error| failure(field, &error))?;
-            if let Some(path) = opened.path() {
-                tracing::info!("{id} is at {}", path.display());
-            }
-            by_id.insert(id, opened);
+        let wanted = wanted(config);
+        let stdio = wanted.iter().any(|wanted| wanted.endpoint == api::Endpoint::Stdio {});
+        let mut endpoints = Self { by_id: BTreeMap::new(), quit, terminal: None, io };
+        for wanted in wanted {
+            endpoints.make(wanted, board)?;
         }
-        let terminal = if stdio { RawTerminal::enter(&std::io::stdin())? } else { None };
-        Ok(Self { by_id, quit, _terminal: terminal, io })
+        if stdio {
+            endpoints.terminal = RawTerminal::enter(&std::io::stdin())?;
+        }
+        Ok(endpoints)
+    }
+
+    fn make(&mut self, wanted: Wanted, board: &Arc<Board>) -> Result<(), Failure> {
+        let Wanted { field, id, endpoint, protocol } = wanted;
+        let mut options = EndpointOptions::new(&id, kind(&endpoint));
+        if protocol {
+            options.history = 0;
+            options.patience = None;
+        }
+        options.quit = Some(self.quit.try_clone()?);
+        options.observer = Some(Arc::new(Observer { id: id.clone(), board: board.clone() }));
+        let opened = Endpoint::open(options, &self.io).map_err(|error| failure(field, &error))?;
+        if let Some(path) = opened.path() {
+            tracing::info!("{id} is at {}", path.display());
+        }
+        self.by_id.insert(id, opened);
+        Ok(())
+    }
+
+    /// Makes the endpoint of a device that is added to a machine, where it has one.
+    ///
+    /// # Errors
+    /// As [`Endpoints::open`]; the field is the device's.
+    pub fn add(&mut self, config: &VmConfig, id: &str, board: &Arc<Board>) -> Result<(), Failure> {
+        let found = wanted(config).into_iter().find(|wanted| wanted.id == id);
+        found.map_or(Ok(()), |wanted| self.make(Wanted { field: "endpoint".into(), ..wanted }, board))
+    }
+
+    /// Gives up the endpoint of a device that is gone, where it had one.
+    pub fn remove(&mut self, id: &str) {
+        self.by_id.remove(id);
     }
 
     /// Serves the host's side of all endpoints from now on, on a thread of its own.

@@ -6,6 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::legacy::{PlatformEvent, PlatformEvents};
+use devices::pci::{Indicator, SlotObserver};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::request::Asked;
@@ -17,6 +18,18 @@ pub enum Event {
     Platform(PlatformEvent),
     /// A vCPU's run ended.
     Vcpu(VcpuEnd),
+    /// The power indicator of a hot-plug port shows something else.
+    Slot {
+        /// The port.
+        port: u8,
+        /// What it shows now.
+        shows: Indicator,
+    },
+    /// A driver of the guest's runs the device behind a hot-plug port.
+    DriverCame {
+        /// The port.
+        port: u8,
+    },
     /// User space was not reached in time, for this reason.
     BootTimeout(String),
     /// The person at the terminal asked to quit.
@@ -132,6 +145,12 @@ impl Inbox {
     /// Readable while events or requests wait.
     pub fn wake(&self) -> &EventFd {
         &self.0.wake
+    }
+}
+
+impl SlotObserver for Inbox {
+    fn indicator(&self, port: u8, shows: Indicator) {
+        self.post(Event::Slot { port, shows });
     }
 }
 

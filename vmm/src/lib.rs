@@ -10,6 +10,7 @@ pub mod board;
 pub mod boot;
 pub mod devices;
 pub mod endpoints;
+pub mod functions;
 pub mod host;
 pub mod inbox;
 pub mod inputs;

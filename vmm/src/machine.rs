@@ -1,6 +1,7 @@
 //! The machine: everything between a loaded guest and its running processors, made in one function that reads from
 //! top to bottom, and taken apart in the order of the fields.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,8 +11,8 @@ use arch::{CpuidTable, LoadedKernel, Platform, Topology, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
-use devices::pci::{HostBridge, PciSegment, Windows};
-use devices::virtio::transport::VirtioPci;
+use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
+use devices::seam::Interrupts;
 use hal::{GpaRange, Hypervisor, MsiRoute, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -19,10 +20,10 @@ use crate::Failure;
 use crate::boot::Loaded;
 use crate::devices::DeviceCounters;
 use crate::endpoints::Endpoints;
+use crate::functions::{Functions, Place};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::memory::Ram;
-use crate::request::Refusal;
 use crate::seams::VmSeam;
 use crate::trace::{Attached, Milestone, Trace, View};
 use crate::vcpu::{ExitBuses, Mode, VcpuCounters, VcpuThreads};
@@ -37,6 +38,8 @@ pub struct Parts<'a> {
     pub inputs: &'a Inputs,
     /// The host side of serial port and consoles.
     pub endpoints: &'a Endpoints,
+    /// The hot-plug ports that devices are behind, by their ids; all others are on the root bus.
+    pub ports: &'a BTreeMap<String, u8>,
     /// Where the machine's events go.
     pub inbox: &'a Inbox,
     /// Who looks at the boot, if somebody does.
@@ -47,8 +50,8 @@ pub struct Parts<'a> {
 pub struct Machine {
     vcpus: Option<VcpuThreads>,
     watcher: Option<Attached>,
-    functions: Vec<Arc<VirtioPci>>,
-    counters: Arc<MachineCounters>,
+    functions: Functions,
+    vcpu_counters: Vec<Arc<VcpuCounters>>,
     platform: PlatformDevices,
     mmio: Arc<Bus>,
     ecam_base: u64,
@@ -98,30 +101,28 @@ impl Machine {
         let ecam_base = bridge.ecam_base;
         let windows = Windows { low: addresses(bridge.mmio32), high: addresses(bridge.mmio64) };
         let pci = Arc::new(PciSegment::new(mmio.clone(), windows));
+        let interrupts: Arc<dyn Interrupts> = Arc::new(seam.clone());
+        let observer: Arc<dyn SlotObserver> = Arc::new(parts.inbox.clone());
+        pci.add_ports(parts.config.pci.hotplug_ports, &interrupts, &observer)?;
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
         pci.add(Arc::new(HostBridge::new()))?;
-        let mut counters = MachineCounters::default();
+        let ecam = ecam_base..ecam_base + pci.ecam_len();
+        let guest_memory = memory.map.clone();
+        let memory = GuestMemoryAtomic::new(memory.map);
         let mut machine = Self {
             vcpus: None,
             watcher: None,
-            functions: Vec::new(),
-            counters: Arc::default(),
+            functions: Functions::new(pci, seam, memory),
+            vcpu_counters: Vec::new(),
             platform: devices,
             mmio: mmio.clone(),
             ecam_base,
             nmi: None,
             vm: vm.clone(),
         };
-        let ecam = ecam_base..ecam_base + pci.ecam_len();
-        let guest_memory = memory.map.clone();
-        let memory = GuestMemoryAtomic::new(memory.map);
         for device in &parts.config.devices {
-            let (virtio, counts) = crate::devices::create(device, parts)?;
-            counters.devices.push((device.id().to_owned(), counts));
-            let seam = Arc::new(seam.clone());
-            let function = Arc::new(VirtioPci::new(device.id(), virtio, memory.clone(), seam.clone(), seam)?);
-            pci.add(function.clone())?;
-            machine.functions.push(function);
+            let place = parts.ports.get(device.id()).map_or(Place::Root, |port| Place::Port(*port));
+            machine.functions.add(device, place, parts, false)?;
         }
 
         let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
@@ -129,15 +130,14 @@ impl Machine {
         machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         if mode == Mode::Stand {
-            machine.functions.iter().for_each(|function| function.suspend());
+            machine.functions.suspend();
         }
         threads.run(vcpus, &exits, parts.trace, mode);
         if let Some(pages) = first_pages {
             parts.inputs.kernels.populate(pages);
         }
-        counters.vcpus = threads.counters().to_vec();
+        machine.vcpu_counters = threads.counters().to_vec();
         machine.vcpus = Some(threads);
-        machine.counters = Arc::new(counters);
         Ok(machine)
     }
 
@@ -150,13 +150,13 @@ impl Machine {
         if let Some(vcpus) = &self.vcpus {
             vcpus.pause()?;
         }
-        self.functions.iter().for_each(|function| function.suspend());
+        self.functions.suspend();
         Ok(())
     }
 
     /// Lets devices and vCPUs go on.
     pub fn resume(&self) {
-        self.functions.iter().for_each(|function| function.resume());
+        self.functions.resume();
         if let Some(vcpus) = &self.vcpus {
             vcpus.resume();
         }
@@ -177,28 +177,39 @@ impl Machine {
         Ok(())
     }
 
-    /// Adds a device to the machine as it runs.
+    /// Puts a device behind a hot-plug port and tells the guest; its queues `stand` while the machine does.
     ///
     /// # Errors
-    /// [`Refusal::Unsupported`]: hot-plug is not built yet.
-    pub fn add_device(&mut self, _parts: &Parts, device: &DeviceConfig) -> Result<(), Refusal> {
-        Err(Refusal::Unsupported(format!(
-            "«{}» cannot be added while the VM runs: hot-plug is not built yet",
-            device.id()
-        )))
+    /// [`Failure::Host`] where it cannot be made; nothing is left of it then.
+    pub fn add_device(&mut self, parts: &Parts, device: &DeviceConfig, port: u8, stand: bool) -> Result<(), Failure> {
+        self.functions.add(device, Place::Plugged(port), parts, stand)
     }
 
-    /// Removes a device from the machine as it runs.
-    ///
-    /// # Errors
-    /// [`Refusal::Unsupported`]: hot-plug is not built yet.
-    pub fn remove_device(&mut self, id: &str) -> Result<(), Refusal> {
-        Err(Refusal::Unsupported(format!("«{id}» cannot be removed while the VM runs: hot-plug is not built yet")))
+    /// Takes a device out from behind its hot-plug port, and tells the guest.
+    pub fn take_device_out(&mut self, id: &str) {
+        if !self.functions.take_out(id) {
+            tracing::error!("«{id}» is behind no hot-plug port");
+        }
+    }
+
+    /// A hot-plug port without a device.
+    pub fn free_port(&self) -> Option<u8> {
+        self.functions.free_port()
+    }
+
+    /// A hot-plug port.
+    pub fn port(&self, number: u8) -> Option<Arc<RootPort>> {
+        self.functions.port(number)
+    }
+
+    /// Whether the guest uses the device behind a hot-plug port.
+    pub fn in_use(&self, port: u8) -> bool {
+        self.functions.in_use(port)
     }
 
     /// What the machine's parts count.
     pub fn counters(&self) -> Arc<MachineCounters> {
-        self.counters.clone()
+        Arc::new(MachineCounters { vcpus: self.vcpu_counters.clone(), devices: self.functions.counters() })
     }
 
     /// Has the boot looked at, where somebody wants to.
@@ -212,8 +223,7 @@ impl Machine {
         if !parts.trace.is_on() {
             return Ok(None);
         }
-        let ids = parts.config.devices.iter().map(|device| device.id().to_owned());
-        let functions = ids.zip(self.functions.iter().cloned()).collect();
+        let functions = self.functions.on_the_root_bus();
         let system_map = parts.inputs.system_map.as_ref().map(File::try_clone).transpose()?;
         let slide = kernel.slide.map_or(0, |slide| slide.virt.into());
         let view = View { functions, ecam, memory, slide, system_map };
@@ -233,9 +243,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.vcpus = None;
         self.watcher = None;
-        for function in &self.functions {
-            function.suspend();
-        }
+        self.functions.suspend();
         // The bus holds the PCI segment, and the segment the bus.
         if let Err(error) = self.mmio.remove(self.ecam_base) {
             tracing::error!("taking the machine apart: {error}");

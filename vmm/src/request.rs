@@ -75,7 +75,12 @@ pub enum Change {
         descriptors: Descriptors,
     },
     /// A device is removed.
-    RemoveDevice(String),
+    RemoveDevice {
+        /// The device.
+        id: String,
+        /// A guest that runs is not asked to let go of it.
+        force: bool,
+    },
     /// Another number of vCPUs.
     Vcpus(VcpusPatch),
     /// Another size of memory.

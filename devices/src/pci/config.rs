@@ -1,4 +1,4 @@
-//! Configuration space of a type 0 function (PCI 3.0 §6.1), with which bits the guest may write.
+//! Configuration space of a function (PCI 3.0 §6.1) or a bridge (PCIe 5.0 §7.5.1.3), with which bits the guest may write.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,17 @@ const STATUS_CAPABILITIES: u8 = 1 << 4;
 /// The first capability stands behind the header.
 const FIRST_CAPABILITY: usize = 0x40;
 
-const CAPABILITY_PCIE: u8 = 0x10;
+/// The PCI Express capability (PCIe 5.0 §7.5.3).
+pub(super) const CAPABILITY_PCIE: u8 = 0x10;
+
+/// Registers of a bridge: header type, bus numbers, memory windows, bridge control (PCIe 5.0 §7.5.1.3).
+const HEADER_TYPE: usize = 0x0e;
+const BUS_NUMBERS: usize = 0x18;
+const MEMORY_WINDOW: usize = 0x20;
+const PREFETCHABLE_WINDOW: usize = 0x24;
+const BRIDGE_CONTROL: usize = 0x3e;
+/// Low bits of both registers of the prefetchable window: its addresses have 64 bits.
+const WINDOW_64_BIT: u8 = 1;
 
 /// What a function says it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,6 +96,28 @@ pub struct ConfigState {
 impl ConfigSpace {
     /// Configuration space without capabilities and base address registers.
     pub fn new(identity: &Identity) -> Self {
+        let mut config = Self::bare(identity);
+        config.set(0x2c, &identity.subsystem_vendor.to_le_bytes());
+        config.set(0x2e, &identity.subsystem.to_le_bytes());
+        config
+    }
+
+    /// Configuration space of a bridge: bus numbers, a 32-bit and a 64-bit prefetchable memory window, no I/O window and
+    /// no base address registers. A bridge has no subsystem in its header.
+    pub fn bridge(identity: &Identity) -> Self {
+        let mut config = Self::bare(identity);
+        config.set(HEADER_TYPE, &[1]);
+        config.set_writable(BUS_NUMBERS, &[0xff; 3]);
+        config.set_writable(MEMORY_WINDOW, &[0xf0, 0xff, 0xf0, 0xff]);
+        config.set(PREFETCHABLE_WINDOW, &[WINDOW_64_BIT, 0, WINDOW_64_BIT, 0]);
+        config.set_writable(PREFETCHABLE_WINDOW, &[0xf0, 0xff, 0xf0, 0xff]);
+        config.set_writable(PREFETCHABLE_WINDOW + 4, &[0xff; 8]);
+        // Responses to parity and system errors, which there are none of. A secondary bus reset does nothing.
+        config.set_writable(BRIDGE_CONTROL, &[0x03]);
+        config
+    }
+
+    fn bare(identity: &Identity) -> Self {
         let mut config = Self {
             bytes: Box::new([0; LEN]),
             writable: Box::new([0; LEN]),
@@ -97,8 +129,6 @@ impl ConfigSpace {
         config.set(0x00, &identity.vendor.to_le_bytes());
         config.set(0x02, &identity.device.to_le_bytes());
         config.set(0x08, &[identity.revision, interface, subclass, base]);
-        config.set(0x2c, &identity.subsystem_vendor.to_le_bytes());
-        config.set(0x2e, &identity.subsystem.to_le_bytes());
         config.set_writable(COMMAND, &COMMAND_WRITABLE.to_le_bytes());
         config.set_writable(CACHE_LINE, &[0xff]);
         config.set_writable(INTERRUPT_LINE, &[0xff]);

@@ -1,4 +1,5 @@
-//! PCI Express: configuration space, base address registers, MSI-X, and the root bus with its ECAM window.
+//! PCI Express: configuration space, base address registers, MSI-X, the root bus with its ECAM window, and root ports with
+//! hot-plug.
 //!
 //! A function decodes its own configuration; the root bus maps its base address registers onto the bus of
 //! memory-mapped registers, wherever the guest puts them. There are no INTx interrupts and no I/O BARs.
@@ -6,12 +7,14 @@
 mod config;
 mod host_bridge;
 mod msix;
+mod root_port;
 mod segment;
 
 pub use config::{Bar, BarKind, Bars, ConfigSpace, ConfigState, Identity};
 pub use host_bridge::HostBridge;
 pub use msix::{MsixCapability, MsixState, MsixVectors};
-pub use segment::{Address, Error, PciSegment, Windows};
+pub use root_port::{Indicator, RootPort, SlotObserver};
+pub use segment::{Address, Error, MAX_PORTS, PciSegment, Windows};
 
 /// One function of a PCI device.
 pub trait PciFunction: Send + Sync {

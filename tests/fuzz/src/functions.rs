@@ -4,8 +4,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::pci::{
-    Address, BarKind, Bars, ConfigSpace, HostBridge, Identity, MsixCapability, PciFunction, PciSegment, Windows,
+    Address, BarKind, Bars, ConfigSpace, HostBridge, Identity, Indicator, MsixCapability, PciFunction, PciSegment,
+    SlotObserver, Windows,
 };
+use devices::seam::Interrupts;
 use devices::virtio::rng::Rng;
 use devices::virtio::testing::{FakeDoorbells, FakeInterrupts};
 use devices::virtio::transport::VirtioPci;
@@ -17,7 +19,9 @@ const ECAM: u64 = 0xe000_0000;
 const LOW: u64 = 0xc000_0000;
 const HIGH: u64 = 0x10_0000_0000;
 /// The windows for base address registers; they are small, so that what does not fit is met often.
-const WINDOWS: [std::ops::Range<u64>; 2] = [LOW..LOW + 0x100_0000, HIGH..HIGH + 0x1000_0000];
+const WINDOWS: [std::ops::Range<u64>; 2] = [LOW..LOW + 0x100_0000, HIGH..HIGH + 0x2000_0000];
+/// Root ports.
+const PORTS: u8 = 2;
 
 /// Operations, by their number.
 pub mod ops {
@@ -35,8 +39,12 @@ pub mod ops {
     pub const ECAM: u8 = 5;
     /// Takes a function out and puts it back: function.
     pub const REPLUG: u8 = 6;
+    /// Plugs a card into a root port, or takes it out: port, 1 for one that was there from the start.
+    pub const PLUG: u8 = 7;
+    /// Presses the attention button of a root port: port.
+    pub const PRESS: u8 = 8;
     /// How many there are.
-    pub const COUNT: u8 = 7;
+    pub const COUNT: u8 = 9;
 }
 
 /// A function with registers of several widths, which knows where it was told to answer.
@@ -120,12 +128,25 @@ impl Card {
     }
 }
 
+/// What the root ports have told.
+#[derive(Default)]
+struct Seen(Mutex<Vec<(u8, Indicator)>>);
+
+impl SlotObserver for Seen {
+    fn indicator(&self, port: u8, shows: Indicator) {
+        lock(&self.0).push((port, shows));
+    }
+}
+
 /// A segment and its functions.
 pub struct Segment {
     mmio: Arc<Bus>,
     segment: Arc<PciSegment>,
     functions: Vec<(Address, Arc<dyn PciFunction>)>,
     cards: Vec<Arc<Card>>,
+    /// The card for each root port, and whether it is plugged.
+    plugged: Vec<(Arc<Card>, bool)>,
+    seen: Arc<Seen>,
     /// Configuration space of each function as it was at first.
     before: Vec<Vec<u8>>,
 }
@@ -137,13 +158,17 @@ impl Default for Segment {
 }
 
 impl Segment {
-    /// A host bridge, two virtio devices, and cards, two of which are functions of one device.
+    /// A host bridge, two virtio devices, cards, two of which are functions of one device, and root ports with a card each
+    /// that comes and goes.
     pub fn new() -> Self {
         use BarKind::{Memory32, Memory64};
 
         let mmio = Arc::new(Bus::new());
         let [low, high] = WINDOWS;
         let segment = Arc::new(PciSegment::new(Arc::clone(&mmio), Windows { low, high }));
+        let (seen, interrupts) = (Arc::new(Seen::default()), FakeInterrupts::new());
+        let interrupts: Arc<dyn Interrupts> = Arc::new(interrupts);
+        segment.add_ports(PORTS, &interrupts, &(seen.clone() as Arc<dyn SlotObserver>)).expect("room for ports");
         mmio.insert(ECAM, segment.ecam_len(), Arc::clone(&segment) as _).expect("ECAM on the bus");
         let cards: Vec<Arc<Card>> = [
             Card::new(1, &[(0, Memory64, 0x1000), (2, Memory32, 0x10), (4, Memory64, 0x10_0000)]),
@@ -162,20 +187,30 @@ impl Segment {
             (1, 0, virtio()),
             (2, 0, cards[0].clone()),
             (2, 3, cards[1].clone()),
-            (31, 7, cards[2].clone()),
+            (30, 7, cards[2].clone()),
             (4, 0, virtio()),
         ];
         let functions = places.map(|(device, function, it)| (Address { device, function }, it)).to_vec();
         for (address, function) in &functions {
             segment.add_at(*address, Arc::clone(function)).expect("a free address");
         }
-        let mut this = Self { mmio, segment, functions, cards, before: Vec::new() };
+        let plugged = (0..PORTS)
+            .map(|port| (Arc::new(Card::new(8 + port, &[(0, Memory64, 0x8000), (2, Memory32, 0x1000)])), false))
+            .collect();
+        let mut this = Self { mmio, segment, functions, cards, plugged, seen, before: Vec::new() };
         this.before = (0..this.functions.len()).map(|index| this.header(index)).collect();
         this
     }
 
+    /// Where ECAM has a function; behind the last of them the root ports, and then what is behind those.
     fn ecam(&self, function: u8) -> u64 {
-        let (address, _) = self.functions[usize::from(function) % self.functions.len()];
+        let ports = usize::from(PORTS);
+        let number = usize::from(function) % (self.functions.len() + 2 * ports);
+        if let Some(port) = number.checked_sub(self.functions.len()) {
+            let number = u64::try_from(port % ports).expect("a small number");
+            return ECAM + if port < ports { 31 << 15 | number << 12 } else { (number + 1) << 20 };
+        }
+        let (address, _) = self.functions[number];
         ECAM + (u64::from(address.device) << 15) + (u64::from(address.function) << 12)
     }
 
@@ -229,6 +264,8 @@ impl Segment {
                     _ => self.mmio.write(at, &bytes[..len]),
                 };
             }
+            ops::PLUG => self.plug(a % PORTS, b & 1 != 0),
+            ops::PRESS => self.segment.port(a % PORTS).expect("a port").press(),
             _ => {
                 let (address, _) = self.functions[usize::from(a) % self.functions.len()];
                 let function = self.segment.remove(address).expect("it is there");
@@ -243,10 +280,24 @@ impl Segment {
         self.check();
     }
 
+    fn plug(&mut self, port: u8, cold: bool) {
+        let (card, plugged) = &mut self.plugged[usize::from(port)];
+        *plugged = !*plugged;
+        if *plugged {
+            self.segment.plug(port, card.clone(), cold).expect("the port is free");
+        } else {
+            self.segment.unplug(port).expect("it is there");
+            assert!(lock(&card.mapped).iter().all(Option::is_none), "a card that is out answers somewhere");
+        }
+    }
+
     /// Puts all registers out of the way.
     fn make_room(&self) {
         for (_, function) in &self.functions {
             (0..6).for_each(|index| function.place_bar(index, 0));
+        }
+        for (card, _) in &self.plugged {
+            (0..6).for_each(|index| card.place_bar(index, 0));
         }
         self.segment.refresh();
     }
@@ -254,7 +305,19 @@ impl Segment {
     /// Each card answers where it was told that it does, and only within the windows and while it may.
     fn check(&self) {
         let mut ranges: Vec<(u64, u64)> = Vec::new();
-        for card in &self.cards {
+        let seen = std::mem::take(&mut *lock(&self.seen.0));
+        assert!(seen.iter().all(|(port, _)| *port < PORTS), "{seen:?}");
+        for (port, (card, plugged)) in (0..).zip(&self.plugged) {
+            let (mapped, bars) = (*lock(&card.mapped), card.bars());
+            let bridge = self.segment.port(port).expect("a port");
+            for (index, _, size) in &card.bars {
+                let Some(at) = mapped[*index] else { continue };
+                assert!(*plugged && bridge.forwards(&(at..at + size)), "{at:#x} is reached past port {port}");
+                assert!(bars[*index].is_some_and(|bar| bar.address == at), "{at:#x} is no word of the card's");
+            }
+        }
+        let behind = self.plugged.iter().map(|(card, _)| card);
+        for card in self.cards.iter().chain(behind) {
             let (bars, enabled) = (card.bars(), card.memory_enabled());
             for (index, _, size) in &card.bars {
                 let Some(at) = lock(&card.mapped)[*index] else { continue };
@@ -275,7 +338,12 @@ impl Segment {
     }
 
     /// Sees that what is read-only was not written, and that cards answer once their registers are put apart.
-    pub fn finish(self) {
+    pub fn finish(mut self) {
+        for port in 0..PORTS {
+            if self.plugged[usize::from(port)].1 {
+                self.plug(port, false);
+            }
+        }
         for (index, before) in self.before.iter().enumerate() {
             assert!(self.header(index) == *before, "function {index}: a read-only register has changed");
         }

@@ -118,6 +118,20 @@ fn pci() -> Vec<Vec<u8>> {
         each(ops::COMMAND, 6, 0, 0).chain(each(ops::PLACE, 0, 3, 0x1000)).collect::<Vec<_>>(),
         each(ops::COMMAND, 2, 0, 0).chain(each(ops::PLACE, 2, 0x80, 0)).chain(each(ops::REPLUG, 0, 0, 0)).collect(),
         each(ops::WRITE, 0x10, 0x20, u32::MAX).chain(each(ops::READ, 0x10, 0x30, 0)).collect(),
+        // Ports are behind six functions, and behind them what is plugged: memory and a message, a card, its windows.
+        vec![
+            step(ops::COMMAND, 6, 6, 0, 0),
+            step(ops::WRITE, 6, 0x80, 0x20, 0xfee0_0000),
+            step(ops::WRITE, 6, 0x7e, 0x10, 1),
+            step(ops::WRITE, 6, 0x58, 0x10, 0x1329),
+            step(ops::PLUG, 0, 0, 0, 0),
+            step(ops::COMMAND, 8, 6, 0, 0),
+            step(ops::PRESS, 0, 0, 0, 0),
+            step(ops::WRITE, 6, 0x5a, 0x10, 0x109),
+            step(ops::WRITE, 6, 0x20, 0x20, 0xc0f0_c000),
+            step(ops::PLACE, 8, 2, 0x80, 0x1000),
+            step(ops::PLUG, 0, 0, 0, 0),
+        ],
         each(ops::MMIO, 0, 0, 0x1000).chain(each(ops::ECAM, 3, 0, 0xfff)).collect(),
     ]
     .map(|steps| program(&steps))

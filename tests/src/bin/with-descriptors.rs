@@ -1,24 +1,17 @@
-//! Opens files and taps and becomes another program, which inherits them as descriptors 3, 4 and so on: what a service
-//! manager or a shim does for a monitor that may open nothing itself.
-
-#![expect(unsafe_code, reason = "an ioctl that no wrapper has")]
+//! Opens files, taps and listening sockets and becomes another program, which inherits them as descriptors 3, 4 and so on:
+//! what a service manager or a shim does for a monitor that may open nothing itself.
 
 use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::{AsRawFd, IntoRawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
+use halyard_tests::network;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::libc;
 
-const USAGE: &str = "usage: with-descriptors [--file PATH|--tap NAME]… -- PROGRAM [ARGUMENT…]";
-
-mod requests {
-    nix::ioctl_write_ptr_bad!(set_interface, nix::libc::TUNSETIFF, nix::libc::ifreq);
-}
+const USAGE: &str = "usage: with-descriptors [--file PATH|--tap NAME|--listen PATH]… -- PROGRAM [ARGUMENT…]";
 
 fn main() -> ExitCode {
     match run() {
@@ -41,7 +34,9 @@ fn run() -> Result<std::convert::Infallible> {
         let value = words.next().context(USAGE)?;
         let file = match word.as_str() {
             "--file" => OpenOptions::new().read(true).write(true).open(&value),
-            "--tap" => tap(&value),
+            "--tap" => network::open_tap(&value),
+            // A socket that waits for clients, as a service manager makes it.
+            "--listen" => UnixListener::bind(&value).map(|listener| File::from(OwnedFd::from(listener))),
             _ => bail!("{USAGE}"),
         };
         let file = file.with_context(|| format!("{word} {value}"))?;
@@ -52,19 +47,4 @@ fn run() -> Result<std::convert::Infallible> {
         next += 1;
     }
     bail!("{USAGE}")
-}
-
-/// Attaches to a tap that is there already.
-fn tap(name: &str) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
-    // SAFETY: all zeroes are a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
-        *to = libc::c_char::from_ne_bytes([from]);
-    }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    request.ifr_ifru.ifru_flags = i16::try_from(flags).unwrap_or_default();
-    // SAFETY: TUNSETIFF reads and writes one ifreq.
-    unsafe { requests::set_interface(file.as_raw_fd(), &raw mut request) }?;
-    Ok(file)
 }

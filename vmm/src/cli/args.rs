@@ -281,6 +281,12 @@ pub struct RunArgs {
     #[arg(help_heading = "Devices")]
     pub rng: Option<String>,
 
+    /// How many devices can be added while the guest runs, 0 to 224: each needs a hot-plug port [default: 0]
+    ///
+    /// Eight ports take the place of a device that is there from the start.
+    #[arg(long, value_name = "N", help_heading = "Devices")]
+    pub hotplug_ports: Option<String>,
+
     /// The device with which a Linux guest says that it panicked: on or off [default: on]
     #[arg(long, value_name = "on|off", help_heading = "Devices")]
     pub pvpanic: Option<String>,

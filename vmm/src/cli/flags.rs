@@ -75,6 +75,14 @@ impl Flags {
         );
         self.choose("platform.pvpanic", "--pvpanic", args.pvpanic.as_deref(), &SWITCH, &mut config.platform.pvpanic);
         config.platform.debug_exit |= args.debug_exit;
+        if let Some(text) = &args.hotplug_ports {
+            self.origin("pci.hotplug_ports", "--hotplug-ports", text);
+            let at = format!("--hotplug-ports {}", brief(text));
+            match text.parse() {
+                Ok(ports) => config.pci.hotplug_ports = ports,
+                Err(_) => self.add(&at, "it is no number of ports", "0 to 224 are possible"),
+            }
+        }
         self.devices(args, config);
     }
 

@@ -85,6 +85,7 @@ fn slot<'args>(
         "serial" => Slot::One(&mut args.serial),
         "console" => Slot::Many(&mut args.console),
         "rng" => Slot::Attached(&mut args.rng),
+        "hotplug-ports" => Slot::One(&mut args.hotplug_ports),
         "pvpanic" => Slot::One(&mut args.pvpanic),
         "boot-trace" => Slot::One(&mut args.boot_trace),
         "boot-timeout" => Slot::One(&mut args.boot_timeout),

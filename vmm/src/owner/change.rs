@@ -1,13 +1,9 @@
-//! Changes of a VM's devices, processors and memory: in its configuration before it runs, by hot-plug afterwards.
+//! Changes of a VM's devices, processors and memory in its configuration, before it runs.
 
-use api::{EventKind, HostFacts};
-use hal::Hypervisor;
+use api::{EventKind, HostFacts, VmConfig};
 
-use super::phase::{Live, Prepared, no_device};
-use crate::inbox::Inbox;
-use crate::machine::Parts;
+use super::phase::Prepared;
 use crate::request::{Answer, Change, Refusal};
-use crate::trace::Trace;
 
 /// Changes the configuration of a VM that does not run yet. The event that tells of it, where something changed.
 pub(super) fn change_config(
@@ -19,14 +15,14 @@ pub(super) fn change_config(
         Change::PutDevice { device, descriptors } => {
             let id = device.id().to_owned();
             let same = prepared.given.devices.contains(&device);
-            Ok(match prepared.put_device(*device, facts, descriptors)? {
+            Ok(match prepared.put_device(*device, |config| api::validate(config, facts), descriptors)? {
                 true => (Answer::Created, Some(EventKind::DeviceAdded { id })),
                 false => (Answer::Done, (!same).then_some(EventKind::DeviceChanged { id })),
             })
         }
-        Change::RemoveDevice(id) => {
+        Change::RemoveDevice { id, .. } => {
             prepared.remove_device(&id)?;
-            Ok((Answer::Done, Some(EventKind::DeviceRemoved { id })))
+            Ok((Answer::Done, Some(EventKind::DeviceRemoved { id, forced: false })))
         }
         Change::Vcpus(patch) => {
             prepared.change(facts, |config| {
@@ -43,32 +39,18 @@ pub(super) fn change_config(
     }
 }
 
-/// Changes a machine that exists: hot-plug.
-pub(super) fn change_machine(
-    live: &mut Live,
-    hypervisor: &dyn Hypervisor,
-    inbox: &Inbox,
-    change: Change,
-) -> Result<Answer, Refusal> {
-    let Live { machine, endpoints, prepared: Prepared { config, inputs, .. } } = live;
-    let exists = |id: &str| config.devices.iter().any(|device| device.id() == id);
-    match change {
-        Change::PutDevice { device, .. } if exists(device.id()) => {
-            let id = device.id();
-            return Err(Refusal::Unsupported(format!(
-                "«{id}» cannot be changed while the VM runs: it is not built yet"
-            )));
-        }
-        Change::PutDevice { device, .. } => {
-            let parts = Parts { config, hypervisor, inputs, endpoints, inbox, trace: &Trace::off() };
-            machine.add_device(&parts, &device)?;
-        }
-        Change::RemoveDevice(id) if exists(&id) => machine.remove_device(&id)?,
-        Change::RemoveDevice(id) => return Err(no_device(&id)),
-        Change::Vcpus(_) | Change::Memory(_) => {
-            let what = "the number of vCPUs and the size of memory cannot be changed while the VM runs";
-            return Err(Refusal::Unsupported(format!("{what}: it is not built yet")));
-        }
-    }
-    Ok(Answer::Done)
+/// What can only be changed before the machine exists.
+pub(super) fn not_while_it_runs() -> Refusal {
+    let what = "the number of vCPUs and the size of memory cannot be changed while the VM runs";
+    Refusal::Unsupported(format!("{what}: it is not built yet"))
+}
+
+/// Both configurations with those devices only that `shown` picks by their ids.
+pub(super) fn shown(prepared: &Prepared, shown: impl Fn(&str) -> bool) -> (VmConfig, VmConfig) {
+    let (mut given, mut config) = (prepared.given.clone(), prepared.config.clone());
+    // Ids that were left open are filled in in one of them only; both have the same devices in the same order.
+    let mut keep = config.devices.iter().map(|device| shown(device.id())).collect::<Vec<_>>().into_iter();
+    given.devices.retain(|_| keep.next().unwrap_or(true));
+    config.devices.retain(|device| shown(device.id()));
+    (given, config)
 }

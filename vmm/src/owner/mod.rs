@@ -5,6 +5,7 @@
 
 mod change;
 mod decide;
+mod hotplug;
 mod phase;
 mod reports;
 
@@ -22,6 +23,7 @@ pub use decide::{Verdict, decide, reason_of};
 pub use phase::{Live, Phase, Prepared, RequestKind, admit};
 pub use reports::{Report, Reports};
 
+use self::hotplug::Hotplug;
 use crate::board::Board;
 use crate::endpoints::Endpoints;
 use crate::inbox::{Event, Inbox};
@@ -71,6 +73,8 @@ pub struct Owner {
     serving: bool,
     phase: Phase,
     closing: Option<Closing>,
+    /// Devices that come and go.
+    hotplug: Hotplug,
     /// The signal that asked for the end.
     ending: Option<Signal>,
 }
@@ -99,6 +103,7 @@ impl Owner {
             serving: false,
             phase: Phase::Empty,
             closing: None,
+            hotplug: Hotplug::default(),
             ending: None,
         })
     }
@@ -161,7 +166,7 @@ impl Owner {
     }
 
     fn start(&mut self, prepared: &Prepared) -> Result<(Machine, Endpoints), Failure> {
-        let Prepared { config, inputs, .. } = prepared;
+        let Prepared { config, inputs, ports, .. } = prepared;
         let hypervisor = self.hypervisor.as_deref().map_err(|error| Failure::Host(error.to_string()))?;
         let watching = self.watching.clone().unwrap_or_default();
         // A client's boot begins when it is asked for.
@@ -179,7 +184,8 @@ impl Owner {
         self.reports.listen_for_quit(endpoints.quit())?;
         endpoints.watch(config, &trace);
         sandbox::confine(&sandbox::grants(config))?;
-        let parts = Parts { config, hypervisor, inputs, endpoints: &endpoints, inbox: &self.inbox, trace: &trace };
+        let (inbox, trace) = (&self.inbox, &trace);
+        let parts = Parts { config, hypervisor, inputs, endpoints: &endpoints, ports, inbox, trace };
         let machine = Machine::create(&parts, loaded, Mode::Run)?;
         if self.serving {
             endpoints.serve()?;
@@ -206,7 +212,7 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let time = [deadline, self.manager.next_tick()].into_iter().flatten().min();
+            let time = [deadline, self.hotplug_deadline(), self.manager.next_tick()].into_iter().flatten().min();
             match self.reports.next(time)? {
                 Report::Event(event) => self.handle_event(event),
                 Report::Signal(signal) => self.handle_signal(signal),
@@ -217,6 +223,7 @@ impl Owner {
                 Report::Time => {
                     self.manager.tick();
                     self.mind_the_deadline();
+                    self.mind_hotplug();
                 }
             }
         }
@@ -247,6 +254,8 @@ impl Owner {
         // A report of a machine that is gone.
         let Some(lifecycle) = self.phase.prepared().map(|prepared| prepared.config.lifecycle.clone()) else { return };
         match event {
+            Event::Slot { port, shows } => self.slot_changed(port, shows),
+            Event::DriverCame { port } => self.driver_came(port),
             Event::Platform(PlatformEvent::Panicked) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: false });
             }
@@ -334,6 +343,7 @@ impl Owner {
         endpoints.drain();
         drop(endpoints);
         drop(prepared);
+        self.hotplug.end_with_the_run(&self.board);
         if let Some(Closing { job, .. }) = self.closing.take() {
             // Who asked for force has what was asked for when the deadline destroys the VM.
             let by_force = outcome == Outcome::Destroyed && reason == Reason::Deadline;
@@ -355,9 +365,10 @@ impl Owner {
                 return;
             }
         };
-        let Live { machine, endpoints, prepared } = live;
+        let Live { machine, mut endpoints, mut prepared } = live;
         drop(machine);
         self.inbox.clear();
+        self.hotplug_over_reset(&mut prepared, &mut endpoints);
         match self.make_again(&prepared, &endpoints, mode) {
             Ok(machine) => {
                 let live = Live { machine, endpoints, prepared };
@@ -369,6 +380,7 @@ impl Owner {
             Err(failure) => {
                 tracing::error!("{failure}");
                 endpoints.drain();
+                self.hotplug.end_with_the_run(&self.board);
                 let outcome = Outcome::Failed { reason: failure.to_string() };
                 self.phase = Phase::Stopped(outcome.clone());
                 self.show_machine();
@@ -378,12 +390,12 @@ impl Owner {
     }
 
     fn make_again(&self, prepared: &Prepared, endpoints: &Endpoints, mode: Mode) -> Result<Machine, Failure> {
-        let Prepared { config, inputs, .. } = prepared;
+        let Prepared { config, inputs, ports, .. } = prepared;
         let hypervisor = self.hypervisor.as_deref().map_err(|error| Failure::Host(error.to_string()))?;
         let trace = Trace::again(config, &Watching::default());
         let loaded = boot::load(config, hypervisor.caps(), inputs, &trace)?;
         endpoints.watch(config, &trace);
-        let parts = Parts { config, hypervisor, inputs, endpoints, inbox: &self.inbox, trace: &trace };
+        let parts = Parts { config, hypervisor, inputs, endpoints, ports, inbox: &self.inbox, trace: &trace };
         Machine::create(&parts, loaded, mode)
     }
 
@@ -412,6 +424,7 @@ impl Owner {
             Phase::Paused(live) => {
                 live.machine.resume();
                 self.phase = Phase::Running(live);
+                self.hotplug_resumed();
                 self.enter(reason, |_| {});
             }
             other => self.phase = other,
@@ -472,7 +485,7 @@ impl Owner {
         let patience = how.deadline.unwrap_or(prepared.config.lifecycle.shutdown_timeout).duration();
         let then = how.force.then_some(Outcome::Destroyed);
         let waiting = self.closing.as_ref().and_then(|closing| closing.job);
-        let job = waiting.unwrap_or_else(|| self.board.start_job(JobKind::Shutdown));
+        let job = waiting.unwrap_or_else(|| self.board.start_job(JobKind::Shutdown, None));
         self.press_power_button(Reason::Request, patience, then, Some(job));
         Ok(Answer::Job(job))
     }
@@ -480,6 +493,9 @@ impl Owner {
     fn cancel(&mut self, id: u64) -> Result<(), Refusal> {
         let job = self.board.job(id).ok_or_else(|| Refusal::Missing(format!("there is no job {id}")))?;
         if job.state != JobState::Running {
+            return Ok(());
+        }
+        if self.cancel_hotplug(id) {
             return Ok(());
         }
         // The power button cannot be lifted again; only nobody waits any more.
@@ -513,10 +529,11 @@ impl Owner {
                 }
                 Ok(answer)
             }
-            Phase::Running(live) | Phase::Paused(live) => {
-                let hypervisor = self.hypervisor.as_deref().map_err(|error| Refusal::Host(error.to_string()))?;
-                change::change_machine(live, hypervisor, &self.inbox, change)
-            }
+            Phase::Running(_) | Phase::Paused(_) => match change {
+                Change::PutDevice { device, descriptors } => self.plug(*device, descriptors),
+                Change::RemoveDevice { id, force } => self.unplug(&id, force),
+                Change::Vcpus(_) | Change::Memory(_) => Err(change::not_while_it_runs()),
+            },
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }
     }

@@ -1,5 +1,6 @@
 //! The phases of a VM, and what is admitted in which.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use api::{DeviceConfig, Outcome, PhaseName, Problem, Problems, VmConfig};
@@ -32,6 +33,8 @@ pub struct Prepared {
     pub config: VmConfig,
     /// Files and taps, opened.
     pub inputs: Inputs,
+    /// The hot-plug ports that devices of the machine are behind, by their ids: they stay there over a reset.
+    pub ports: BTreeMap<String, u8>,
 }
 
 /// A VM with its machine. Fields are dropped in their order: the machine first.
@@ -165,19 +168,26 @@ impl Prepared {
         let mut problems = api::validate(&config, facts);
         let inputs = Inputs::open(&config, &mut descriptors).map_err(|found| problems.extend(found));
         match inputs {
-            Ok(inputs) if problems.is_empty() => Ok(Self { given, config, inputs }),
+            Ok(inputs) if problems.is_empty() => Ok(Self { given, config, inputs, ports: BTreeMap::new() }),
             _ => Err(Failure::BadInput(Problems(problems))),
         }
     }
 
-    /// Adds a device, or puts it in the place of the one with its id. Whether it was added.
+    /// A device as it was given.
+    pub fn given_device(&self, id: &str) -> Option<&DeviceConfig> {
+        let at = self.config.devices.iter().position(|device| device.id() == id)?;
+        self.given.devices.get(at)
+    }
+
+    /// Adds a device, or puts it in the place of the one with its id, where `validate` finds no problem with the
+    /// configuration then. Whether it was added.
     ///
     /// # Errors
     /// [`Refusal::Problems`], whose fields are the device's.
     pub fn put_device(
         &mut self,
         device: DeviceConfig,
-        facts: &api::HostFacts,
+        validate: impl Fn(&VmConfig) -> Vec<Problem>,
         mut descriptors: Descriptors,
     ) -> Result<bool, Refusal> {
         let id = device.id().to_owned();
@@ -190,7 +200,14 @@ impl Prepared {
         put(&mut config.devices, index, device.clone());
         config.fill_defaults();
         let of_device = format!("devices[{index}]");
-        let problems = api::validate(&config, facts).into_iter().map(|problem| {
+        let mut checked = config.clone();
+        // Each request numbers its descriptors anew: those of others are no longer what they were named.
+        for (number, other) in (0..).zip(&mut checked.devices) {
+            if usize::try_from(number) != Ok(index) && other.fd().is_some() {
+                other.set_fd(i32::MAX - number);
+            }
+        }
+        let problems = validate(&checked).into_iter().map(|problem| {
             // What is wrong elsewhere is the device's doing too: two of something where one is possible.
             let field = problem.field.strip_prefix(&of_device).map(|rest| rest.trim_start_matches('.').to_owned());
             Problem { field: field.unwrap_or_default(), ..problem }
@@ -235,6 +252,7 @@ impl Prepared {
             self.given.devices.remove(at);
         }
         self.inputs.devices.remove(id);
+        self.ports.remove(id);
         Ok(())
     }
 

@@ -145,9 +145,7 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
         Operation::GetDevice => device(context, StatusCode::OK, &id),
         Operation::PutDevice => put_device(context, connection, headers, &id, &body).await,
         Operation::PatchDevice => patch_device(context, connection, headers, &id, &body).await,
-        Operation::RemoveDevice => {
-            change(context, headers, Change::RemoveDevice(id)).await.map(|_| empty(StatusCode::NO_CONTENT))
-        }
+        Operation::RemoveDevice => remove_device(context, headers, id, request.uri().query()).await,
         Operation::GetVcpus | Operation::GetMemory => part(context, route.operation),
         Operation::PatchVcpus => {
             change(context, headers, Change::Vcpus(parse(&body, "VcpusPatch")?)).await?;
@@ -227,6 +225,11 @@ async fn shutdown(context: &Context, body: &str) -> Outcome {
     let Answer::Job(id) = ask(context, Ask::Shutdown(parse(body, "Shutdown")?)).await? else {
         return Err(Problem::new(StatusCode::CONFLICT, "there is no VM to shut down any more"));
     };
+    accepted(context, id)
+}
+
+/// The reply to what a job does.
+fn accepted(context: &Context, id: u64) -> Outcome {
     let job = context.board.job(id).ok_or_else(|| no_job(&id.to_string()))?;
     let mut reply = json(StatusCode::ACCEPTED, &job);
     if let Ok(value) = HeaderValue::from_str(&format!("/api/v1/jobs/{id}")) {
@@ -261,8 +264,29 @@ async fn put_device(context: &Context, connection: &Connection, headers: &Header
     device_after(context, &answer, id)
 }
 
-/// The device as a change left it. A later change may have removed it already.
+async fn remove_device(context: &Context, headers: &HeaderMap, id: String, query: Option<&str>) -> Outcome {
+    let force = switch(query, "force")?;
+    match change(context, headers, Change::RemoveDevice { id, force }).await? {
+        Answer::Job(job) => accepted(context, job),
+        _ => Ok(empty(StatusCode::NO_CONTENT)),
+    }
+}
+
+/// The one switch that a query can hold.
+fn switch(query: Option<&str>, name: &str) -> Result<bool, Problem> {
+    let value = query.and_then(|query| query.strip_prefix(name));
+    match (query, value) {
+        (None | Some(""), _) | (_, Some("=false")) => Ok(false),
+        (_, Some("=true")) => Ok(true),
+        _ => Err(bad_request(format!("the query can be `{name}=true` or `{name}=false`"))),
+    }
+}
+
+/// The device as a change left it, or the job that does it. A later change may have removed the device already.
 fn device_after(context: &Context, answer: &Answer, id: &str) -> Outcome {
+    if let Answer::Job(job) = answer {
+        return accepted(context, *job);
+    }
     self::device(context, status_of(answer), id)
 }
 
@@ -331,11 +355,7 @@ fn part(context: &Context, operation: Operation) -> Outcome {
 }
 
 async fn open_console(context: &Context, mut request: Request<Incoming>, id: String) -> Outcome {
-    let take_over = match request.uri().query() {
-        None | Some("" | "takeover=false") => false,
-        Some("takeover=true") => true,
-        Some(_) => return Err(bad_request("the query can be `takeover=true` or `takeover=false`")),
-    };
+    let take_over = switch(request.uri().query(), "takeover")?;
     if !console::wants_upgrade(request.headers()) {
         return Err(console::upgrade_required());
     }

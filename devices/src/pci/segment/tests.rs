@@ -186,7 +186,7 @@ proptest! {
                 false => segment.read(offset, &mut data),
             }
         }
-        for slot in segment.lock().iter() {
+        for slot in &segment.lock().root {
             for (index, place) in slot.mapped.iter().enumerate() {
                 let Some(place) = *place else { continue };
                 let bar = slot.function.bars()[index].unwrap();
@@ -198,4 +198,107 @@ proptest! {
             }
         }
     }
+}
+
+struct Nobody;
+
+impl SlotObserver for Nobody {
+    fn indicator(&self, _port: u8, _shows: crate::pci::Indicator) {}
+}
+
+/// A segment with a host bridge and ports, with room in its windows.
+fn with_ports(count: u8) -> (Arc<Bus>, PciSegment) {
+    let mmio = Arc::new(Bus::new());
+    let windows = Windows { low: 0xc000_0000..0xe000_0000, high: 0x10_0000_0000..0x20_0000_0000 };
+    let segment = PciSegment::new(Arc::clone(&mmio), windows);
+    let interrupts: Arc<dyn Interrupts> = Arc::new(crate::virtio::testing::FakeInterrupts::new());
+    let observer: Arc<dyn SlotObserver> = Arc::new(Nobody);
+    segment.add_ports(count, &interrupts, &observer).unwrap();
+    segment.add(Arc::new(HostBridge::new())).unwrap();
+    (mmio, segment)
+}
+
+/// The offset of a register in ECAM.
+fn ecam(bus: u64, device: u64, function: u64, register: u64) -> u64 {
+    bus << 20 | device << 15 | function << 12 | register
+}
+
+#[test]
+fn ports_are_the_last_devices_and_lead_to_a_bus_each() {
+    let (_, segment) = with_ports(10);
+    assert_eq!(segment.ecam_len(), 11 << 20);
+    for (number, place) in [(0, (31, 0)), (7, (31, 7)), (8, (30, 0)), (9, (30, 1))] {
+        assert_eq!(dword(&segment, ecam(0, place.0, place.1, 0)), 0x000c_1b36, "port {number}");
+        let bus = u32::try_from(number + 1).unwrap();
+        assert_eq!(dword(&segment, ecam(0, place.0, place.1, 0x18)), bus << 8 | bus << 16);
+        assert_eq!(dword(&segment, ecam(number + 1, 0, 0, 0)), u32::MAX, "nothing is behind it");
+    }
+    assert_eq!(dword(&segment, ecam(0, 30, 2, 0)), u32::MAX);
+    assert_eq!(dword(&segment, ecam(0, 31, 0, 0x0c)) >> 16, 0x81, "several functions");
+    for _ in 1..30 {
+        segment.add(Plain::new(1, &[])).unwrap();
+    }
+    assert_eq!(segment.add(Plain::new(1, &[])), Err(Error::Full));
+    let one = with_ports(1).1;
+    assert_eq!(dword(&one, ecam(0, 31, 0, 0x0c)) >> 16, 0x01, "a single function");
+    assert_eq!(with_ports(MAX_PORTS).1.ecam_len(), 225 << 20);
+}
+
+#[test]
+fn more_ports_than_fit_are_refused() {
+    let (_, small) = segment();
+    let interrupts: Arc<dyn Interrupts> = Arc::new(crate::virtio::testing::FakeInterrupts::new());
+    let observer: Arc<dyn SlotObserver> = Arc::new(Nobody);
+    assert_eq!(small.add_ports(1, &interrupts, &observer), Err(Error::NoRoom { size: PORT_WINDOW }));
+    let (_, ports) = with_ports(1);
+    assert!(matches!(ports.add_ports(1, &interrupts, &observer), Err(Error::Taken(_))));
+    assert_eq!(with_ports(0).1.add_ports(0, &interrupts, &observer), Ok(()));
+}
+
+#[test]
+fn a_device_behind_a_port_answers_on_its_bus_and_in_its_windows() {
+    let (mmio, segment) = with_ports(2);
+    let function = Plain::new(7, &BOTH);
+    segment.plug(1, function.clone(), false).unwrap();
+    assert_eq!(segment.plug(1, Plain::new(8, &[]), false), Err(Error::Occupied(1)));
+    assert_eq!(segment.plug(2, Plain::new(8, &[]), false), Err(Error::Occupied(2)));
+    assert_eq!((function.address(0), function.address(2)), (0xdfe0_0000, 0xdfe0_8000));
+    assert_eq!(dword(&segment, ecam(2, 0, 0, 0)), 0x0007_1234);
+    assert_eq!(dword(&segment, ecam(2, 1, 0, 0)), u32::MAX);
+    assert_eq!(dword(&segment, ecam(2, 0, 1, 0)), u32::MAX);
+    segment.write(ecam(2, 0, 0, 0x04), &[2]);
+    assert_eq!(at(&mmio, 0xdfe0_0000), 0xff, "the port lets nothing through yet");
+    segment.write(ecam(0, 31, 1, 0x04), &[2]);
+    assert_eq!((at(&mmio, 0xdfe0_0000), at(&mmio, 0xdfe0_8000)), (7, 7));
+    // The guest moves the port's window away, and the register after it.
+    segment.write(ecam(0, 31, 1, 0x20), &[0x00, 0xd0, 0x00, 0xd0]);
+    assert_eq!(at(&mmio, 0xdfe0_0000), 0xff);
+    segment.write(ecam(2, 0, 0, 0x10), &0xd000_0000_u64.to_le_bytes());
+    assert_eq!(at(&mmio, 0xd000_0000), 7);
+    // And its bus.
+    segment.write(ecam(0, 31, 1, 0x19), &[9]);
+    assert_eq!(dword(&segment, ecam(2, 0, 0, 0)), u32::MAX);
+    assert_eq!(dword(&segment, ecam(9, 0, 0, 0)), 0x0007_1234);
+    segment.write(ecam(0, 31, 1, 0x58), &[0, 1]);
+    let gone = segment.unplug(1).unwrap();
+    assert_eq!((dword(&segment, ecam(9, 0, 0, 0)), at(&mmio, 0xd000_0000)), (u32::MAX, 0));
+    segment.write(ecam(0, 31, 1, 0x58), &[0, 3]);
+    assert_eq!(at(&mmio, 0xd000_0000), 0xff, "the guest is through with it");
+    assert!(segment.unplug(1).is_none() && segment.unplug(2).is_none());
+    segment.plug(1, gone, false).unwrap();
+}
+
+#[test]
+fn a_device_behind_a_port_cannot_take_the_place_of_another() {
+    let (mmio, segment) = with_ports(2);
+    let (root, behind) = (Plain::new(1, &BOTH), Plain::new(2, &BOTH));
+    segment.add(root.clone()).unwrap();
+    segment.plug(0, behind, true).unwrap();
+    assert_eq!(root.address(2), 0xc000_0000, "registers of the root bus stay out of the ports' windows");
+    segment.write(ecam(0, 1, 0, 0x04), &[2]);
+    segment.write(ecam(0, 31, 0, 0x20), &[0x00, 0xc0, 0xf0, 0xdf]);
+    segment.write(ecam(0, 31, 0, 0x04), &[2]);
+    segment.write(ecam(1, 0, 0, 0x18), &0xc000_0000_u32.to_le_bytes());
+    segment.write(ecam(1, 0, 0, 0x04), &[2]);
+    assert_eq!((at(&mmio, 0xc000_0000), at(&mmio, 0xdfc0_0000)), (1, 2));
 }

@@ -131,6 +131,8 @@ struct Inner {
     core: Core,
     /// Where the base address register answers.
     mapped: Option<u64>,
+    /// Told when a driver begins to run the device.
+    on_driver: Option<Box<dyn Fn() + Send>>,
     /// The address that `doorbells` were made for.
     rung_at: Option<u64>,
     doorbells: Vec<Box<dyn Send + Sync>>,
@@ -192,6 +194,7 @@ impl VirtioPci {
                 window,
                 core,
                 mapped: None,
+                on_driver: None,
                 rung_at: None,
                 doorbells: Vec::new(),
             }),
@@ -206,6 +209,18 @@ impl VirtioPci {
     /// Whether a driver runs the device: from DRIVER_OK until a reset.
     pub fn driver_is_ok(&self) -> bool {
         self.lock().core.is_live()
+    }
+
+    /// Calls `tell` each time that a driver begins to run the device (DRIVER_OK), on the vCPU's thread and with the
+    /// function locked: it must not wait, nor use the function.
+    pub fn on_driver(&self, tell: impl Fn() + Send + 'static) {
+        self.lock().on_driver = Some(Box::new(tell));
+    }
+
+    /// Whether the guest lets the function answer to memory accesses, or a driver runs it.
+    pub fn is_in_use(&self) -> bool {
+        let inner = self.lock();
+        inner.config.memory_enabled() || inner.core.is_live()
     }
 
     /// What lies at an offset into the base address register, for messages.
@@ -318,8 +333,12 @@ impl VirtioPci {
         let (structure, within) = split(offset);
         match structure {
             COMMON => {
+                let before = inner.core.is_live();
                 self.write_common(inner, within, data);
                 self.follow_doorbells(inner);
+                if let (false, true, Some(tell)) = (before, inner.core.is_live(), &inner.on_driver) {
+                    tell();
+                }
             }
             DEVICE => inner.core.write_config(within, data),
             NOTIFY => {

@@ -1,0 +1,151 @@
+//! Which virtio device is which PCI function of a machine, and how one comes and goes while the machine runs.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use api::DeviceConfig;
+use devices::pci::{Indicator, PciSegment, RootPort};
+use devices::virtio::transport::VirtioPci;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::Failure;
+use crate::devices::DeviceCounters;
+use crate::inbox::{Event, Inbox};
+use crate::machine::Parts;
+use crate::seams::VmSeam;
+
+/// How long a vCPU may be in the middle of one access to a device.
+const LONGEST_ACCESS: Duration = Duration::from_secs(10);
+/// How often it is looked whether it still is.
+const LOOK: Duration = Duration::from_micros(100);
+
+/// The devices of a machine, in their order.
+pub struct Functions {
+    pci: Arc<PciSegment>,
+    seam: VmSeam,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    list: Vec<Function>,
+}
+
+struct Function {
+    id: String,
+    pci: Arc<VirtioPci>,
+    /// The root port that it is behind; without one it is on the root bus.
+    port: Option<u8>,
+    counters: DeviceCounters,
+}
+
+/// Where a device goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// To the root bus, before the guest runs.
+    Root,
+    /// Behind this root port, before the guest runs.
+    Port(u8),
+    /// Behind this root port, and the guest is told.
+    Plugged(u8),
+}
+
+impl Functions {
+    /// None yet.
+    pub fn new(pci: Arc<PciSegment>, seam: VmSeam, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
+        Self { pci, seam, memory, list: Vec::new() }
+    }
+
+    /// Makes a device and puts it in its place. While all `stand`, its queues do, too.
+    ///
+    /// # Errors
+    /// [`Failure::Host`]; nothing is left of it then.
+    pub fn add(&mut self, device: &DeviceConfig, place: Place, parts: &Parts, stand: bool) -> Result<(), Failure> {
+        let id = device.id().to_owned();
+        let (virtio, counters) = crate::devices::create(device, parts)?;
+        let seam = Arc::new(self.seam.clone());
+        let pci = Arc::new(VirtioPci::new(&id, virtio, self.memory.clone(), seam.clone(), seam)?);
+        if stand {
+            pci.suspend();
+        }
+        let port = match place {
+            Place::Root => {
+                self.pci.add(pci.clone())?;
+                None
+            }
+            Place::Port(port) | Place::Plugged(port) => {
+                let inbox: Inbox = parts.inbox.clone();
+                pci.on_driver(move || inbox.post(Event::DriverCame { port }));
+                self.pci.plug(port, pci.clone(), matches!(place, Place::Port(_)))?;
+                Some(port)
+            }
+        };
+        self.list.push(Function { id, pci, port, counters });
+        Ok(())
+    }
+
+    /// Takes a device out from behind its root port, and drops it, with everything completed that was in flight. False
+    /// where there is no such device.
+    pub fn take_out(&mut self, id: &str) -> bool {
+        let Some(at) = self.list.iter().position(|function| function.id == id && function.port.is_some()) else {
+            return false;
+        };
+        let Function { pci, port, .. } = self.list.remove(at);
+        drop(port.and_then(|port| self.pci.unplug(port)));
+        pci.suspend();
+        drop_here(pci, id);
+        true
+    }
+
+    /// A root port without a device; one whose guest has no business with the last device any more, where there is one.
+    pub fn free_port(&self) -> Option<u8> {
+        let taken = |port: &u8| self.list.iter().any(|function| function.port == Some(*port));
+        let free = || (0..=u8::MAX).map_while(|number| Some((number, self.pci.port(number)?)));
+        let settled = free().find(|(number, port)| !taken(number) && port.indicator() == Indicator::Off);
+        settled.or_else(|| free().find(|(number, _)| !taken(number))).map(|(number, _)| number)
+    }
+
+    /// A root port.
+    pub fn port(&self, number: u8) -> Option<Arc<RootPort>> {
+        self.pci.port(number)
+    }
+
+    /// Whether the guest uses the device behind a root port: it has powered the slot up, or lets the device answer.
+    pub fn in_use(&self, port: u8) -> bool {
+        let shows = self.pci.port(port).map(|port| port.indicator());
+        let device = self.list.iter().find(|function| function.port == Some(port));
+        shows != Some(Indicator::Off) || device.is_some_and(|function| function.pci.is_in_use())
+    }
+
+    /// Stops the queues of all devices, drained.
+    pub fn suspend(&self) {
+        self.list.iter().for_each(|function| function.pci.suspend());
+    }
+
+    /// Starts them again.
+    pub fn resume(&self) {
+        self.list.iter().for_each(|function| function.pci.resume());
+    }
+
+    /// What each device counts, with its id.
+    pub fn counters(&self) -> Vec<(String, DeviceCounters)> {
+        self.list.iter().map(|function| (function.id.clone(), function.counters.clone())).collect()
+    }
+
+    /// Those that stay as long as the machine does, with their ids.
+    pub fn on_the_root_bus(&self) -> Vec<(String, Arc<VirtioPci>)> {
+        let stay = self.list.iter().filter(|function| function.port.is_none());
+        stay.map(|function| (function.id.clone(), function.pci.clone())).collect()
+    }
+}
+
+/// Drops a function on this thread, once no vCPU is in the middle of an access to it: a vCPU's thread may neither close
+/// files nor wait for a device's thread.
+fn drop_here(mut function: Arc<VirtioPci>, id: &str) {
+    let began = Instant::now();
+    while let Err(shared) = Arc::try_unwrap(function) {
+        if began.elapsed() > LONGEST_ACCESS {
+            tracing::error!("«{id}» is taken out, but something holds on to it");
+            return;
+        }
+        function = shared;
+        thread::sleep(LOOK);
+    }
+}
