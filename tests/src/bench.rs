@@ -3,6 +3,7 @@
 //! Every limit is either a ratio of two programs measured side by side in one run, so that it says the same on any
 //! machine, or a size.
 
+pub mod api;
 pub mod boot;
 pub mod boot_trace;
 pub mod hotadd;
@@ -69,9 +70,24 @@ impl Finding {
         Self::new(what, unit, (own / other, result_is), limit).with(series)
     }
 
+    /// By how much Halyard's median is above that of the one other.
+    pub fn difference(what: impl Into<String>, unit: &'static str, series: Vec<Series>, limit: f64) -> Self {
+        let (own, other) = match series.as_slice() {
+            [own, other] => (own.median, other.median),
+            _ => (f64::NAN, f64::NAN),
+        };
+        Self::new(what, unit, (own - other, format!("{unit} more")), limit).with(series)
+    }
+
+    /// Halyard's median itself, beside those of others that have no say.
+    pub fn absolute(what: impl Into<String>, unit: &'static str, series: Vec<Series>, limit: f64) -> Self {
+        let own = series.first().map_or(f64::NAN, |own| own.median);
+        Self::new(what, unit, (own, unit.to_owned()), limit).with(series)
+    }
+
     /// Halyard's median itself.
     pub fn amount(what: impl Into<String>, unit: &'static str, series: Series, limit: f64) -> Self {
-        Self::new(what, unit, (series.median, unit.to_owned()), limit).with(vec![series])
+        Self::absolute(what, unit, vec![series], limit)
     }
 
     fn new(what: impl Into<String>, unit: &'static str, (result, result_is): (f64, String), limit: f64) -> Self {
@@ -121,6 +137,17 @@ mod tests {
         assert!(finding.to_string().contains("OK: 0.80 times the median of fast; the limit is 0.80"), "{finding}");
         let missed = Finding::ratio("time", "s", vec![series("own", 6.0), series("fast", 5.0)], 0.8);
         assert!(!missed.met && missed.to_string().contains("MISSED: 1.20"), "{missed}");
+    }
+
+    #[test]
+    fn the_difference_is_that_to_the_other_and_others_have_no_say_in_an_amount() {
+        let series = || vec![Series::new("own", vec![5.5]), Series::new("other", vec![4.0])];
+        let finding = Finding::difference("time", "ms", series(), 2.0);
+        assert_eq!((finding.result, finding.met), (1.5, true));
+        assert!(!Finding::difference("time", "ms", series(), 1.0).met);
+        assert!(!Finding::difference("time", "ms", vec![], 1.0).met);
+        let finding = Finding::absolute("time", "ms", series(), 5.0);
+        assert_eq!((finding.result, finding.met), (5.5, false));
     }
 
     #[test]

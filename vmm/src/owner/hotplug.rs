@@ -35,6 +35,8 @@ struct Waiting {
     port: u8,
     job: u64,
     deadline: Instant,
+    /// For [`Wish::Remove`]: the button was pressed. While the indicator still blinks for something else it is not.
+    pressed: bool,
     /// The indicator has blinked: what it shows next is the guest's answer.
     blinked: bool,
 }
@@ -191,14 +193,24 @@ impl Owner {
         let job = self.board.start_job(JobKind::RemoveDevice, Some(id));
         self.wait_for(Wish::Remove, id.to_owned(), port, job);
         if !self.hotplug.keep.remove(&port) {
-            self.press(port);
+            self.ask_for(port);
         }
         Ok(Answer::Job(job))
     }
 
     fn wait_for(&mut self, wish: Wish, id: String, port: u8, job: u64) {
         let deadline = Instant::now() + self.patience();
-        self.hotplug.waiting.push(Waiting { wish, id, port, job, deadline, blinked: false });
+        self.hotplug.waiting.push(Waiting { wish, id, port, job, deadline, pressed: true, blinked: false });
+    }
+
+    /// Presses the button for a wait that has just begun, or leaves that for when the indicator does not blink any more.
+    fn ask_for(&mut self, port: u8) {
+        let port_now = self.phase.live().and_then(|live| live.machine.port(port));
+        if port_now.is_none_or(|port| port.indicator() != Indicator::Blinking) {
+            self.press(port);
+        } else if let Some(waiting) = self.hotplug.waiting.last_mut() {
+            waiting.pressed = false;
+        }
     }
 
     /// Presses a port's attention button.
@@ -217,12 +229,14 @@ impl Owner {
         let refused = |what: &str| Ending::failed(409, "Conflict", what.to_owned());
         let ending = match (waiting.wish, shows) {
             (_, Indicator::Blinking) => {
-                waiting.blinked = true;
+                waiting.blinked = waiting.pressed;
                 return;
             }
             (Wish::Add, Indicator::On) | (Wish::Remove, Indicator::Off) => Ending::Done,
-            // It has kept the device when it was asked before, and may have taken this for the same.
-            (Wish::Remove, Indicator::On) if !waiting.blinked => return self.press(port),
+            (Wish::Remove, Indicator::On) if !waiting.pressed => {
+                waiting.pressed = true;
+                return self.press(port);
+            }
             // What the guest still had to say of a device that was there before.
             _ if !waiting.blinked => return,
             (Wish::Add, Indicator::Off) => refused("the guest did not take the device"),
@@ -231,9 +245,10 @@ impl Owner {
         self.answered(|waiting| waiting.port == port, ending);
     }
 
-    /// A driver runs the device behind a port.
+    /// A driver runs the device behind a port. Where the indicator blinks, the guest says itself when it is ready.
     pub(super) fn driver_came(&mut self, port: u8) {
-        self.answered(|waiting| waiting.port == port && waiting.wish == Wish::Add, Ending::Done);
+        let is_it = |waiting: &Waiting| waiting.port == port && waiting.wish == Wish::Add && !waiting.blinked;
+        self.answered(is_it, Ending::Done);
     }
 
     /// Ends what guests have not answered in time.
@@ -254,7 +269,7 @@ impl Owner {
 
     /// Ends a wait.
     fn answered(&mut self, which: impl Fn(&Waiting) -> bool, ending: Ending) {
-        let Some(Waiting { wish, id, port, job, .. }) = self.hotplug.take(which) else { return };
+        let Some(Waiting { wish, id, port, job, pressed, .. }) = self.hotplug.take(which) else { return };
         match (wish, ending) {
             (Wish::Add, Ending::Done) => {
                 self.board.end_job(job, JobState::Succeeded, None);
@@ -268,7 +283,7 @@ impl Owner {
             (_, Ending::Undone(how, error)) => {
                 if wish == Wish::Add {
                     self.take_out(&id);
-                } else {
+                } else if pressed {
                     self.press_again(port);
                 }
                 if let Some(error) = &error {
@@ -317,7 +332,7 @@ impl Owner {
         self.hotplug.waiting = stay;
         self.hotplug.keep.clear();
         for waiting in &mut self.hotplug.waiting {
-            (waiting.deadline, waiting.blinked) = (deadline, false);
+            (waiting.deadline, waiting.pressed, waiting.blinked) = (deadline, true, false);
         }
         let gone: Vec<Waiting> = gone;
         for Waiting { id, job, .. } in gone {
