@@ -1,6 +1,8 @@
 //! The API as its description has it, by programs that are not ours: schemathesis tries what the description allows and
-//! what it does not, and a client that openapi-python-client makes of the description boots a VM.
+//! what it does not, and a client that openapi-python-client makes of the description boots a VM. promtool reads
+//! the metrics.
 
+use std::process::Command;
 use std::time::Duration;
 
 use api::{Console, DeviceConfig, Disk, Endpoint, Rng, VmConfig};
@@ -80,4 +82,27 @@ fn a_generated_client_boots_a_vm() {
     assert_eq!(run.output(), "the guest switched itself off\n");
     served.signal(Signal::SIGTERM);
     served.finish().expect_code(0);
+}
+
+#[test]
+fn promtool_has_nothing_to_say_of_the_metrics() {
+    if !kvm() {
+        return;
+    }
+    let served = Served::start("serve", ["--log-level", "warn"]);
+    let mut client = served.client();
+    let promtool = halyard_tests::cache::folder().expect("a cache").join("bin/promtool");
+    // Without a VM, and with one that has a device of each type.
+    for booted in [false, true] {
+        if booted {
+            client.create(&config(&served)).expect("a VM");
+            client.boot().expect("a running VM");
+        }
+        let mut command = Command::new(&promtool);
+        command.args(["check", "metrics"]);
+        let mut check = Running::start(command, PATIENCE);
+        check.send(client.metrics().expect("metrics").as_bytes());
+        let run = check.finish().expect_code(0);
+        assert_eq!((run.output().as_str(), run.stderr.as_str()), ("", ""));
+    }
 }
