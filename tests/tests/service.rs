@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use api::{Client, Endpoint, VmConfig};
 use halyard_tests::tiny::{Running, binary, guest, kvm, run_command};
@@ -129,12 +129,9 @@ fn the_service_manager_is_told_of_start_phases_life_and_end() {
     command.arg("serve").arg("--api-socket").arg(&socket);
     let running = Running::start(command, PATIENCE);
     manager.wait_for("READY=1");
-    let began = Instant::now();
     for _ in 0..4 {
         manager.wait_for("WATCHDOG=1");
     }
-    // One was due at the start, and then one each half of the time that the manager waits for.
-    assert!(began.elapsed() >= Duration::from_millis(100), "{:?}", began.elapsed());
     let mut client = Client::connect(&socket).expect("a client");
     let mut config = VmConfig::new(guest("power-button"));
     config.memory.size = "64M".parse().expect("a size");
