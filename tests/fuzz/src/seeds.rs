@@ -32,6 +32,7 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "registers" => registers(),
         "payload" => payload(),
         "relocations" => relocations(),
+        "json" => json(),
         _ => panic!("there is no target {target}"),
     }
 }
@@ -136,6 +137,26 @@ fn pci() -> Vec<Vec<u8>> {
     ]
     .map(|steps| program(&steps))
     .to_vec()
+}
+
+/// Bodies of each type, behind the byte that chooses it.
+fn json() -> Vec<Vec<u8>> {
+    let whole = r#"{"kernel": {"path": "k", "cmdline": "a"}, "cpus": {"count": 2, "topology": {"sockets": 1, "cores": 2,
+        "threads": 1}}, "memory": {"size": "64M", "hugepages": "2M"}, "kind": {"type": "standard"},
+        "serial": {"type": "api"}, "devices": [{"type": "disk", "path": "d", "serial": "s"}, {"type": "net", "tap": "t",
+        "mac": "52:54:00:12:34:56", "mtu": 1500}, {"type": "console", "endpoint": {"type": "file", "path": "f"}}]}"#;
+    let bodies = [
+        (0, r#"{"kernel": {"path": "k"}}"#),
+        (0, whole),
+        (0, r#"{"kernel": {}, "cpus": {"count": 300}, "x": 1, "x": 2, "memory": {"size": 1.0}}"#),
+        (1, r#"{"type": "disk", "id": "root", "fd": 3, "queues": 4}"#),
+        (1, r#"{"type": "rng"}"#),
+        (2, r#"{"deadline": "30s", "force": true}"#),
+        (3, r#"{"count": 2.0}"#),
+        (4, r#"{"size": "1G"}"#),
+        (4, r#"{"size": 18446744073709551615}"#),
+    ];
+    bodies.iter().map(|(kind, text)| [&[*kind], text.as_bytes()].concat()).collect()
 }
 
 fn config() -> Vec<Vec<u8>> {
