@@ -103,6 +103,8 @@ mod tests {
         assert_eq!(fields, ["kernel.path", "x", "cpus.count"], "{told:?}");
         let told = problems::<DeviceConfig>(r#"{"type": "disk", "readonly": 1, "queues": "x"}"#, "DeviceConfig");
         assert_eq!(told.len(), 3, "{told:?}");
+        let told = problems::<VmConfig>(r#"{"kernel": {"path": "k"}, "memory": {"hugepages": "4M"}}"#, "VmConfig");
+        assert!(told[0].starts_with("memory.hugepages: «4M» is not possible here"), "{told:?}");
         assert_eq!(problems::<VcpusPatch>("[]", "VcpusPatch").len(), 1);
         assert_eq!(problems::<VcpusPatch>("null", "VcpusPatch").len(), 1);
         assert_eq!(problems::<Shutdown>(r#"{"force": 1, "force": true}"#, "Shutdown").len(), 2);

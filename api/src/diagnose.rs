@@ -73,12 +73,11 @@ impl<'schema> Walk<'schema> {
         if optional && node.is_null() {
             return Some(Value::Null);
         }
+        if let Some(words) = words(schema) {
+            return self.choice(node, &words, path);
+        }
         if let Some(branches) = schema.get("oneOf").and_then(Value::as_array) {
-            return if branches.iter().any(|branch| branch.get("properties").is_some()) {
-                self.tagged(node, branches, path)
-            } else {
-                self.choice(node, branches, path)
-            };
+            return self.tagged(node, branches, path);
         }
         match (type_of(schema), &node.shape) {
             ("object", Shape::Map(_)) => Some(self.object(node, schema, path)),
@@ -184,8 +183,8 @@ impl<'schema> Walk<'schema> {
     }
 
     /// One of several words.
-    fn choice(&mut self, node: &Node, branches: &'schema [Value], path: &str) -> Option<Value> {
-        let words = || branches.iter().filter_map(|branch| branch.get("const")?.as_str());
+    fn choice(&mut self, node: &Node, words: &[&str], path: &str) -> Option<Value> {
+        let words = || words.iter().copied();
         let Shape::Scalar { text, .. } = &node.shape else {
             return self.mismatch(node, path, "a word", &format!("it is one of: {}", list(words())));
         };
@@ -286,6 +285,15 @@ impl<'schema> Walk<'schema> {
             _ => "stand-in".into(),
         }
     }
+}
+
+/// The words that a value is one of, each with a description (`oneOf`) or without (`enum`).
+pub(crate) fn words(schema: &Value) -> Option<Vec<&str>> {
+    if let Some(words) = schema.get("enum").and_then(Value::as_array) {
+        return words.iter().map(Value::as_str).collect();
+    }
+    let branches = schema.get("oneOf").and_then(Value::as_array)?;
+    branches.iter().map(|branch| branch.get("const")?.as_str()).collect()
 }
 
 /// The one type of a value beside null.

@@ -4,6 +4,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
+use crate::diagnose::words;
 use crate::routes::{Content, EVENT_STREAM, Operation, ROUTES, Route};
 use crate::schema::unfold;
 use crate::{
@@ -40,6 +41,8 @@ pub fn openapi() -> Value {
     register::<ProblemDocument>(&mut generator);
     let mut schemas = Value::Object(generator.take_definitions(true));
     unfold(&mut schemas);
+    name_variants(&mut schemas);
+    list_words(&mut schemas);
     add_patch(&mut schemas);
 
     let mut paths: Map<String, Value> = Map::new();
@@ -65,6 +68,33 @@ pub fn openapi() -> Value {
 
 fn register<T: JsonSchema>(generator: &mut SchemaGenerator) {
     generator.subschema_for::<T>();
+}
+
+/// Gives each variant of a tagged type the type's name with its tag as a title, after which generated clients name it.
+fn name_variants(schemas: &mut Value) {
+    for (name, schema) in schemas.as_object_mut().into_iter().flatten() {
+        for variant in schema.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten() {
+            let tag = variant.pointer("/properties/type/const").and_then(Value::as_str);
+            if let Some(title) = tag.map(|tag| format!("{name} {tag}")) {
+                variant["title"] = title.into();
+            }
+        }
+    }
+}
+
+/// Lists the words that a value is one of as an `enum`, and what they mean in its description: generators of clients
+/// take no other form of them.
+fn list_words(schemas: &mut Value) {
+    for schema in schemas.as_object_mut().into_iter().flat_map(Map::values_mut) {
+        let Some(words) = words(schema).map(|words| json!(words)) else { continue };
+        let branches = schema.get("oneOf").and_then(Value::as_array).into_iter().flatten();
+        let meanings = branches.filter_map(|branch| {
+            Some(format!("`{}`: {}", branch.get("const")?.as_str()?, branch.get("description")?.as_str()?))
+        });
+        let about = schema.get("description").and_then(Value::as_str).map(str::to_owned);
+        let description: Vec<String> = about.into_iter().chain(meanings).collect();
+        *schema = json!({ "type": "string", "enum": words, "description": description.join("\n") });
+    }
 }
 
 /// A patch of a device is a part of one: any of its fields.
@@ -113,7 +143,7 @@ fn parameters(route: &Route) -> Vec<Value> {
     let mut parameters = Vec::new();
     if route.path.contains("{id}") {
         let schema = match route.operation {
-            Operation::GetJob | Operation::CancelJob => json!({ "type": "integer", "format": "uint64", "minimum": 0 }),
+            Operation::GetJob | Operation::CancelJob => number(),
             _ => json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$" }),
         };
         parameters.push(json!({ "name": "id", "in": "path", "required": true, "schema": schema }));
@@ -134,7 +164,7 @@ fn parameters(route: &Route) -> Vec<Value> {
             "in": "header",
             "description": "The number of the last event that is known: the stream begins with the next. Without it, \
                             with what happens from now on.",
-            "schema": { "type": "integer", "format": "uint64", "minimum": 0 },
+            "schema": number(),
         })),
         Operation::OpenConsole => parameters.push(json!({
             "name": "takeover",
@@ -167,6 +197,11 @@ fn content(content: Content) -> Option<(&'static str, Value)> {
         Content::Text(EVENT_STREAM) => Some((EVENT_STREAM, event())),
         Content::Text(media) => Some((media.split(';').next().unwrap_or(media), json!({ "type": "string" }))),
     }
+}
+
+/// A number of an event or a job.
+fn number() -> Value {
+    json!({ "type": "integer", "format": "uint64", "minimum": 0, "maximum": u64::MAX })
 }
 
 fn event() -> Value {

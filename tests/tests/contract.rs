@@ -1,6 +1,8 @@
 //! The API as its description has it, by programs that are not ours: schemathesis tries what the description allows and
-//! what it does not.
+//! what it does not, and a client that openapi-python-client makes of the description boots a VM. promtool reads
+//! the metrics.
 
+use std::process::Command;
 use std::time::Duration;
 
 use api::{Console, DeviceConfig, Disk, Endpoint, Rng, VmConfig};
@@ -27,6 +29,7 @@ fn config(served: &Served) -> VmConfig {
     config
 }
 
+const DESCRIPTION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/openapi.json");
 /// Tries so many examples for each operation, or as many as `CONTRACT_EXAMPLES` says: `make soak` has more time.
 const EXAMPLES: &str = "10";
 
@@ -44,7 +47,7 @@ fn what_the_description_says_of_the_api_is_so() {
     command.env("SCHEMATHESIS_HOOKS", file("hooks.py")).env("HALYARD_CONFIG", vm);
     command.arg("--config-file").arg(file("schemathesis.toml")).args(["run", "--url", &format!("http://{port}")]);
     command.args(["--max-examples", &examples, "--seed", "1", "--generation-database", "none", "--no-color"]);
-    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/openapi.json"));
+    command.arg(DESCRIPTION);
     command.current_dir(served.path(""));
     let run = Running::start(command, PATIENCE).finish();
     if run.code() != Some(0) {
@@ -60,4 +63,46 @@ fn what_the_description_says_of_the_api_is_so() {
     }
     served.signal(Signal::SIGTERM);
     served.finish().expect_code(0);
+}
+
+#[test]
+fn a_generated_client_boots_a_vm() {
+    if !kvm() {
+        return;
+    }
+    let served = Served::start("serve", ["--log-level", "warn"]);
+    let mut generate = program("openapi-python-client").unwrap_or_else(|error| panic!("{error:#}"));
+    generate.args(["generate", "--fail-on-warning", "--meta", "none", "--path", DESCRIPTION, "--output-path"]);
+    generate.arg(served.path("halyard_client")).current_dir(served.path(""));
+    Running::start(generate, PATIENCE).finish().expect_code(0);
+    let mut client = program("python3").unwrap_or_else(|error| panic!("{error:#}"));
+    client.arg(file("client.py")).arg(served.path("api")).arg(guest("power-button"));
+    client.env("PYTHONPATH", served.path("")).current_dir(served.path(""));
+    let run = Running::start(client, PATIENCE).finish().expect_code(0);
+    assert_eq!(run.output(), "the guest switched itself off\n");
+    served.signal(Signal::SIGTERM);
+    served.finish().expect_code(0);
+}
+
+#[test]
+fn promtool_has_nothing_to_say_of_the_metrics() {
+    if !kvm() {
+        return;
+    }
+    let served = Served::start("serve", ["--log-level", "warn"]);
+    let mut client = served.client();
+    let promtool = halyard_tests::cache::folder().expect("a cache").join("bin/promtool");
+    // Without a VM, and with one that has a device of each type.
+    for booted in [false, true] {
+        if booted {
+            client.create(&config(&served)).expect("a VM");
+            client.boot().expect("a running VM");
+        }
+        let mut command = Command::new(&promtool);
+        command.args(["check", "metrics"]);
+        let mut check = Running::start(command, PATIENCE);
+        check.send(client.metrics().expect("metrics").as_bytes());
+        let run = check.finish().expect_code(0);
+        assert_eq!((run.output().as_str(), run.stderr.as_str()), ("", ""));
+    }
 }
