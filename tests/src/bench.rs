@@ -7,6 +7,7 @@ pub mod api;
 pub mod boot;
 pub mod boot_trace;
 pub mod hotadd;
+pub mod many;
 pub mod memory;
 pub mod share;
 pub mod startup;

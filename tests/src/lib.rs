@@ -12,6 +12,7 @@
 //! # }
 //! ```
 
+pub mod abuse;
 pub mod agent;
 pub mod bench;
 pub mod cache;

@@ -8,11 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::bench::Series;
+use halyard_tests::abuse;
 use halyard_tests::bench::memory::private_dirty;
+use halyard_tests::bench::{Series, many};
 use halyard_tests::service::{self, Service};
 use halyard_tests::story::{PATIENCE, Story, ask, boot, power_off};
-use halyard_tests::tiny::{Tiny, debug_exit};
+use halyard_tests::tiny::{Tiny, debug_exit, kvm};
 use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Tap, Vm, VmSpec};
 
 /// Guests booted one after another: twice each pair of kernel and format, with one and with two processors.
@@ -36,6 +37,13 @@ const TINY_GROWTH: f64 = 48.0;
 const PLUGS: usize = 500;
 const PLUGS_AT_ONCE: usize = 4;
 const PLUGS_SETTLED: usize = 12;
+/// How long each kind of abuse of the API lasts, connections that come at once with it, and how often clients are killed.
+const ABUSE: Duration = Duration::from_secs(20);
+const ABUSE_CONNECTIONS: usize = 10_000;
+const KILLED_CLIENTS: usize = 100;
+/// VMs through one process, and each in a process of its own; and all at once.
+const VMS: usize = 1000;
+const VMS_AT_ONCE: usize = 100;
 /// How much more memory of its own, in KiB, a monitor may have after all resets than after the first ones. Its heap takes
 /// some hundred resets to find the size that it keeps.
 const GROWTH: f64 = 128.0;
@@ -318,6 +326,40 @@ fn soak_serial_input_arrives_whole() -> Result<()> {
     let rate = rate(TYPED, began);
     story.tell(&format!("{} KiB with equal sums, {rate} bytes a second", TYPED >> 10));
     power_off(&vm)
+}
+
+#[test]
+fn soak_abuse_of_the_api_disturbs_nobody() -> Result<()> {
+    let story = Story::begin("abuse");
+    if !kvm() {
+        return Ok(());
+    }
+    let report = abuse::endure(&abuse::Kind::ALL, ABUSE, ABUSE_CONNECTIONS);
+    abuse::kill_clients(KILLED_CLIENTS);
+    story.tell(&format!("{report}; {KILLED_CLIENTS} times two clients killed"));
+    Ok(())
+}
+
+#[test]
+fn soak_vms_by_the_thousand_leave_nothing_behind() -> Result<()> {
+    let story = Story::begin("many");
+    if !kvm() {
+        return Ok(());
+    }
+    let before = leftovers()?;
+    let (figures, censuses) = many::through_one_process(VMS, |pid| Census::here(pid))?;
+    let [settled, last] = &censuses[..] else { anyhow::bail!("two counts") };
+    last.check_since(settled, GROWTH)?;
+    let (settled, last) = (settled.memory, last.memory);
+    let processes = many::one_after_another(VMS)?;
+    let at_once = many::at_once(VMS_AT_ONCE)?;
+    assert_eq!(leftovers()?, before);
+    story.tell(&format!(
+        "{VMS} VMs through one process: {:.1} a second, {settled} KiB of memory after a tenth of them, then {last}; \
+         {VMS} processes: {processes:.1} a second; {VMS_AT_ONCE} at once: {:.1} a second, {:.2} MiB each",
+        figures, at_once.rate, at_once.mebibytes
+    ));
+    Ok(())
 }
 
 /// Descriptors of this process, and children that it has not waited for.

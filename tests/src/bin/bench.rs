@@ -1,20 +1,20 @@
 //! Measures Halyard's speed and memory beside others, prints a table and writes it as JSON.
 //!
-//! Usage: `bench [startup] [memory] [api] [boot] [boot-trace] [share] [hotadd]`, all of them where none is named. A missed limit is said, but is no failure:
+//! Usage: `bench [startup] [memory] [api] [many] [boot] [boot-trace] [share] [hotadd]`, all of them where none is named. A missed limit is said, but is no failure:
 //! the exit code is 1 only where something could not be measured.
 //!
 //! Environment: `HALYARD_BIN` names the program (else what lies beside this one), `HALYARD_BENCH_ROUNDS` and
-//! `HALYARD_BENCH_BOOTS` say how often (31 and 5), `HALYARD_BENCH_GUESTS` how many share (10), `HALYARD_BENCH_JSON` names the file (`bench-results.json`).
+//! `HALYARD_BENCH_BOOTS` say how often (31 and 5), `HALYARD_BENCH_GUESTS` how many share (10), `HALYARD_BENCH_VMS` how many VMs there are one after another (1000), `HALYARD_BENCH_JSON` names the file (`bench-results.json`).
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::bench::{Finding, api, boot, boot_trace, hotadd, memory, share, startup};
+use halyard_tests::bench::{Finding, api, boot, boot_trace, hotadd, many, memory, share, startup};
 use halyard_tests::vm;
 use serde::Serialize;
 
 /// What can be measured, by name.
-const ALL: [&str; 7] = ["startup", "memory", "api", "boot", "boot-trace", "share", "hotadd"];
+const ALL: [&str; 8] = ["startup", "memory", "api", "many", "boot", "boot-trace", "share", "hotadd"];
 
 #[derive(Serialize)]
 struct Report {
@@ -59,6 +59,9 @@ fn main() -> Result<()> {
     }
     if wants("api") {
         api::measure(count("HALYARD_BENCH_ROUNDS", 31)?)?.into_iter().for_each(&mut found);
+    }
+    if wants("many") {
+        many::measure(count("HALYARD_BENCH_VMS", 1000)?)?.into_iter().for_each(&mut found);
     }
     if wants("boot") {
         boot::measure(count("HALYARD_BENCH_BOOTS", 5)?)?.into_iter().for_each(&mut found);

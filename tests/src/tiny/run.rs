@@ -136,6 +136,11 @@ impl Running {
         Self { stdin: child.stdin.take(), child, output, messages, started, deadline: started + deadline }
     }
 
+    /// Lets it have so much time from now on.
+    pub(super) fn extend(&mut self, deadline: Duration) {
+        self.deadline = Instant::now() + deadline;
+    }
+
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -37,6 +37,12 @@ impl Served {
         served
     }
 
+    /// Gives it more time to come to its end.
+    pub fn patient(mut self, deadline: Duration) -> Self {
+        self.running.extend(deadline);
+        self
+    }
+
     /// A socket or file of this name in the folder that it runs in.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)

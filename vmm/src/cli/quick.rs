@@ -1,20 +1,22 @@
-//! The plain case of `halyard run`, read without clap.
+//! The plain case of `halyard run` and `halyard serve`, read without clap.
 //!
-//! Clap builds its whole description of the command line before it reads the first word, which takes about a tenth of
-//! a millisecond: a good part of the time in which the monitor brings a guest to its first instruction. What is read
+//! Clap builds its whole description of the command line before it reads the first word, which takes tenths of a
+//! millisecond: a good part of the time in which the monitor brings a guest to its first instruction. What is read
 //! here means the same to clap, which a test holds; whatever is not plain (help, mistakes, other commands) is left to
 //! clap.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::args::{Action, Cli, LogArgs, RunArgs, ServiceArgs};
+use super::args::{Action, Cli, LogArgs, RunArgs, ServeArgs, ServiceArgs};
 use crate::logging::{Format, Level};
 
 /// Where a flag's value belongs.
 enum Slot<'args> {
     One(&'args mut Option<String>),
+    Path(&'args mut Option<PathBuf>),
     Many(&'args mut Vec<String>),
     /// A value may follow after `=` only.
     Attached(&'args mut Option<String>),
@@ -24,11 +26,12 @@ enum Slot<'args> {
 /// Reads a command line, the program's name first; `None` where clap is needed.
 pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
     let mut words = words.into_iter().skip(1);
-    if words.next()? != "run" {
-        return None;
-    }
-    let mut args = RunArgs::default();
-    let mut service = ServiceArgs::default();
+    let serves = match words.next()?.to_str()? {
+        "run" => false,
+        "serve" => true,
+        _ => return None,
+    };
+    let mut args = ServeArgs::default();
     let mut log = LogWords::default();
     while let Some(word) = words.next() {
         let word = word.into_string().ok()?;
@@ -41,8 +44,16 @@ pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
             Some(value) => Some(value),
             None => words.next()?.into_string().ok().filter(|value| !value.starts_with('-')),
         };
-        match slot(&mut args, &mut service, &mut log, name) {
+        let slot = match name {
+            "boot" if serves => Some(Slot::Switch(&mut args.boot)),
+            _ => slot(&mut args.vm, &mut args.service, &mut log, name),
+        };
+        match slot {
             Some(Slot::One(slot)) if slot.is_none() => *slot = Some(value(attached)?),
+            // Clap knows no empty path.
+            Some(Slot::Path(slot)) if slot.is_none() => {
+                *slot = Some(value(attached).filter(|path| !path.is_empty())?.into());
+            }
             Some(Slot::Many(slot)) => slot.push(value(attached)?),
             Some(Slot::Attached(slot)) if slot.is_none() && attached.as_deref() != Some("") => {
                 *slot = Some(attached.unwrap_or_default());
@@ -53,7 +64,13 @@ pub fn read(words: impl IntoIterator<Item = OsString>) -> Option<Cli> {
     }
     let level = log.level.map_or(Ok(Level::Info), |word| Level::from_str(&word, false)).ok()?;
     let format = log.format.map_or(Ok(Format::Text), |word| Format::from_str(&word, false)).ok()?;
-    Some(Cli { action: Action::Run(Box::new(args), service), log: LogArgs { level, format } })
+    let action = if serves {
+        Action::Serve(Box::new(args))
+    } else {
+        let ServeArgs { service, vm, .. } = args;
+        Action::Run(Box::new(vm), service)
+    };
+    Some(Cli { action, log: LogArgs { level, format } })
 }
 
 /// The log's flags as they were written.
@@ -93,6 +110,8 @@ fn slot<'args>(
         "debug-exit" => Slot::Switch(&mut args.debug_exit),
         "on-reset" => Slot::One(&mut args.on_reset),
         "on-panic" => Slot::One(&mut args.on_panic),
+        "api-socket" => Slot::One(&mut service.api_socket),
+        "pid-file" => Slot::Path(&mut service.pid_file),
         "sandbox" => Slot::One(&mut service.sandbox),
         "core-dumps" => Slot::Switch(&mut service.core_dumps),
         "grant" => Slot::Many(&mut service.grant),
@@ -112,10 +131,10 @@ mod tests {
     /// A word of a command line: a flag that exists, one that almost does, a value, or anything.
     fn word() -> impl Strategy<Value = String> {
         let names: Vec<String> = super::super::args::command()
-            .find_subcommand_mut("run")
-            .map(|run| {
-                run.build();
-                run.get_arguments().filter_map(|arg| arg.get_long().map(str::to_owned)).collect()
+            .find_subcommand_mut("serve")
+            .map(|serve| {
+                serve.build();
+                serve.get_arguments().filter_map(|arg| arg.get_long().map(str::to_owned)).collect()
             })
             .unwrap_or_default();
         assert!(names.len() > 15, "{names:?}");
@@ -136,8 +155,11 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn what_it_reads_means_the_same_to_clap(words in prop::collection::vec(word(), 0..6)) {
-            let words: Vec<String> = ["halyard".into(), "run".into()].into_iter().chain(words).collect();
+        fn what_it_reads_means_the_same_to_clap(
+            command in prop::sample::select(vec!["run", "serve"]),
+            words in prop::collection::vec(word(), 0..6),
+        ) {
+            let words: Vec<String> = ["halyard".into(), command.into()].into_iter().chain(words).collect();
             if let Some(quick) = quick(&words) {
                 let clap = Cli::read(&words);
                 prop_assert_eq!(Some(quick), clap.ok(), "{:?}", words);
@@ -155,6 +177,14 @@ mod tests {
     }
 
     #[test]
+    fn it_reads_the_plain_service() {
+        let line =
+            "halyard serve --api-socket=vm.sock,mode=0660 --pid-file p --config vm.yaml --boot --grant /a --grant /b";
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        assert_eq!(quick(&words), Some(Cli::read(&words).unwrap()));
+    }
+
+    #[test]
     fn it_leaves_the_rest_to_clap() {
         for line in [
             "halyard",
@@ -163,6 +193,8 @@ mod tests {
             "halyard run -h",
             "halyard run x",
             "halyard run --kernel",
+            "halyard run --boot",
+            "halyard serve --pid-file=",
         ] {
             let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
             assert_eq!(quick(&words), None, "{line}");

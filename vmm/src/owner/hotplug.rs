@@ -180,13 +180,13 @@ impl Owner {
         if force || !in_use {
             let waiting = self.hotplug.take(|waiting| waiting.id == id);
             self.take_out(id);
-            if let Some(Waiting { wish, job, .. }) = &waiting {
-                let how = if *wish == Wish::Add { JobState::Cancelled } else { JobState::Succeeded };
-                self.board.end_job(*job, how, None);
-            }
             // One that the guest had not taken was never shown.
-            if waiting.is_none_or(|waiting| waiting.wish == Wish::Remove) {
+            if waiting.as_ref().is_none_or(|waiting| waiting.wish == Wish::Remove) {
                 self.show_change(EventKind::DeviceRemoved { id: id.to_owned(), forced: in_use });
+            }
+            if let Some(Waiting { wish, job, .. }) = waiting {
+                let how = if wish == Wish::Add { JobState::Cancelled } else { JobState::Succeeded };
+                self.board.end_job(job, how, None);
             }
             return Ok(Answer::Done);
         }
@@ -267,18 +267,18 @@ impl Owner {
         is
     }
 
-    /// Ends a wait.
+    /// Ends a wait. Who sees the end of its job sees what the job did, too.
     fn answered(&mut self, which: impl Fn(&Waiting) -> bool, ending: Ending) {
         let Some(Waiting { wish, id, port, job, pressed, .. }) = self.hotplug.take(which) else { return };
         match (wish, ending) {
             (Wish::Add, Ending::Done) => {
-                self.board.end_job(job, JobState::Succeeded, None);
                 self.show_change(EventKind::DeviceAdded { id });
+                self.board.end_job(job, JobState::Succeeded, None);
             }
             (Wish::Remove, Ending::Done) => {
                 self.take_out(&id);
-                self.board.end_job(job, JobState::Succeeded, None);
                 self.show_change(EventKind::DeviceRemoved { id, forced: false });
+                self.board.end_job(job, JobState::Succeeded, None);
             }
             (_, Ending::Undone(how, error)) => {
                 if wish == Wish::Add {
@@ -340,10 +340,10 @@ impl Owner {
             if let Err(error) = live.remove_device(&id) {
                 tracing::error!("{error}");
             }
-            self.board.end_job(job, JobState::Succeeded, None);
             let (given, config) = change::shown(live, |id| !self.hotplug.comes(id));
             let event = EventKind::DeviceRemoved { id, forced: false };
             self.board.reconfigure(event, |info| (info.config, info.running) = (Some(given), Some(config)));
+            self.board.end_job(job, JobState::Succeeded, None);
         }
     }
 
