@@ -105,4 +105,16 @@ fn promtool_has_nothing_to_say_of_the_metrics() {
         let run = check.finish().expect_code(0);
         assert_eq!((run.output().as_str(), run.stderr.as_str()), ("", ""));
     }
+    let metrics = client.metrics().expect("metrics");
+    let value = |name: &str| {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|value| value.parse::<f64>().ok()).unwrap_or_else(|| panic!("{name} is missing in\n{metrics}"))
+    };
+    let resident = value("halyard_memory_guest_resident_bytes");
+    assert!(resident > 0.0 && resident <= f64::from(64 << 20), "{resident}");
+    assert!(value("halyard_memory_guest_huge_bytes") <= resident);
+    let overhead = value("halyard_memory_overhead_bytes");
+    assert!((1e5..1e7).contains(&overhead), "{overhead}");
+    value("halyard_disk_kicks_total{device=\"disk0\"}");
+    value("halyard_disk_request_seconds_total{device=\"disk0\",op=\"read\"}");
 }

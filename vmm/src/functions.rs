@@ -1,5 +1,6 @@
 //! Which virtio device is which PCI function of a machine, and how one comes and goes while the machine runs.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,7 +8,9 @@ use std::time::{Duration, Instant};
 use api::DeviceConfig;
 use devices::pci::{Indicator, PciSegment, RootPort};
 use devices::virtio::transport::VirtioPci;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 use crate::Failure;
 use crate::devices::DeviceCounters;
@@ -127,6 +130,16 @@ impl Functions {
     /// What each device counts, with its id.
     pub fn counters(&self) -> Vec<(String, DeviceCounters)> {
         self.list.iter().map(|function| (function.id.clone(), function.counters.clone())).collect()
+    }
+
+    /// Where guest memory lies in this process.
+    pub fn host_memory(&self) -> Vec<Range<u64>> {
+        let memory = self.memory.memory();
+        let of_region = |region: &GuestRegionMmap| {
+            let start = u64::try_from(region.as_ptr().addr()).ok()?;
+            Some(start..start.checked_add(region.len())?)
+        };
+        memory.iter().filter_map(of_region).collect()
     }
 
     /// Those that stay as long as the machine does, with their ids.

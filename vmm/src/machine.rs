@@ -67,6 +67,8 @@ pub struct MachineCounters {
     pub vcpus: Vec<Arc<VcpuCounters>>,
     /// Each device's, with its id.
     pub devices: Vec<(String, DeviceCounters)>,
+    /// Where the guest's memory lies in this process.
+    pub memory: Vec<Range<u64>>,
 }
 
 /// Address and data of the message that is a non-maskable interrupt for all processors (Intel SDM, volume 3, §11.11).
@@ -209,7 +211,11 @@ impl Machine {
 
     /// What the machine's parts count.
     pub fn counters(&self) -> Arc<MachineCounters> {
-        Arc::new(MachineCounters { vcpus: self.vcpu_counters.clone(), devices: self.functions.counters() })
+        Arc::new(MachineCounters {
+            vcpus: self.vcpu_counters.clone(),
+            devices: self.functions.counters(),
+            memory: self.functions.host_memory(),
+        })
     }
 
     /// Has the boot looked at, where somebody wants to.

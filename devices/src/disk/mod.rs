@@ -12,6 +12,7 @@ mod tests;
 mod uring;
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -68,6 +69,8 @@ pub struct Request {
     len: u64,
     buffers: IoVectors,
     chain: Chain,
+    /// When it was taken from its queue, where that is measured.
+    taken: Option<Instant>,
 }
 
 impl Request {
@@ -80,7 +83,7 @@ impl Request {
         data.split_at(usize::try_from(len).unwrap_or(usize::MAX))?;
         let mut buffers = IoVectors::new();
         buffers.extend(data.slices());
-        Ok(Self { operation: Operation::Read, offset, len: u64::from(len), buffers, chain })
+        Ok(Self { operation: Operation::Read, offset, len: u64::from(len), buffers, chain, taken: None })
     }
 
     /// Writes at `offset` what follows the first `skip` bytes of the chain's device-readable part.
@@ -91,7 +94,14 @@ impl Request {
         let data = chain.reader().split_at(skip)?;
         let mut buffers = IoVectors::new();
         buffers.extend(data.slices());
-        Ok(Self { operation: Operation::Write { durable }, offset, len: buffers.len() as u64, buffers, chain })
+        Ok(Self {
+            operation: Operation::Write { durable },
+            offset,
+            len: buffers.len() as u64,
+            buffers,
+            chain,
+            taken: None,
+        })
     }
 
     /// A flush.
@@ -101,7 +111,18 @@ impl Request {
 
     /// An operation on `len` bytes at `offset` that moves no data of the chain's.
     pub fn range(chain: Chain, operation: Operation, offset: u64, len: u64) -> Self {
-        Self { operation, offset, len, buffers: IoVectors::new(), chain }
+        Self { operation, offset, len, buffers: IoVectors::new(), chain, taken: None }
+    }
+
+    /// The same, with the time at which it was taken from its queue.
+    #[must_use]
+    pub fn taken_at(self, at: Instant) -> Self {
+        Self { taken: Some(at), ..self }
+    }
+
+    /// How long ago it was taken from its queue; nothing where that is not known.
+    pub fn age(&self, now: Instant) -> Duration {
+        self.taken.map_or(Duration::ZERO, |taken| now.saturating_duration_since(taken))
     }
 
     /// What is asked for.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use api::{JobState, PhaseName};
 
 use super::ApiCounters;
+use super::memory::{Resident, resident};
 use crate::board::Board;
 use crate::devices::DeviceCounters;
 use crate::machine::MachineCounters;
@@ -17,6 +18,7 @@ pub fn text(board: &Board, api: &ApiCounters) -> String {
     if let Some(counters) = board.counters() {
         of_vcpus(&mut page, &counters);
         of_devices(&mut page, &counters);
+        of_memory(&mut page, &counters);
     }
     of_api(&mut page, board, api);
     of_process(&mut page);
@@ -128,10 +130,34 @@ fn of_devices(page: &mut Page, counters: &MachineCounters) {
                 bytes.sample(&[("device", id), ("op", &op)], get(count));
             }
         }
+        let help = "Time from queue to completion of the requests that a disk has done, all added up.";
+        let mut times = page.counter("halyard_disk_request_seconds_total", help);
+        for (id, disk) in disks() {
+            for (op, count) in [
+                ("read", &disk.read_nanoseconds),
+                ("write", &disk.write_nanoseconds),
+                ("flush", &disk.flush_nanoseconds),
+                ("discard", &disk.discard_nanoseconds),
+            ] {
+                times.sample(&[("device", id), ("op", &op)], seconds(get(count)));
+            }
+        }
+        let mut kicks = page.counter("halyard_disk_kicks_total", "Times that the guest told a disk of requests.");
+        disks().for_each(|(id, disk)| kicks.sample(&[("device", id)], get(&disk.kicks)));
         let mut errors = page.counter("halyard_disk_errors_total", "Requests of the guest that failed.");
         disks().for_each(|(id, disk)| errors.sample(&[("device", id)], get(&disk.errors)));
     }
     of_networks(page, counters);
+}
+
+/// The kernel goes through the process's memory for these, so that nobody else pays for them.
+fn of_memory(page: &mut Page, counters: &MachineCounters) {
+    let Ok(smaps) = std::fs::read_to_string("/proc/self/smaps") else { return };
+    let Resident { guest, guest_huge, overhead } = resident(&smaps, &counters.memory);
+    page.gauge("halyard_memory_guest_resident_bytes", "The guest's memory that the host has given it.")
+        .sample(&[], guest);
+    page.gauge("halyard_memory_guest_huge_bytes", "The guest's memory that is in huge pages.").sample(&[], guest_huge);
+    page.gauge("halyard_memory_overhead_bytes", "Private memory beside the guest's.").sample(&[], overhead);
 }
 
 fn of_networks(page: &mut Page, counters: &MachineCounters) {
@@ -154,6 +180,13 @@ fn of_networks(page: &mut Page, counters: &MachineCounters) {
     for (id, card) in cards() {
         for (direction, count) in [("rx", &card.rx_bytes), ("tx", &card.tx_bytes)] {
             bytes.sample(&[("device", id), ("direction", &direction)], get(count));
+        }
+    }
+    let help = "Times that the guest told a card of buffers to fill (rx) or of frames to send (tx).";
+    let mut kicks = page.counter("halyard_net_kicks_total", help);
+    for (id, card) in cards() {
+        for (direction, count) in [("rx", &card.rx_kicks), ("tx", &card.tx_kicks)] {
+            kicks.sample(&[("device", id), ("direction", &direction)], get(count));
         }
     }
     let mut dropped = page.counter("halyard_net_dropped_packets_total", "Frames that were lost on the way.");

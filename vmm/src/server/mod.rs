@@ -9,6 +9,7 @@ mod connections;
 mod console;
 mod events;
 mod handlers;
+mod memory;
 mod metrics;
 mod reply;
 mod socket;

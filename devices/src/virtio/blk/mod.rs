@@ -111,6 +111,16 @@ pub struct BlkCounters {
     pub discards: AtomicU64,
     /// Requests that failed, whoever's fault it was.
     pub errors: AtomicU64,
+    /// Nanoseconds that reads took, from queue to completion, all added up.
+    pub read_nanoseconds: AtomicU64,
+    /// The same of writes.
+    pub write_nanoseconds: AtomicU64,
+    /// The same of flushes.
+    pub flush_nanoseconds: AtomicU64,
+    /// The same of discards and writes of zeroes.
+    pub discard_nanoseconds: AtomicU64,
+    /// Times that the driver told a queue's worker of requests. Several kicks before it listens are one.
+    pub kicks: AtomicU64,
 }
 
 /// What the device and its workers share.

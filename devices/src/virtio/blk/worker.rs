@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
@@ -30,6 +31,8 @@ struct Service {
     bounds: Bounds,
     /// What the driver did not ask for a cache by `writeback` decides whether it has one.
     cache: CacheMode,
+    /// The time of this wakeup: one look at the clock serves all requests that are taken or done in it.
+    now: Instant,
 }
 
 /// Whether a completed write may be in a cache (virtio 1.2 §5.2.6.2).
@@ -59,7 +62,7 @@ impl BlkWorker {
     pub(super) fn new(queue: RunningQueue, backend: Box<dyn DiskBackend>, shared: Arc<Shared>) -> Self {
         let bounds = Bounds { size: shared.disk.size(), readonly: shared.disk.readonly(), max_discard: MAX_DISCARD };
         let cache = CacheMode::of(queue.features());
-        Self { queue, service: Service { backend, shared, bounds, cache }, full: false }
+        Self { queue, service: Service { backend, shared, bounds, cache, now: Instant::now() }, full: false }
     }
 
     /// Waits for what is in flight, and gives the queue's state back.
@@ -79,6 +82,7 @@ impl BlkWorker {
 
     fn serve(&mut self) {
         let Self { queue, service, full } = self;
+        service.now = Instant::now();
         *full = false;
         queue.serve(|queue, chain| {
             if service.backend.in_flight() >= usize::from(queue.size()) {
@@ -121,7 +125,7 @@ impl Service {
                 return end(queue, chain, status);
             }
         };
-        self.backend.submit(request);
+        self.backend.submit(request.taken_at(self.now));
         Ok(())
     }
 
@@ -141,6 +145,7 @@ impl Service {
     /// Takes completions to the driver.
     fn reap(&mut self, queue: &mut RunningQueue) -> Result<(), Fault> {
         let mut flushes = false;
+        self.now = Instant::now();
         while let Some(Completion { request, result }) = self.backend.complete() {
             if result.is_ok() && self.needs_flush(request.operation()) {
                 // The same chain, whose flush is now what completes it.
@@ -171,18 +176,27 @@ impl Service {
             count(&counters.errors, 1);
             return Status::IoError;
         }
-        match request.operation() {
+        let time = match request.operation() {
             Operation::Read => {
                 count(&counters.reads, 1);
                 count(&counters.read_bytes, request.len());
+                &counters.read_nanoseconds
             }
             Operation::Write { .. } => {
                 count(&counters.writes, 1);
                 count(&counters.written_bytes, request.len());
+                &counters.write_nanoseconds
             }
-            Operation::Flush => count(&counters.flushes, 1),
-            Operation::Discard | Operation::WriteZeroes { .. } => count(&counters.discards, 1),
-        }
+            Operation::Flush => {
+                count(&counters.flushes, 1);
+                &counters.flush_nanoseconds
+            }
+            Operation::Discard | Operation::WriteZeroes { .. } => {
+                count(&counters.discards, 1);
+                &counters.discard_nanoseconds
+            }
+        };
+        count(time, u64::try_from(request.age(self.now).as_nanos()).unwrap_or(u64::MAX));
         Status::Ok
     }
 }
@@ -217,7 +231,10 @@ impl MutEventSubscriber for BlkWorker {
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         match events.data() {
-            KICK => self.serve(),
+            KICK => {
+                count(&self.service.shared.counters.kicks, 1);
+                self.serve();
+            }
             _ => {
                 let _ = self.service.backend.event().read();
                 self.reap();

@@ -72,6 +72,10 @@ pub struct NetCounters {
     pub tx_bytes: AtomicU64,
     /// Frames that the host did not take.
     pub tx_dropped: AtomicU64,
+    /// Times that the driver told the worker of buffers for frames. Several kicks before it listens are one.
+    pub rx_kicks: AtomicU64,
+    /// Times that the driver told the worker of frames to send.
+    pub tx_kicks: AtomicU64,
 }
 
 /// A virtio network device.

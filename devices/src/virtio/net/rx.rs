@@ -323,6 +323,7 @@ impl MutEventSubscriber for RxWorker {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.data() == KICK {
             let _ = self.queue.kick().read();
+            count(&self.counters.rx_kicks, 1);
         }
         self.serve(ops);
     }

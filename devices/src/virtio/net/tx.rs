@@ -97,7 +97,10 @@ impl MutEventSubscriber for TxWorker {
         }
     }
 
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if events.data() == KICK {
+            count(&self.counters.tx_kicks, 1);
+        }
         self.serve(ops);
     }
 }
