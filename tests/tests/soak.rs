@@ -335,8 +335,9 @@ fn soak_abuse_of_the_api_disturbs_nobody() -> Result<()> {
         return Ok(());
     }
     let report = abuse::endure(&abuse::Kind::ALL, ABUSE, ABUSE_CONNECTIONS);
+    story.tell(&report.to_string());
     abuse::kill_clients(KILLED_CLIENTS);
-    story.tell(&format!("{report}; {KILLED_CLIENTS} times two clients killed"));
+    story.tell(&format!("{KILLED_CLIENTS} times two clients were killed"));
     Ok(())
 }
 
