@@ -361,6 +361,11 @@ fn deaf_reader(path: &Path) {
     assert_eq!(gaps, 1, "what was lost is told once");
 }
 
+/// The number of the newest job, of which there are only so many kept.
+fn last_job(client: &mut Client) -> u64 {
+    client.jobs().expect("jobs").last().map_or(0, |job| job.id)
+}
+
 /// Kills programs in the middle of a job and of a console's stream: the next finds both as they should be.
 ///
 /// # Panics
@@ -385,12 +390,12 @@ pub fn kill_clients(rounds: usize) {
         assert!(found.is_some(), "the monitor has ended");
     };
     for _ in 0..rounds {
-        let before = client.jobs().expect("jobs").len();
+        let before = last_job(&mut client);
         let job = program(&["shutdown", "--deadline", "60s"]);
         wait(|event| matches!(event, EventKind::Job { .. }));
         killed(job);
-        let jobs = client.jobs().expect("jobs");
-        let last = jobs.last().filter(|_| jobs.len() > before).expect("the job goes on without its client").id;
+        let last = last_job(&mut client);
+        assert!(last > before, "the job is gone with its client");
         client.cancel_job(last).expect("it can be cancelled");
         wait(|event| matches!(event, EventKind::Job { .. }));
 

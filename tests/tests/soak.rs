@@ -14,7 +14,7 @@ use halyard_tests::bench::{Series, many};
 use halyard_tests::service::{self, Service};
 use halyard_tests::story::{PATIENCE, Story, ask, boot, power_off};
 use halyard_tests::tiny::{Tiny, debug_exit, kvm};
-use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Tap, Vm, VmSpec};
+use halyard_tests::{Cmd, Host, Kernel, Lent, Tap, VmSpec};
 
 /// Guests booted one after another: twice each pair of kernel and format, with one and with two processors.
 const BOOTS: u32 = 24;
@@ -335,8 +335,9 @@ fn soak_abuse_of_the_api_disturbs_nobody() -> Result<()> {
         return Ok(());
     }
     let report = abuse::endure(&abuse::Kind::ALL, ABUSE, ABUSE_CONNECTIONS);
+    story.tell(&report.to_string());
     abuse::kill_clients(KILLED_CLIENTS);
-    story.tell(&format!("{report}; {KILLED_CLIENTS} times two clients killed"));
+    story.tell(&format!("{KILLED_CLIENTS} times two clients were killed"));
     Ok(())
 }
 
@@ -355,7 +356,7 @@ fn soak_vms_by_the_thousand_leave_nothing_behind() -> Result<()> {
     let at_once = many::at_once(VMS_AT_ONCE)?;
     assert_eq!(leftovers()?, before);
     story.tell(&format!(
-        "{VMS} VMs through one process: {:.1} a second, {settled} KiB of memory after a tenth of them, then {last}; \
+        "{VMS} VMs through one process: {:.1} a second, {settled} KiB of memory after 600, then {last}; \
          {VMS} processes: {processes:.1} a second; {VMS_AT_ONCE} at once: {:.1} a second, {:.2} MiB each",
         figures, at_once.rate, at_once.mebibytes
     ));
