@@ -348,7 +348,7 @@ fn soak_vms_by_the_thousand_leave_nothing_behind() -> Result<()> {
         return Ok(());
     }
     let before = leftovers()?;
-    let (figures, censuses) = many::through_one_process(VMS, |pid| Census::here(pid))?;
+    let (figures, censuses) = many::through_one_process(VMS, Census::here)?;
     let [settled, last] = &censuses[..] else { anyhow::bail!("two counts") };
     last.check_since(settled, GROWTH)?;
     let (settled, last) = (settled.memory, last.memory);
