@@ -187,6 +187,8 @@ fn lock(mapping: &MmapRegion) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
     use vm_memory::{Bytes, GuestMemoryBackend};
 
@@ -219,18 +221,20 @@ mod tests {
         let ram = create(&ranges, &config).unwrap();
         let last = GuestAddress((4 << 30) + (64 << 20) - 8);
         ram.map.write_obj(0x1234_u64, last).unwrap();
+        // Not from smaps: there the kernel may show it as one with a mapping beside it.
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
         let resident = |region: &GuestRegionMmap| {
-            let start = region.as_ptr().addr();
-            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-            let mut mine = smaps.lines().skip_while(|line| !line.starts_with(&format!("{start:x}-")));
-            let rss = mine.find_map(|line| line.strip_prefix("Rss:")).unwrap();
-            rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+            let mut entries = vec![0; usize::try_from(region.len() / 4096 * 8).unwrap()];
+            pagemap.read_exact_at(&mut entries, region.as_ptr().addr() as u64 / 4096 * 8).unwrap();
+            // Bit 63 of a page's entry: it is present.
+            entries.chunks(8).filter(|entry| entry[7] & 0x80 != 0).count() << 12
         };
         ram.first_pages(&config).unwrap().populate();
         // 96 MiB need a memory map of 1.5 MiB.
         let there = resident(&ram.regions[1]);
         assert!((13 << 20..=16 << 20).contains(&there), "{there} bytes are populated");
-        assert_eq!(resident(&ram.regions[0]), 0);
+        // Where both are neighbours here, a huge page may lie in both.
+        assert!(resident(&ram.regions[0]) < 2 << 20);
         assert_eq!(ram.map.read_obj::<u64>(last).unwrap(), 0x1234);
         let populated = api::Memory { prefault: true, ..config };
         assert!(ram.first_pages(&populated).is_none());
