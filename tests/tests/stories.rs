@@ -264,11 +264,13 @@ fn story_a_mebibyte_of_console_input_arrives_whole() -> Result<()> {
     let socket = format!("{}/bulk", host.folder()?);
     let console = format!("socket={socket},name=org.halyard.bulk");
     let vm = boot(host, &VmSpec::guest(Kernel::Debian6_12Cloud)?.args(["--console", &console]))?;
-    let reader = vm.spawn(
-        "for port in /sys/class/virtio-ports/*; do read -r name <$port/name && \
-         [ $name = org.halyard.bulk ] && exec head -c 1048576 /dev/${port##*/} | sha256sum; done",
-    )?;
     let mut sender = host.connect(&socket)?;
+    // The driver learns one message after the other of its ports, of their names and of who is connected; until then
+    // there is no such port, or it has ended.
+    let reader = vm.spawn(
+        "until [ -s /tmp/bulk ]; do for port in /sys/class/virtio-ports/*; do read -r name <$port/name; \
+         [ \"$name\" = org.halyard.bulk ] && head -c 1048576 /dev/${port##*/} >/tmp/bulk; done; done; sha256sum </tmp/bulk",
+    )?;
     sender.write_all(&mebibyte())?;
     // The guest must have all of it, though nothing more will come.
     sender.close_input()?;
