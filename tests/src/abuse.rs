@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::{Client, Console, DeviceConfig, Disk, Endpoint, EventKind, PhaseName, VmConfig};
+use api::{Client, Console, DeviceConfig, Disk, Endpoint, EventKind, PhaseName};
 
-use crate::tiny::{Served, binary, guest};
+use crate::tiny::{Served, binary, config};
 
 /// How much more memory, in KiB, a monitor may have had at its peak for all abuse: 128 connections with a request of 16 KiB
 /// and a reply each, a few bodies of the largest size, and what the heap keeps of them.
@@ -113,10 +113,7 @@ impl Victim {
         let served = Served::start("serve", ["--log-level", "error"]);
         let image = served.path("image");
         std::fs::File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("an image");
-        let mut config = VmConfig::new(guest("busy"));
-        config.memory.size = "64M".parse().expect("a size");
-        config.serial = Some(Endpoint::Api {});
-        config.platform.debug_exit = true;
+        let mut config = config("busy");
         config.devices.push(DeviceConfig::Disk(Disk::new(image)));
         let quiet = Console { id: QUIET_CONSOLE.into(), name: None, endpoint: Endpoint::Api {} };
         config.devices.push(DeviceConfig::Console(quiet));

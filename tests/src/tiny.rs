@@ -24,6 +24,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use api::{ByteSize, Endpoint, VmConfig};
+
 pub use build::build;
 pub use run::{Run, Running};
 pub use served::Served;
@@ -113,6 +115,26 @@ pub fn binary() -> PathBuf {
 /// The ELF file of the guest `tests/guests/NAME.S`, for arguments of [`run_halyard`]; see [`build`].
 pub fn guest(name: &str) -> PathBuf {
     build(name).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// A VM that boots a tiny guest, whose serial port is reached through the API: 1 processor, 64 MiB.
+pub fn config(name: &str) -> VmConfig {
+    let mut config = VmConfig::new(guest(name));
+    config.memory.size = ByteSize::mib(64);
+    config.serial = Some(Endpoint::Api {});
+    config.platform.debug_exit = true;
+    config
+}
+
+/// Starts a service without a VM, or ends the test where there is no KVM.
+#[macro_export]
+macro_rules! serve {
+    () => {{
+        if !$crate::tiny::kvm() {
+            return;
+        }
+        $crate::tiny::Served::start("serve", ["--log-level", "debug"])
+    }};
 }
 
 /// Whether this machine lets a test use KVM; prints the reason where it does not.

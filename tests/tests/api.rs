@@ -10,33 +10,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::{
-    Client, ClientError, DeviceConfig, Disk, Endpoint, EventKind, JobState, Options, Outcome, PhaseName, Reason, Rng,
-    Shutdown, TimeSpan, VmConfig,
+    Client, ClientError, DeviceConfig, Disk, EventKind, JobState, Options, Outcome, PhaseName, Reason, Rng, Shutdown,
+    TimeSpan, VmConfig,
 };
-use halyard_tests::tiny::{Served, debug_exit, guest, kvm};
+use halyard_tests::serve;
+use halyard_tests::tiny::{Served, config, debug_exit, guest, kvm};
 use nix::sys::signal::Signal;
 use tempfile::NamedTempFile;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Starts a service without a VM, or ends the test where there is no KVM.
-macro_rules! serve {
-    () => {{
-        if !kvm() {
-            return;
-        }
-        Served::start("serve", ["--log-level", "debug"])
-    }};
-}
-
-/// A VM that boots a tiny guest, whose serial port is reached through the API.
-fn config(name: &str) -> VmConfig {
-    let mut config = VmConfig::new(guest(name));
-    config.memory.size = "64M".parse().unwrap();
-    config.serial = Some(Endpoint::Api {});
-    config.platform.debug_exit = true;
-    config
-}
 
 /// Why a request was refused.
 #[track_caller]

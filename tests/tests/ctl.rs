@@ -9,24 +9,15 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::{Client, Endpoint, PhaseName, VmConfig, VmInfo, from_yaml, to_yaml};
+use api::{Client, PhaseName, VmConfig, VmInfo, from_yaml, to_yaml};
 use halyard_tests::pty::Pty;
-use halyard_tests::tiny::{Run, Running, Served, binary, guest, kvm, run_command, run_halyard};
+use halyard_tests::serve;
+use halyard_tests::tiny::{Run, Running, Served, binary, config, run_command, run_halyard};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
 use serde_json::Value;
 use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Starts a service without a VM, or ends the test where there is no KVM.
-macro_rules! serve {
-    () => {{
-        if !kvm() {
-            return;
-        }
-        Served::start("serve", ["--log-level", "debug"])
-    }};
-}
 
 /// `halyard ctl` with these arguments, at this socket.
 fn at(socket: &Path, args: &[&str]) -> Command {
@@ -47,10 +38,7 @@ fn printed(served: &Served, args: &[&str]) -> String {
 
 /// A configuration file for a tiny guest, whose serial port is reached through the API.
 fn file(served: &Served, name: &str, cmdline: &str) -> String {
-    let mut config = VmConfig::new(guest(name));
-    config.memory.size = "64M".parse().unwrap();
-    config.serial = Some(Endpoint::Api {});
-    config.platform.debug_exit = true;
+    let mut config = config(name);
     config.kernel.cmdline = Some(cmdline.into());
     let path = served.path("vm.yaml");
     fs::write(&path, to_yaml(&config).unwrap()).unwrap();

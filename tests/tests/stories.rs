@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use halyard_tests::confined::Confined;
+use halyard_tests::service::{self, Service};
 use halyard_tests::vm::halyard;
 use halyard_tests::{Cmd, Host, Kernel, Lent, Status, Vm, VmSpec, images};
 
@@ -309,68 +310,33 @@ fn story_input_of_a_virtio_console_arrives_whole() -> Result<()> {
 #[test]
 fn story_a_stock_kernel_is_driven_through_the_api_socket() -> Result<()> {
     let host = &Lent::take()?;
-    let socket = format!("{}/api", host.folder()?);
-    let service =
-        Cmd::new(halyard_tests::vm::halyard()?.display().to_string()).args(["serve", "--api-socket", &socket]);
-    let service = host.spawn(service)?;
-    let forward = host.forward(&socket)?;
-    let mut client = loop {
-        // The socket is there a moment after its process.
-        match api::Client::connect(forward.path()).and_then(|mut client| client.version().map(|_| client)) {
-            Ok(client) => break client,
-            Err(error) => ensure!(service.wait_for(Duration::from_millis(50)).is_err(), "{error}"),
-        }
-    };
+    let mut service = Service::start(host, &[])?;
     let kernel = Kernel::Debian6_12Cloud;
-    let mut config = api::VmConfig::new(kernel.bzimage()?);
-    config.kernel.initramfs = Some(halyard_tests::images::guest(kernel)?);
-    config.kernel.cmdline = Some("console=ttyS0 quiet panic=-1".into());
-    config.memory.size = api::ByteSize::mib(256);
-    config.serial = Some(api::Endpoint::Api {});
-    let agent =
-        api::Console { id: "agent".into(), name: Some("org.halyard.agent".into()), endpoint: api::Endpoint::Api {} };
-    config.devices.push(api::DeviceConfig::Console(agent));
-    client.create(&config)?;
-    let mut events = client.events(None)?;
-    client.boot()?;
-    let mut console = std::io::BufReader::new(client.console("serial", false)?);
-    until(&mut console, "HALYARD-GUEST ready")?;
     // The guest's agent is reached through the API as well. With it runs the handler of the power button.
-    let witness: halyard_tests::client::Witness = std::sync::Arc::new(String::new);
-    let agent = client.console("agent", false)?;
-    let guest = halyard_tests::Client::open("guest", agent, Duration::from_secs(60), witness)?;
+    let guest = service.boot(&service::guest(kernel)?)?;
     assert_eq!(guest.run("uname -r")?.ok()?, kernel.version()?);
 
+    let client = &mut service.client;
     client.pause()?;
     let times = |client: &mut api::Client| -> Result<String> {
         let metrics = client.metrics()?;
         let line = metrics.lines().find(|line| line.starts_with("halyard_vcpu_exits_total{vcpu=\"0\""));
         line.map(str::to_owned).context("exits are counted")
     };
-    let before = times(&mut client)?;
+    let before = times(client)?;
     host.run("sleep 1")?.ok()?;
-    assert_eq!(times(&mut client)?, before, "a guest that is paused has exits");
+    assert_eq!(times(client)?, before, "a guest that is paused has exits");
     client.resume()?;
 
     let job = client.shutdown(&api::Shutdown { deadline: Some(api::TimeSpan::from_millis(60000)), force: false })?;
-    let ended = events.find_map(|event| match event {
-        Ok(api::Event { event: api::EventKind::Phase { phase: api::PhaseName::Stopped, outcome, .. }, .. }) => outcome,
+    let ended = service.wait_for("the end of the VM", |event| match event {
+        api::EventKind::Phase { phase: api::PhaseName::Stopped, outcome, .. } => Some(outcome.clone()),
         _ => None,
-    });
+    })?;
     assert_eq!(ended, Some(api::Outcome::PoweredOff));
-    assert_eq!(client.job(job.id)?.state, api::JobState::Succeeded);
-    service.kill(15)?;
-    assert_eq!(service.wait()?, Status::Exited(0));
-    Ok(())
-}
-
-/// Reads lines until one has `text` in it.
-fn until(lines: &mut impl std::io::BufRead, text: &str) -> Result<()> {
-    let mut line = String::new();
-    while !line.contains(text) {
-        line.clear();
-        ensure!(lines.read_line(&mut line)? > 0, "{text:?} did not come");
-    }
+    assert_eq!(service.client.job(job.id)?.state, api::JobState::Succeeded);
+    service.process().kill(15)?;
+    assert_eq!(service.process().wait()?, Status::Exited(0));
     Ok(())
 }
 

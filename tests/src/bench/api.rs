@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use api::VmConfig;
 use tempfile::TempDir;
 
-use super::memory::private_dirty;
+use super::memory::private_memory;
 use super::{Finding, Series};
 use crate::tiny::{self, Running};
 use crate::vm;
@@ -384,8 +384,7 @@ fn private(both: bool) -> Result<f64> {
     if both {
         RawClient::open(&socket)?.reply_length()?;
     }
-    let path = format!("/proc/{}/smaps", running.pid());
-    Ok(private_dirty(&std::fs::read_to_string(&path).with_context(|| path.clone())?))
+    private_memory(running.pid())
 }
 
 #[cfg(test)]

@@ -27,6 +27,8 @@ const BEST_LIMIT: f64 = 0.5;
 const SHARE_LIMIT: f64 = 0.1;
 /// The most that unpacking the kernel on the host may take, as a multiple of the guest doing it.
 const UNPACK_LIMIT: f64 = 1.0;
+/// The command line of a guest whose first program says how long its kernel has been up, and waits.
+pub(super) const WORDS: &str = "console=ttyS0 quiet panic=-1 rdinit=/bin/agent -- first";
 /// What the guest's first program says first.
 pub(super) const FIRST_WORDS: &str = "HALYARD-GUEST first words";
 /// What it says next, behind the time that its kernel took.
@@ -101,8 +103,8 @@ fn contenders(host: &Host, shape: &Shape) -> Result<Vec<Contender>> {
     let initramfs = images::guest(kernel)?.display().to_string();
     let slow = kernel.bzimage_with(Lie::NoPayload)?.display().to_string();
 
-    let words = "console=ttyS0 quiet panic=-1 rdinit=/bin/agent -- first";
     let halyard = vm::halyard()?.display().to_string();
+    let words = WORDS;
     let own = |kernel: &str, cache: &str| {
         let command =
             Cmd::new(&*halyard).args(["run", "--cpus", shape.cpus, "--memory"]).arg(format!("{}M", shape.mib));
@@ -157,6 +159,12 @@ fn findings(what: &str, contenders: &[Contender]) -> Vec<Finding> {
             UNPACK_LIMIT,
         ),
     ]
+}
+
+/// Makes KVM's counters readable in a host, below `/sys/kernel/debug/kvm`.
+pub(super) fn mount_counters(host: &Host) -> Result<()> {
+    host.run(Cmd::shell("[ -d /sys/kernel/debug/kvm ] || mount -t debugfs debugfs /sys/kernel/debug"))?.ok()?;
+    Ok(())
 }
 
 /// Puts memory away, in huge pages of 2 MiB, that a guest has left in an emulated host.

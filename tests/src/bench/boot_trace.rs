@@ -14,7 +14,9 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::boot::{FIRST_WORDS, MICROVM, PATIENCE, Q35, SMALL_PAGES, kernel_time, put_away, qemu};
+use super::boot::{
+    FIRST_WORDS, MICROVM, PATIENCE, Q35, SMALL_PAGES, WORDS, kernel_time, mount_counters, put_away, qemu,
+};
 use super::{Finding, Series};
 use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
 
@@ -104,9 +106,9 @@ pub fn measure() -> Result<Table> {
     let image = kernel.bzimage()?.display().to_string();
     let initramfs = images::guest(kernel)?.display().to_string();
     // The clock in the log's stamps is exact from the start only where the kernel trusts the time stamp counter.
-    let words = "console=ttyS0 quiet panic=-1 rdinit=/bin/agent -- first";
+    let words = WORDS;
     let host = Host::start(&HostSpec::new().cpus(1).qemu(["-mem-prealloc"]))?;
-    host.run(Cmd::shell("[ -d /sys/kernel/debug/kvm ] || mount -t debugfs debugfs /sys/kernel/debug"))?.ok()?;
+    mount_counters(&host)?;
     let halyard = vm::halyard()?.display().to_string();
     let own = ["run", "--cpus", "1", "--memory", "256M", "--on-reset", "exit", "--on-panic", "exit"];
     let own_files = ["--kernel", &image, "--initramfs", &initramfs];

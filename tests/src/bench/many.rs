@@ -6,12 +6,12 @@ use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use api::{Client, Endpoint, PhaseName, VmConfig};
+use api::{Client, PhaseName, VmConfig};
 use nix::sys::signal::Signal;
 
-use super::memory::private_dirty;
+use super::memory::private_memory;
 use super::{Finding, Series};
-use crate::tiny::{Served, build};
+use crate::tiny::{Served, config};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The most private memory, in MiB, of a VM of 64 MiB that has done nothing yet, its guest's included.
@@ -51,14 +51,6 @@ pub fn measure(count: usize) -> Result<Vec<Finding>> {
     ])
 }
 
-fn config() -> Result<VmConfig> {
-    let mut config = VmConfig::new(build("commands")?);
-    config.memory.size = "64M".parse().map_err(|error| anyhow::anyhow!("{error}"))?;
-    config.serial = Some(Endpoint::Api {});
-    config.platform.debug_exit = true;
-    Ok(config)
-}
-
 /// Creates, boots, hears and destroys a VM.
 fn live(client: &mut Client, config: &VmConfig) -> Result<()> {
     client.create(config)?;
@@ -92,7 +84,7 @@ fn hear(client: &Client) -> Result<()> {
 /// Where one does not boot, or the process does not end.
 pub fn through_one_process<T>(count: usize, look: impl Fn(u32) -> Result<T>) -> Result<(f64, Vec<T>)> {
     let served = Served::start("serve", ["--log-level", "error"]).patient(PATIENCE * 5);
-    let (mut client, config) = (served.client(), config()?);
+    let (mut client, config) = (served.client(), config("commands"));
     let mut looks = Vec::new();
     let began = Instant::now();
     for number in 1..=count {
@@ -113,7 +105,7 @@ pub fn through_one_process<T>(count: usize, look: impl Fn(u32) -> Result<T>) -> 
 /// # Errors
 /// Where one does not boot, or its process does not end or leaves its socket behind.
 pub fn one_after_another(count: usize) -> Result<f64> {
-    let config = config()?;
+    let config = config("commands");
     let began = Instant::now();
     for number in 0..count {
         let served = Served::start("serve", ["--log-level", "error"]);
@@ -129,7 +121,7 @@ pub fn one_after_another(count: usize) -> Result<f64> {
 /// # Errors
 /// As [`one_after_another`].
 pub fn at_once(count: usize) -> Result<AtOnce> {
-    let config = config()?;
+    let config = config("commands");
     let began = Instant::now();
     let mut all = Vec::new();
     for _ in 0..count {
@@ -145,7 +137,7 @@ pub fn at_once(count: usize) -> Result<AtOnce> {
     let rate = rate(count, began);
     let mut kibibytes = 0.0;
     for (served, _) in &all {
-        kibibytes += private_dirty(&std::fs::read_to_string(format!("/proc/{}/smaps", served.pid()))?);
+        kibibytes += private_memory(served.pid())?;
     }
     for (served, mut client) in all {
         client.destroy()?;

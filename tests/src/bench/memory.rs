@@ -30,9 +30,7 @@ pub fn private() -> Result<Finding> {
     let mut running = Running::start(command, Duration::from_secs(30));
     // From here on it is halted.
     running.wait_for("ready\n");
-    let path = format!("/proc/{}/smaps", running.pid());
-    let mappings = fs::read_to_string(&path).with_context(|| path.clone())?;
-    let own = private_dirty(&mappings);
+    let own = private_memory(running.pid())?;
     let what = "Private dirty memory beside the guest's, 1 vCPU, 256 MiB, serial port only, guest halted";
     Ok(Finding::amount(what, "KiB", Series::new("halyard", vec![own]), MEMORY_LIMIT))
 }
@@ -47,6 +45,15 @@ pub fn size() -> Result<Finding> {
     #[expect(clippy::cast_precision_loss, reason = "see above")]
     let mebibytes = length as f64 / f64::from(1 << 20);
     Ok(Finding::amount("Size of the program", "MiB", Series::new("halyard", vec![mebibytes]), SIZE_LIMIT))
+}
+
+/// The private dirty memory of a process beside its guest's, in KiB.
+///
+/// # Errors
+/// There is no such process.
+pub fn private_memory(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/smaps");
+    Ok(private_dirty(&fs::read_to_string(&path).with_context(|| path.clone())?))
 }
 
 /// The sum of `Private_Dirty`, in KiB, over the mappings in an `smaps` file but for guest memory of 256 MiB or more.

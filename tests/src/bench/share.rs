@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result};
 
-use super::boot::{FIRST_WORDS, PATIENCE};
+use super::boot::{FIRST_WORDS, PATIENCE, WORDS, mount_counters};
 use super::{Finding, Series};
 use crate::process::Process;
 use crate::{Cmd, Host, HostSpec, Kernel, images, vm};
@@ -49,12 +49,11 @@ fn boot_all(guests: usize, share: &str) -> Result<Taken> {
     let kernel = Kernel::Debian6_12Cloud;
     let memory = HOST + EACH * u64::try_from(guests)?;
     let host = Host::start(&HostSpec::new().cpus(1).memory_mib(memory).qemu(["-mem-prealloc"]))?;
-    host.run(Cmd::shell("[ -d /sys/kernel/debug/kvm ] || mount -t debugfs debugfs /sys/kernel/debug"))?.ok()?;
-    let words = "console=ttyS0 quiet panic=-1 rdinit=/bin/agent -- first";
+    mount_counters(&host)?;
     let command = Cmd::new(vm::halyard()?.display().to_string())
         .args(["run", "--memory", &format!("256M,share_kernel={share}"), "--kernel-cache", "/tmp/kernels"])
         .args(["--kernel", &kernel.bzimage()?.display().to_string()])
-        .args(["--initramfs", &images::guest(kernel)?.display().to_string(), "--cmdline", words]);
+        .args(["--initramfs", &images::guest(kernel)?.display().to_string(), "--cmdline", WORDS]);
     // The first one makes the entry that all others share.
     boot(&host, &command)?.kill(9)?;
     let number = |command: &str| -> Result<f64> {
