@@ -320,7 +320,12 @@ impl Owner {
 
     /// Shows the devices that the guest has.
     fn show_change(&self, event: EventKind) {
-        let Some(prepared) = self.phase.prepared() else { return };
+        if let Some(prepared) = self.phase.prepared() {
+            self.show_change_of(prepared, event);
+        }
+    }
+
+    fn show_change_of(&self, prepared: &Prepared, event: EventKind) {
         let (given, config) = change::shown(prepared, |id| !self.hotplug.comes(id));
         self.board.reconfigure(event, |info| (info.config, info.running) = (Some(given), Some(config)));
     }
@@ -340,9 +345,7 @@ impl Owner {
             if let Err(error) = live.remove_device(&id) {
                 tracing::error!("{error}");
             }
-            let (given, config) = change::shown(live, |id| !self.hotplug.comes(id));
-            let event = EventKind::DeviceRemoved { id, forced: false };
-            self.board.reconfigure(event, |info| (info.config, info.running) = (Some(given), Some(config)));
+            self.show_change_of(live, EventKind::DeviceRemoved { id, forced: false });
             self.board.end_job(job, JobState::Succeeded, None);
         }
     }
