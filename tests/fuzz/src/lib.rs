@@ -18,3 +18,4 @@ pub mod payload;
 pub mod platform;
 pub mod relocations;
 pub mod seeds;
+pub mod tdvf;

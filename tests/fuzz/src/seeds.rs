@@ -8,7 +8,7 @@ use crate::guest::ops as guest;
 use crate::input::Step;
 use crate::payload::{Format, room_for};
 use crate::relocations::place;
-use crate::{functions, hosts, layout, platform};
+use crate::{functions, hosts, layout, platform, tdvf as firmware};
 
 const START: u64 = arch::layout::HIGH_RAM_START;
 
@@ -33,8 +33,22 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "payload" => payload(),
         "relocations" => relocations(),
         "json" => json(),
+        "tdvf" => tdvf(),
         _ => panic!("there is no target {target}"),
     }
+}
+
+/// A sound firmware, and two with a rule broken.
+fn tdvf() -> Vec<Vec<u8>> {
+    let own = (4_u64 << 30) - 0x4000;
+    let boot = (0x1000, 0x2800, own + 0x1000, 0x3000, 0, 1);
+    let variables = (0, 0x1000, own, 0x1000, 1, 0);
+    let (hob, stack) = ((0, 0, 0x80_9000, 0x2000, 2, 0), (0, 0, 0x81_0000, 0x1_0000, 3, 0));
+    let overlap = (0, 0, 0x80_a000, 0x1000, 3, 0);
+    [vec![boot, variables, stack, hob], vec![boot, hob, overlap], vec![hob, hob, boot]]
+        .iter()
+        .map(|sections| [vec![16], firmware::firmware(sections)].concat())
+        .collect()
 }
 
 fn program(steps: &[Step]) -> Vec<u8> {
