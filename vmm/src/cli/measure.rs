@@ -88,8 +88,11 @@ fn report(args: &MeasureArgs) -> Result<Report, (&'static str, String)> {
 
 /// Reads a file that may be firmware; no more of it than shows that it is too long.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(TOO_LONG).read_to_end(&mut bytes)?;
+    let file = File::open(path)?;
+    // One more byte than there is shows the end without another round.
+    let expected = file.metadata()?.len().saturating_add(1).min(TOO_LONG);
+    let mut bytes = Vec::with_capacity(usize::try_from(expected).unwrap_or(0));
+    file.take(TOO_LONG).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
