@@ -185,6 +185,15 @@ impl Board {
         id
     }
 
+    /// A job has done this much of its work, in percent.
+    pub fn advance_job(&self, id: u64, progress: u8) {
+        let mut state = self.lock();
+        let Some(job) = state.jobs.iter_mut().find(|job| job.id == id) else { return };
+        job.progress = Some(progress);
+        let job = job.clone();
+        state.publish(EventKind::Job { job });
+    }
+
     /// A job ends.
     pub fn end_job(&self, id: u64, how: JobState, error: Option<ProblemDocument>) {
         let mut state = self.lock();

@@ -254,9 +254,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR|user|off", help_heading = "Boot")]
     pub kernel_cache: Option<String>,
 
-    /// How many vCPUs, 1 to 254, and how they are grouped [default: 1]
+    /// How many vCPUs, 1 to 254, how many there may be, and how they are grouped [default: 1]
     ///
-    /// As in "8,sockets=1,cores=4,threads=2". Without a grouping: one socket with cores of one thread.
+    /// As in "8,sockets=1,cores=4,threads=2", or in "1,max=8" for vCPUs that can be added, and removed again, while the
+    /// VM runs. A grouping is that of all that there may be; without it: one socket with cores of one thread.
     #[arg(long, value_name = "N[,KEY=N]…", help_heading = "Processors and memory")]
     pub cpus: Option<String>,
 

@@ -1,8 +1,9 @@
 //! Changes of a VM's devices, processors and memory in its configuration, before it runs.
 
-use api::{EventKind, HostFacts, VmConfig};
+use api::{EventKind, HostFacts, Problem, Problems, VmConfig};
 
 use super::phase::Prepared;
+use super::vcpus;
 use crate::request::{Answer, Change, Refusal};
 
 /// Changes the configuration of a VM that does not run yet. The event that tells of it, where something changed.
@@ -25,11 +26,15 @@ pub(super) fn change_config(
             Ok((Answer::Done, Some(EventKind::DeviceRemoved { id, forced: false })))
         }
         Change::Vcpus(patch) => {
-            prepared.change(facts, |config| {
-                if config.cpus.count != patch.count {
-                    config.cpus = api::Cpus { count: patch.count, topology: None };
+            vcpus::check_count(&prepared.config.cpus, patch.count)?;
+            let changed = prepared.change(facts, |config| {
+                // A grouping is that of all that there may be.
+                if config.cpus.max.is_none() && config.cpus.count != patch.count {
+                    config.cpus.topology = None;
                 }
-            })?;
+                config.cpus.count = patch.count;
+            });
+            changed.map_err(|refusal| of_part(refusal, "cpus."))?;
             Ok((Answer::Done, Some(EventKind::ConfigChanged {})))
         }
         Change::Memory(patch) => {
@@ -39,10 +44,19 @@ pub(super) fn change_config(
     }
 }
 
+/// A request that is about a part of the configuration names its fields without that.
+fn of_part(refusal: Refusal, part: &str) -> Refusal {
+    let Refusal::Problems(Problems(problems)) = refusal else { return refusal };
+    let named = problems.into_iter().map(|problem| {
+        let field = problem.field.strip_prefix(part).unwrap_or(&problem.field).to_owned();
+        Problem { field, ..problem }
+    });
+    Refusal::Problems(Problems(named.collect()))
+}
+
 /// What can only be changed before the machine exists.
 pub(super) fn not_while_it_runs() -> Refusal {
-    let what = "the number of vCPUs and the size of memory cannot be changed while the VM runs";
-    Refusal::Unsupported(format!("{what}: it is not built yet"))
+    Refusal::Unsupported("the size of memory cannot be changed while the VM runs: it is not built yet".into())
 }
 
 /// Both configurations with those devices only that `shown` picks by their ids.
