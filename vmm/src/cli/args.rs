@@ -278,13 +278,13 @@ pub struct RunArgs {
     /// Add a disk on a raw file or a block device; repeatable.
     ///
     /// As in "path=root.img,id=root", or "fd=N" for an inherited descriptor. Further keys: readonly=on|off, direct=on|off (around the host's page cache),
-    /// serial=TEXT (at most 20 bytes), queues=N. A key of on or off alone means on; a comma in a path is written twice.
+    /// size=SIZE (how much of it the guest sees; all by default), serial=TEXT (at most 20 bytes), queues=N. A key of on or off alone means on; a comma in a path is written twice.
     #[arg(long, value_name = "PATH[,KEY=VALUE]…", help_heading = "Devices")]
     pub disk: Vec<String>,
 
     /// Add a network card on a tap interface; repeatable.
     ///
-    /// As in "tap=tap0,mac=52:54:00:12:34:56", or "fd=N" for an inherited descriptor. Further keys: mtu=N, id=ID.
+    /// As in "tap=tap0,mac=52:54:00:12:34:56", or "fd=N" for an inherited descriptor. Further keys: mtu=N, link=up|down, id=ID.
     /// Without mac, a random address is taken at each start.
     #[arg(long, value_name = "TAP[,KEY=VALUE]…", help_heading = "Devices")]
     pub net: Vec<String>,
