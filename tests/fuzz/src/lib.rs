@@ -10,6 +10,7 @@ pub mod configuration;
 pub mod functions;
 pub mod guest;
 pub mod hosts;
+pub mod http;
 pub mod input;
 pub mod kernel;
 pub mod layout;
