@@ -164,7 +164,7 @@ pub struct MeasureArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: String,
 
-    /// List what the firmware extends RTMR0 with first, too
+    /// List what MRTD is made of, and what the firmware extends RTMR0 with first
     #[arg(long)]
     pub events: bool,
 
