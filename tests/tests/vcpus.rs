@@ -1,11 +1,15 @@
-//! vCPUs that come and go in a stock Debian kernel, in the sandbox and under load.
+//! vCPUs that come and go, in the sandbox: of a tiny guest by `halyard ctl`, and of a stock Debian kernel under load.
 
-use std::time::Instant;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use api::{JobState, VmConfig};
 use halyard_tests::service::{Service, guest};
-use halyard_tests::{Client, Host, Kernel, Lent, Process};
+use halyard_tests::tiny::{self, Run, Served, binary, run_command};
+use halyard_tests::{Client, Host, Kernel, Lent, Process, serve};
 
 const MOST: u32 = 8;
 
@@ -70,6 +74,52 @@ fn clocks_agree(guest: &Client, clock: &str) -> Result<()> {
     let now = ask(guest, "cat /sys/devices/system/clocksource/clocksource0/current_clocksource")?;
     ensure!(now == clock, "the clock was {clock}, and is {now}");
     Ok(())
+}
+
+fn ctl(served: &Served, args: &[&str]) -> Run {
+    let mut command = Command::new(binary());
+    command.env("HALYARD_SOCKET", served.path("api")).arg("ctl").args(args);
+    run_command(command)
+}
+
+#[test]
+fn a_tiny_guest_is_given_vcpus_and_gives_them_back() {
+    let served = serve!();
+    let mut config = tiny::config("plug");
+    config.cpus.max = Some(4);
+    let path = served.path("vm.yaml");
+    fs::write(&path, api::to_yaml(&config).unwrap()).unwrap();
+    ctl(&served, &["create", &path.display().to_string()]).expect_code(0);
+    ctl(&served, &["boot"]).expect_code(0);
+    let console = served.client().console("serial", false).unwrap();
+    console.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut lines = BufReader::new(console).lines().map(Result::unwrap);
+    let mut hear = |wanted: &str| assert!(lines.any(|line| line == wanted), "{wanted:?} did not come");
+    hear("ready");
+    for first in [1, 2, 2] {
+        let text = ctl(&served, &["vcpus", "4"]).expect_code(0).output();
+        assert!(text.contains("change-vcpus  succeeded  100 %"), "{text}");
+        (first..4).for_each(|number| hear(&format!("processor {number:08x}")));
+        let text = ctl(&served, &["vcpus"]).expect_code(0).output();
+        assert_eq!(text, "configured  4\npresent     4\nat most     4\n");
+        ctl(&served, &["pause"]).expect_code(0);
+        ctl(&served, &["resume"]).expect_code(0);
+        ctl(&served, &["vcpus", "2"]).expect_code(0);
+        [2, 3].iter().for_each(|number| hear(&format!("gave back {number:08x}")));
+        assert!(served.client().metrics().unwrap().contains("halyard_vm_vcpus 2\n"));
+    }
+    let run = ctl(&served, &["vcpus", "5"]).expect_code(2);
+    run.expect_messages(&[
+        "count: 5 vCPUs are more than there may be in this VM; 1 to 4 are possible; cpus.max says how many",
+    ]);
+    ctl(&served, &["reset"]).expect_code(0);
+    hear("ready");
+    let text = ctl(&served, &["vcpus", "1", "--no-wait"]).expect_code(0).output();
+    assert!(text.contains("change-vcpus"), "{text}");
+    hear("gave back 00000001");
+    let events = ctl(&served, &["events", "--after", "0"]).expect_code(0).output();
+    assert!(events.contains("vcpus-changed    4 present"), "{events}");
+    ctl(&served, &["destroy"]).expect_code(0);
 }
 
 #[test]
