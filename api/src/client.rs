@@ -304,6 +304,14 @@ impl Client {
         job_of(&self.call(Operation::PatchVcpus, "", &Options { body: Some(&body), ..Options::default() })?)
     }
 
+    /// Changes fields of a device (a merge patch, RFC 7396). The device as it is then.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn patch_device(&mut self, id: &str, patch: &serde_json::Value) -> Result<DeviceConfig> {
+        self.put(Operation::PatchDevice, id, patch)
+    }
+
     /// Removes a device. A job, where the guest must let go of it first; with `force` it is not asked, and loses what it
     /// has not written.
     ///

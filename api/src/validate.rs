@@ -28,6 +28,8 @@ const MAX_NAME_BYTES: usize = 64;
 const MAX_DISK_SERIAL_BYTES: usize = 20;
 /// The most queues of a disk.
 const MAX_QUEUES: u16 = 64;
+/// Bytes of a disk's sector.
+const SECTOR: u64 = 512;
 /// The smallest MTU that a network card may advise (virtio 1.2 §5.1.4.1).
 const MIN_MTU: u16 = 68;
 /// The longest time that a guest may be given to switch itself off: a day.
@@ -321,6 +323,14 @@ fn disk(report: &mut Report, at: &str, disk: &Disk) {
                 "leave them out",
             );
         }
+    }
+    if let Some(size) = disk.size.map(ByteSize::bytes).filter(|size| *size == 0 || !size.is_multiple_of(SECTOR)) {
+        let next = size.max(1).checked_next_multiple_of(SECTOR).unwrap_or(SECTOR);
+        report.add(
+            format!("{at}.size"),
+            format!("{size} bytes are not a whole number of sectors of {SECTOR}"),
+            format!("the next that is, is {next}"),
+        );
     }
     if disk.queues == 0 || disk.queues > MAX_QUEUES {
         report.add(

@@ -30,7 +30,7 @@ fn every_unknown_field_is_reported_with_its_place_and_a_suggestion() {
             "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: cpus, devices, kernel, kind, \
              lifecycle, memory, pci, platform, serial",
             "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, id, \
-             path, queues, readonly, serial, type",
+             path, queues, readonly, serial, size, type",
         ]
     );
 }

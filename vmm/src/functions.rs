@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::DeviceConfig;
+use api::{DeviceConfig, Problem};
 use devices::pci::{Indicator, PciSegment, RootPort};
 use devices::virtio::transport::VirtioPci;
 use vm_memory::{
@@ -13,7 +13,7 @@ use vm_memory::{
 };
 
 use crate::Failure;
-use crate::devices::DeviceCounters;
+use crate::devices::{Created, DeviceControl, DeviceCounters};
 use crate::inbox::{Event, Inbox};
 use crate::machine::Parts;
 use crate::seams::VmSeam;
@@ -37,6 +37,7 @@ struct Function {
     /// The root port that it is behind; without one it is on the root bus.
     port: Option<u8>,
     counters: DeviceCounters,
+    control: DeviceControl,
 }
 
 /// Where a device goes.
@@ -62,9 +63,9 @@ impl Functions {
     /// [`Failure::Host`]; nothing is left of it then.
     pub fn add(&mut self, device: &DeviceConfig, place: Place, parts: &Parts, stand: bool) -> Result<(), Failure> {
         let id = device.id().to_owned();
-        let (virtio, counters) = crate::devices::create(device, parts)?;
+        let Created { device, counters, control } = crate::devices::create(device, parts)?;
         let seam = Arc::new(self.seam.clone());
-        let pci = Arc::new(VirtioPci::new(&id, virtio, self.memory.clone(), seam.clone(), seam)?);
+        let pci = Arc::new(VirtioPci::new(&id, device, self.memory.clone(), seam.clone(), seam)?);
         if stand {
             pci.suspend();
         }
@@ -80,7 +81,7 @@ impl Functions {
                 Some(port)
             }
         };
-        self.list.push(Function { id, pci, port, counters });
+        self.list.push(Function { id, pci, port, counters, control });
         Ok(())
     }
 
@@ -95,6 +96,34 @@ impl Functions {
         pci.suspend();
         drop_here(pci, id);
         true
+    }
+
+    /// Changes of a device what can be changed while it runs, and tells its driver. False where it is as it is wanted.
+    ///
+    /// # Errors
+    /// The field that cannot be so, and why.
+    pub fn change(&self, wanted: &DeviceConfig) -> Result<bool, Problem> {
+        let Some(function) = self.list.iter().find(|function| function.id == wanted.id()) else { return Ok(false) };
+        match (&function.control, wanted) {
+            (DeviceControl::Disk(disk), DeviceConfig::Disk(wanted)) => {
+                let size = disk.next_size(wanted.size.map(api::ByteSize::bytes));
+                let size = size.map_err(|error| Problem::new("size", error.to_string(), ""))?;
+                let changes = size != disk.size();
+                if changes {
+                    function.pci.change_config(|| disk.grow(size));
+                }
+                Ok(changes)
+            }
+            (DeviceControl::Net(link), DeviceConfig::Net(wanted)) => {
+                let up = wanted.link.is_up();
+                let changes = up != link.is_up();
+                if changes {
+                    function.pci.change_config(|| link.set(up));
+                }
+                Ok(changes)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// A root port without a device; one whose guest has no business with the last device any more, where there is one.

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
-use api::{DeviceConfig, Kind, VmConfig};
+use api::{DeviceConfig, Kind, Problem, VmConfig};
 use arch::{LoadedKernel, Platform, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
@@ -198,6 +198,14 @@ impl Machine {
         if !self.functions.take_out(id) {
             tracing::error!("«{id}» is behind no hot-plug port");
         }
+    }
+
+    /// Changes a device while it runs: see [`Functions::change`].
+    ///
+    /// # Errors
+    /// The field that cannot be so, and why.
+    pub fn change_device(&self, wanted: &DeviceConfig) -> Result<bool, Problem> {
+        self.functions.change(wanted)
     }
 
     /// A hot-plug port without a device.

@@ -108,6 +108,14 @@ fn flags_mean_what_the_file_says() {
 }
 
 #[test]
+fn a_disk_has_a_size_and_a_card_a_link() {
+    let line = ["--kernel", "k", "--disk", "d,size=1M", "--net", "fd=7,mac=52:54:00:12:34:57,link=down"];
+    let yaml = "kernel: {path: k}\ndevices: [{type: disk, path: d, size: 1M}, {type: net, fd: 7, mac: 52:54:00:12:34:57, \
+                link: down}]";
+    assert_eq!(config(&line), from_yaml(yaml));
+}
+
+#[test]
 fn flags_change_a_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vm.yaml");
@@ -176,7 +184,7 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
         &["--kernel", "k", "--disk", "a.img,read_onyl,path=b"],
         &[
             "--disk a.img,read_onyl,path=b: unknown key «read_onyl» of --disk; did you mean «readonly»? known: path, fd, \
-                 readonly, direct, serial, queues, id",
+                 readonly, size, direct, serial, queues, id",
             "--disk a.img,read_onyl,path=b: the key «path» is repeated; give it once",
         ],
     ),

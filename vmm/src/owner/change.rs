@@ -1,6 +1,9 @@
-//! Changes of a VM's devices, processors and memory in its configuration, before it runs.
+//! Changes of a VM's devices, processors and memory in its configuration, before it runs; and which of a device's fields
+//! can be changed afterwards.
 
-use api::{EventKind, HostFacts, Problem, Problems, VmConfig};
+use std::collections::BTreeSet;
+
+use api::{DeviceConfig, EventKind, HostFacts, Problem, Problems, VmConfig};
 
 use super::phase::Prepared;
 use super::vcpus;
@@ -52,6 +55,42 @@ fn of_part(refusal: Refusal, part: &str) -> Refusal {
         Problem { field, ..problem }
     });
     Refusal::Problems(Problems(named.collect()))
+}
+
+/// The fields of a device that can be changed while it runs.
+fn changeable(device: &DeviceConfig) -> &'static [&'static str] {
+    match device {
+        DeviceConfig::Disk(_) => &["size"],
+        DeviceConfig::Net(_) => &["link"],
+        DeviceConfig::Console(_) | DeviceConfig::Rng(_) => &[],
+    }
+}
+
+/// Whether a device that the machine has can become `wanted`; `removable` where it can be removed from it.
+///
+/// # Errors
+/// [`Refusal::Problems`], with each field that cannot be changed.
+pub(super) fn allowed_while_it_runs(
+    given: &DeviceConfig,
+    wanted: &DeviceConfig,
+    removable: bool,
+) -> Result<(), Refusal> {
+    let fields = |device| match serde_json::to_value(device) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    let (old, new) = (fields(given), fields(wanted));
+    let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    let fixed = names.into_iter().filter(|name| old.get(*name) != new.get(*name));
+    let remedy = match removable {
+        true => "remove the device and add it anew",
+        false => "it can be changed before the VM boots",
+    };
+    let problems: Vec<Problem> = fixed
+        .filter(|name| !changeable(given).contains(&name.as_str()))
+        .map(|name| Problem::new(name.as_str(), "cannot be changed while the VM runs", remedy))
+        .collect();
+    if problems.is_empty() { Ok(()) } else { Err(Refusal::Problems(Problems(problems))) }
 }
 
 /// What can only be changed before the machine exists.

@@ -150,7 +150,7 @@ pub enum DevicesVerb {
     },
     /// Add a device
     Add(AddArgs),
-    /// Change fields of a device, as in readonly=true or endpoint='{type: pty}'
+    /// Change fields of a device, as in readonly=true or endpoint='{type: pty}'; while the VM runs, a disk's size and a card's link
     Change(ChangeArgs),
     /// Remove a device
     Remove(RemoveArgs),
