@@ -21,6 +21,9 @@ fn config(served: &Served) -> VmConfig {
     let mut config = VmConfig::new(guest("power-button"));
     config.memory.size = "64M".parse().expect("a size");
     config.serial = Some(Endpoint::Api {});
+    // A guest that does not answer for vCPUs keeps nobody waiting for long.
+    config.cpus.max = Some(4);
+    config.pci.hotplug_timeout = "50ms".parse().expect("a time");
     config.devices = vec![
         DeviceConfig::Disk(Disk { id: "disk0".into(), ..Disk::new(disk) }),
         DeviceConfig::Console(console),

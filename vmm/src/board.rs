@@ -206,6 +206,7 @@ impl Board {
         job.state = how;
         job.ended_ms = Some(now_ms());
         job.error = error;
+        job.progress = job.progress.map(|progress| if how == JobState::Succeeded { 100 } else { progress });
         let job = job.clone();
         state.publish(EventKind::Job { job });
     }
