@@ -30,6 +30,11 @@ pub enum Event {
         /// The port.
         port: u8,
     },
+    /// A device fails: [`crate::troubles::Troubles`] say how.
+    DeviceFails {
+        /// The device.
+        id: String,
+    },
     /// User space was not reached in time, for this reason.
     BootTimeout(String),
     /// The person at the terminal asked to quit.

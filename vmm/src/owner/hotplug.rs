@@ -297,7 +297,7 @@ impl Owner {
                 }
                 if let Some(error) = &error {
                     tracing::warn!("«{id}»: {}", error.detail);
-                    self.board.publish(EventKind::DeviceFailed { id, reason: error.detail.clone() });
+                    self.board.publish(EventKind::DeviceFailed { id, reason: error.detail.clone(), count: 1 });
                 }
                 self.board.end_job(job, how, error);
             }

@@ -8,6 +8,7 @@ mod decide;
 mod hotplug;
 mod phase;
 mod reports;
+mod troubles;
 
 use std::mem;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub use phase::{Live, Phase, Prepared, RequestKind, admit};
 pub use reports::{Report, Reports};
 
 use self::hotplug::Hotplug;
+use self::troubles::Failing;
 use crate::board::Board;
 use crate::endpoints::Endpoints;
 use crate::inbox::{Event, Inbox};
@@ -75,6 +77,8 @@ pub struct Owner {
     closing: Option<Closing>,
     /// Devices that come and go.
     hotplug: Hotplug,
+    /// Devices that failed lately.
+    failing: Failing,
     /// The signal that asked for the end.
     ending: Option<Signal>,
 }
@@ -104,6 +108,7 @@ impl Owner {
             phase: Phase::Empty,
             closing: None,
             hotplug: Hotplug::default(),
+            failing: Failing::default(),
             ending: None,
         })
     }
@@ -212,7 +217,8 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let time = [deadline, self.hotplug_deadline(), self.manager.next_tick()].into_iter().flatten().min();
+            let others = [self.hotplug_deadline(), self.failing.deadline(), self.manager.next_tick()];
+            let time = others.into_iter().chain([deadline]).flatten().min();
             match self.reports.next(time)? {
                 Report::Event(event) => self.handle_event(event),
                 Report::Signal(signal) => self.handle_signal(signal),
@@ -224,6 +230,7 @@ impl Owner {
                     self.manager.tick();
                     self.mind_the_deadline();
                     self.mind_hotplug();
+                    self.mind_failing();
                 }
             }
         }
@@ -256,6 +263,7 @@ impl Owner {
         match event {
             Event::Slot { port, shows } => self.slot_changed(port, shows),
             Event::DriverCame { port } => self.driver_came(port),
+            Event::DeviceFails { ref id } => self.device_fails(id.clone()),
             Event::Platform(PlatformEvent::Panicked) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: false });
             }
@@ -327,6 +335,7 @@ impl Owner {
 
     /// Ends the VM's run.
     fn stop(&mut self, outcome: Outcome, reason: Reason) {
+        self.end_failing();
         let live = match mem::replace(&mut self.phase, Phase::Empty) {
             Phase::Running(live) | Phase::Paused(live) => live,
             other => {
@@ -357,6 +366,7 @@ impl Owner {
 
     /// Makes the machine anew: it boots again, or stands at its first instruction where it stood before.
     fn restart(&mut self, reason: Reason) {
+        self.end_failing();
         let (live, mode) = match mem::replace(&mut self.phase, Phase::Empty) {
             Phase::Running(live) => (live, Mode::Run),
             Phase::Paused(live) => (live, Mode::Stand),

@@ -146,6 +146,13 @@ fn of_devices(page: &mut Page, counters: &MachineCounters) {
         disks().for_each(|(id, disk)| kicks.sample(&[("device", id)], get(&disk.kicks)));
         let mut errors = page.counter("halyard_disk_errors_total", "Requests of the guest that failed.");
         disks().for_each(|(id, disk)| errors.sample(&[("device", id)], get(&disk.errors)));
+        let mut errors = page.counter("halyard_disk_host_errors_total", "Those of them that failed on the host.");
+        disks().for_each(|(id, disk)| errors.sample(&[("device", id)], get(&disk.host_errors)));
+    }
+    if !counters.faults.is_empty() {
+        let help = "Times that a device needed a reset: the guest broke a rule, or the host failed.";
+        let mut faults = page.counter("halyard_device_faults_total", help);
+        counters.faults.iter().for_each(|(id, count)| faults.sample(&[("device", id)], get(count)));
     }
     of_networks(page, counters);
 }
@@ -241,4 +248,33 @@ fn seconds(nanoseconds: u64) -> impl Display {
 
 fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use devices::virtio::blk::BlkCounters;
+
+    #[test]
+    fn what_fails_is_counted_by_device() {
+        let disk = BlkCounters::default();
+        disk.errors.store(5, Ordering::Relaxed);
+        disk.host_errors.store(3, Ordering::Relaxed);
+        let counters = MachineCounters {
+            devices: vec![("d".into(), DeviceCounters::Disk(Arc::new(disk)))],
+            faults: vec![("d".into(), Arc::new(AtomicU64::new(7)))],
+            ..MachineCounters::default()
+        };
+        let mut page = Page::default();
+        of_devices(&mut page, &counters);
+        for line in [
+            "halyard_disk_errors_total{device=\"d\"} 5\n",
+            "halyard_disk_host_errors_total{device=\"d\"} 3\n",
+            "halyard_device_faults_total{device=\"d\"} 7\n",
+        ] {
+            assert!(page.text.contains(line), "{line} is missing in\n{}", page.text);
+        }
+    }
 }
