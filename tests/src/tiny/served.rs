@@ -28,14 +28,14 @@ impl Served {
         Self::start_as(halyard(), command, args)
     }
 
-    /// The same where `sh` does `line` first, in a mount namespace of its own, as root of it.
+    /// The same where `sh` does `line` first, with mounts and a network of its own, as their root.
     ///
     /// # Panics
     /// As [`Served::start`].
     #[track_caller]
     pub fn start_after<A: Into<OsString>>(line: &str, command: &str, args: impl IntoIterator<Item = A>) -> Self {
         let mut started = std::process::Command::new("unshare");
-        started.args(["--map-root-user", "--mount", "sh", "-ec", &format!("{line}\nexec \"$0\" \"$@\"")]);
+        started.args(["--map-root-user", "--mount", "--net", "sh", "-ec", &format!("{line}\nexec \"$0\" \"$@\"")]);
         started.arg(halyard().get_program());
         Self::start_as(started, command, args)
     }

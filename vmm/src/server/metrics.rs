@@ -6,19 +6,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use api::{JobState, PhaseName};
 
 use super::ApiCounters;
-use super::memory::{Resident, resident};
+use super::memory::{Reader, Resident};
 use crate::board::Board;
 use crate::devices::DeviceCounters;
 use crate::machine::MachineCounters;
 
 /// All metrics as they are now.
-pub fn text(board: &Board, api: &ApiCounters) -> String {
+pub async fn text(board: &Board, api: &ApiCounters, memory: &Reader) -> String {
     let mut page = Page::default();
     of_vm(&mut page, board);
     if let Some(counters) = board.counters() {
         of_vcpus(&mut page, &counters);
         of_devices(&mut page, &counters);
-        of_memory(&mut page, &counters);
+        if let Some(resident) = memory.resident(counters.memory.clone()).await {
+            of_memory(&mut page, resident);
+        }
     }
     of_api(&mut page, board, api);
     of_process(&mut page);
@@ -157,10 +159,8 @@ fn of_devices(page: &mut Page, counters: &MachineCounters) {
     of_networks(page, counters);
 }
 
-/// The kernel goes through the process's memory for these, so that nobody else pays for them.
-fn of_memory(page: &mut Page, counters: &MachineCounters) {
-    let Ok(smaps) = std::fs::read_to_string("/proc/self/smaps") else { return };
-    let Resident { guest, guest_huge, overhead } = resident(&smaps, &counters.memory);
+fn of_memory(page: &mut Page, resident: Resident) {
+    let Resident { guest, guest_huge, overhead } = resident;
     page.gauge("halyard_memory_guest_resident_bytes", "The guest's memory that the host has given it.")
         .sample(&[], guest);
     page.gauge("halyard_memory_guest_huge_bytes", "The guest's memory that is in huge pages.").sample(&[], guest_huge);
