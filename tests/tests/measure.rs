@@ -127,8 +127,7 @@ fn pages_are_those_that_a_real_qemu_adds() {
         let expected = hand_off(qemu * GIB, (gib - qemu) * GIB);
         assert_eq!(told, hex(&expected) + "ffff080000000000", "{title}: what QEMU tells of memory");
 
-        let report =
-            reports.entry(memory).or_insert_with(|| foretold(&firmware, &["--memory", memory, "--events"]));
+        let report = reports.entry(memory).or_insert_with(|| foretold(&firmware, &["--memory", memory, "--events"]));
         assert_eq!(report["events"][0]["digest"], hex(&Sha384::digest(hand_off(own * GIB, (gib - own) * GIB))));
         let added: Vec<&str> = lines.lines().filter(|line| line.starts_with("INIT_MEM_REGION ")).collect();
         let pages = report["pages"].as_array().unwrap();

@@ -15,6 +15,7 @@ use crate::Failure;
 use crate::inputs::DeviceInput;
 use crate::machine::Parts;
 use crate::sandbox::{self, Thread};
+use crate::troubles::Troubles;
 
 /// A device, what it counts, and what can be changed of it while it runs.
 pub struct Created {
@@ -54,11 +55,11 @@ pub enum DeviceCounters {
     None,
 }
 
-/// Makes the device that `config` describes, on what was opened for it.
+/// Makes the device that `config` describes, on what was opened for it. What goes wrong with its requests goes to `troubles`.
 ///
 /// # Errors
 /// [`Failure::Host`] where the host side of the device is not there or cannot be attached.
-pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> {
+pub fn create(config: &DeviceConfig, parts: &Parts, troubles: &Arc<Troubles>) -> Result<Created, Failure> {
     let missing = || Failure::Host(format!("{}: its host side was not opened", config.id()));
     Ok(match config {
         DeviceConfig::Disk(disk) => {
@@ -69,7 +70,9 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
                 options.serial.clone_from(serial);
             }
             let threads: Result<Vec<_>, _> = (0..disk.queues).map(|_| io_thread(&disk.id)).collect();
+            let troubles = troubles.clone();
             let device = Blk::new(opened.clone(), &options).on_threads(threads?);
+            let device = device.on_failure(move |failure| troubles.io(failure));
             let counters = DeviceCounters::Disk(device.counters());
             Created { device: Box::new(device), counters, control: DeviceControl::Disk(opened.clone()) }
         }

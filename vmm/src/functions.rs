@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use crate::devices::{Created, DeviceControl, DeviceCounters};
 use crate::inbox::{Event, Inbox};
 use crate::machine::Parts;
 use crate::seams::VmSeam;
+use crate::troubles::Troubles;
 
 /// How long a vCPU may be in the middle of one access to a device.
 const LONGEST_ACCESS: Duration = Duration::from_secs(10);
@@ -38,6 +40,7 @@ struct Function {
     port: Option<u8>,
     counters: DeviceCounters,
     control: DeviceControl,
+    troubles: Arc<Troubles>,
 }
 
 /// Where a device goes.
@@ -63,9 +66,13 @@ impl Functions {
     /// [`Failure::Host`]; nothing is left of it then.
     pub fn add(&mut self, device: &DeviceConfig, place: Place, parts: &Parts, stand: bool) -> Result<(), Failure> {
         let id = device.id().to_owned();
-        let Created { device, counters, control } = crate::devices::create(device, parts)?;
+        let (inbox, name) = (parts.inbox.clone(), id.clone());
+        let troubles = Arc::new(Troubles::new(move || inbox.post(Event::DeviceFails { id: name.clone() })));
+        let Created { device, counters, control } = crate::devices::create(device, parts, &troubles)?;
         let seam = Arc::new(self.seam.clone());
         let pci = Arc::new(VirtioPci::new(&id, device, self.memory.clone(), seam.clone(), seam)?);
+        let told = troubles.clone();
+        pci.on_broken(move |reason| told.broken(reason));
         if stand {
             pci.suspend();
         }
@@ -81,7 +88,7 @@ impl Functions {
                 Some(port)
             }
         };
-        self.list.push(Function { id, pci, port, counters, control });
+        self.list.push(Function { id, pci, port, counters, control, troubles });
         Ok(())
     }
 
@@ -159,6 +166,16 @@ impl Functions {
     /// What each device counts, with its id.
     pub fn counters(&self) -> Vec<(String, DeviceCounters)> {
         self.list.iter().map(|function| (function.id.clone(), function.counters.clone())).collect()
+    }
+
+    /// How often each device needed a reset, with its id.
+    pub fn faults(&self) -> Vec<(String, Arc<AtomicU64>)> {
+        self.list.iter().map(|function| (function.id.clone(), function.pci.fault_counter())).collect()
+    }
+
+    /// What goes wrong with a device.
+    pub fn troubles(&self, id: &str) -> Option<&Troubles> {
+        self.list.iter().find(|function| function.id == id).map(|function| &*function.troubles)
     }
 
     /// Where guest memory lies in this process.

@@ -41,6 +41,11 @@ pub enum Event {
     },
     /// The guest has let go of the vCPU with this number.
     ProcessorEjected(u8),
+    /// A device fails: [`crate::troubles::Troubles`] say how.
+    DeviceFails {
+        /// The device.
+        id: String,
+    },
     /// User space was not reached in time, for this reason.
     BootTimeout(String),
     /// The person at the terminal asked to quit.

@@ -26,6 +26,7 @@ pub mod sandbox;
 pub mod seams;
 pub mod server;
 pub mod trace;
+pub mod troubles;
 pub mod vcpu;
 
 pub use run::{Failure, Plan, carry_out, carry_out_on};

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use api::{DeviceConfig, Kind, Problem, VmConfig};
 use arch::{LoadedKernel, Platform, layout};
@@ -27,6 +28,7 @@ use crate::memory::Ram;
 use crate::processors::{Pluggable, VcpuMaker};
 use crate::seams::VmSeam;
 use crate::trace::{Attached, Milestone, Trace, View};
+use crate::troubles::Troubles;
 use crate::vcpu::{ExitBuses, Mode, VcpuCounters, VcpuThreads};
 
 /// What a machine is made from beside the loaded guest.
@@ -69,6 +71,8 @@ pub struct MachineCounters {
     pub vcpus: Vec<(u8, Arc<VcpuCounters>)>,
     /// Each device's, with its id.
     pub devices: Vec<(String, DeviceCounters)>,
+    /// How often each device needed a reset, with its id.
+    pub faults: Vec<(String, Arc<AtomicU64>)>,
     /// Where the guest's memory lies in this process.
     pub memory: Vec<Range<u64>>,
 }
@@ -208,6 +212,16 @@ impl Machine {
         self.functions.change(wanted)
     }
 
+    /// The ids of its devices.
+    pub fn device_ids(&self) -> Vec<String> {
+        self.functions.counters().into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// What goes wrong with a device.
+    pub fn troubles(&self, id: &str) -> Option<&Troubles> {
+        self.functions.troubles(id)
+    }
+
     /// A hot-plug port without a device.
     pub fn free_port(&self) -> Option<u8> {
         self.functions.free_port()
@@ -271,6 +285,7 @@ impl Machine {
         Arc::new(MachineCounters {
             vcpus: self.vcpus.as_ref().map(VcpuThreads::counters).unwrap_or_default(),
             devices: self.functions.counters(),
+            faults: self.functions.faults(),
             memory: self.functions.host_memory(),
         })
     }

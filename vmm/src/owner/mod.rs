@@ -8,6 +8,7 @@ mod decide;
 mod hotplug;
 mod phase;
 mod reports;
+mod troubles;
 mod vcpus;
 
 use std::mem;
@@ -25,6 +26,7 @@ pub use phase::{Live, Phase, Prepared, RequestKind, admit};
 pub use reports::{Report, Reports};
 
 use self::hotplug::Hotplug;
+use self::troubles::Failing;
 use self::vcpus::Vcpus;
 use crate::board::Board;
 use crate::endpoints::Endpoints;
@@ -79,6 +81,8 @@ pub struct Owner {
     hotplug: Hotplug,
     /// vCPUs, which may come and go.
     vcpus: Vcpus,
+    /// Devices that failed lately.
+    failing: Failing,
     /// The signal that asked for the end.
     ending: Option<Signal>,
 }
@@ -109,6 +113,7 @@ impl Owner {
             closing: None,
             hotplug: Hotplug::default(),
             vcpus: Vcpus::default(),
+            failing: Failing::default(),
             ending: None,
         })
     }
@@ -218,8 +223,9 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let times = [deadline, self.hotplug_deadline(), self.vcpus_deadline(), self.manager.next_tick()];
-            let time = times.into_iter().flatten().min();
+            let jobs = [self.hotplug_deadline(), self.vcpus_deadline()];
+            let others = [deadline, self.failing.deadline(), self.manager.next_tick()];
+            let time = jobs.into_iter().chain(others).flatten().min();
             match self.reports.next(time)? {
                 Report::Event(event) => self.handle_event(event),
                 Report::Signal(signal) => self.handle_signal(signal),
@@ -232,6 +238,7 @@ impl Owner {
                     self.mind_the_deadline();
                     self.mind_hotplug();
                     self.mind_vcpus();
+                    self.mind_failing();
                 }
             }
         }
@@ -266,6 +273,7 @@ impl Owner {
             Event::DriverCame { port } => self.driver_came(port),
             Event::ProcessorAnswered { number, insertion, status } => self.vcpu_answered(number, insertion, status),
             Event::ProcessorEjected(number) => self.vcpu_ejected(number),
+            Event::DeviceFails { ref id } => self.device_fails(id.clone()),
             Event::Platform(PlatformEvent::Panicked) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: false });
             }
@@ -337,6 +345,7 @@ impl Owner {
 
     /// Ends the VM's run.
     fn stop(&mut self, outcome: Outcome, reason: Reason) {
+        self.end_failing();
         let live = match mem::replace(&mut self.phase, Phase::Empty) {
             Phase::Running(live) | Phase::Paused(live) => live,
             other => {
@@ -368,6 +377,7 @@ impl Owner {
 
     /// Makes the machine anew: it boots again, or stands at its first instruction where it stood before.
     fn restart(&mut self, reason: Reason) {
+        self.end_failing();
         let (live, mode) = match mem::replace(&mut self.phase, Phase::Empty) {
             Phase::Running(live) => (live, Mode::Run),
             Phase::Paused(live) => (live, Mode::Stand),

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use super::connections::{Activity, Connection};
 use super::events::EventStream;
 use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, text, unusable};
-use super::{Context, console, metrics};
+use super::{Context, console};
 use crate::request::{Answer, Asked, Change, Descriptors, Request as Ask};
 
 /// The most bytes of a request's body.
@@ -128,7 +128,7 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
         Operation::GetVersion => Ok(json(StatusCode::OK, &version())),
         Operation::GetHost => Ok(json(StatusCode::OK, &context.host)),
         Operation::GetOpenapi => Ok(fixed("application/json", api::OPENAPI_JSON)),
-        Operation::GetMetrics => Ok(text(METRICS_TEXT, metrics::text(&context.board, &context.counters))),
+        Operation::GetMetrics => Ok(metrics(context).await),
         Operation::CreateVm => create(context, connection, &body).await,
         Operation::GetVm => Ok(vm(context, StatusCode::OK)),
         Operation::DestroyVm => done(context, Ask::Destroy).await,
@@ -177,6 +177,10 @@ fn other_verbs(verb: &str, verbs: &[Verb]) -> Problem {
     let allowed = names.join(", ");
     let detail = format!("{verb} is not possible here; {allowed} are");
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail).with_header(ALLOW, &allowed)
+}
+
+async fn metrics(context: &Context) -> Reply {
+    text(METRICS_TEXT, super::metrics::text(&context.board, &context.counters, &context.memory).await)
 }
 
 fn no_job(id: &str) -> Problem {

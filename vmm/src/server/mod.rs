@@ -87,6 +87,7 @@ struct Context {
     counters: Arc<ApiCounters>,
     /// What the host can do, as it was found at the start.
     host: HostReport,
+    memory: memory::Reader,
 }
 
 /// The running server. Dropping it ends it.
@@ -104,7 +105,8 @@ impl Server {
     pub fn start(listener: ApiListener, host: HostReport, board: Arc<Board>, inbox: Inbox) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (stop, stopped) = watch::channel(false);
-        let context = Context { board: board.clone(), inbox, counters: Arc::default(), host };
+        let context =
+            Context { board: board.clone(), inbox, counters: Arc::default(), host, memory: memory::Reader::start()? };
         let (listener, access, file) = listener.split();
         let listener = {
             let _guard = runtime.enter();
@@ -130,12 +132,7 @@ impl Drop for Server {
     }
 }
 
-async fn serve(
-    listener: UnixListener,
-    access: Option<Access>,
-    context: Arc<Context>,
-    mut stopped: watch::Receiver<bool>,
-) {
+async fn serve(listener: UnixListener, access: Access, context: Arc<Context>, mut stopped: watch::Receiver<bool>) {
     let connections = Connections::new(context, access, stopped.clone());
     loop {
         let accepted = {
