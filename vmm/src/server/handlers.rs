@@ -14,11 +14,12 @@ use hyper::{Method, Request, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::oneshot;
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::connections::{Activity, Connection};
 use super::events::EventStream;
-use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, text, unusable};
+use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, json_text, text, unusable, unwritable};
 use super::{Context, console, metrics};
 use crate::request::{Answer, Asked, Change, Descriptors, Request as Ask};
 
@@ -43,6 +44,8 @@ pub async fn answer(context: &Arc<Context>, connection: &Arc<Connection>, reques
     connection.does(Activity::Working);
     counters.in_flight.add(1);
     let done = InFlight { context, connection };
+    // A client that asks again as soon as it is answered must not be served before those who wait.
+    yield_now().await;
     let outcome = route(context, connection, request).await;
     // Descriptors that nobody claimed are closed with their request.
     drop(connection.received.take());
@@ -217,8 +220,10 @@ fn status_of(answer: &Answer) -> StatusCode {
 }
 
 fn vm(context: &Context, status: StatusCode) -> Reply {
-    let (info, generation) = context.board.info();
-    tagged(json(status, &info), generation)
+    match context.board.info_json() {
+        Ok((text, generation)) => tagged(json_text(status, text), generation),
+        Err(error) => unwritable(&error),
+    }
 }
 
 async fn shutdown(context: &Context, body: &str) -> Outcome {
