@@ -23,6 +23,9 @@ const MEMORY_BOUND: u64 = 8 << 10;
 const SERVED_WITHIN: Duration = Duration::from_secs(5);
 /// Changes while a reader of events does not read: more than the socket and the monitor keep.
 const CHANGES: u64 = 8000;
+/// Bodies of the largest size that is taken, and how many come at once.
+const LARGE: usize = 1 << 20;
+const CROWD: usize = 32;
 /// A console that the guest does not use.
 const QUIET_CONSOLE: &str = "quiet";
 /// The sectors that the guest writes in turn.
@@ -38,6 +41,8 @@ pub enum Kind {
     Half,
     /// Bodies of gigabytes, told in advance or sent in chunks.
     Huge,
+    /// Many bodies of the largest size at once, none of which comes to its end.
+    Large,
     /// JSON 10,000 deep.
     Deep,
     /// Thousands of headers.
@@ -50,7 +55,8 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [Self::Slow, Self::Half, Self::Huge, Self::Deep, Self::Headers, Self::Noise, Self::Deaf];
+    pub const ALL: [Self; 8] =
+        [Self::Slow, Self::Half, Self::Huge, Self::Large, Self::Deep, Self::Headers, Self::Noise, Self::Deaf];
 }
 
 /// What the guest says of itself.
@@ -367,6 +373,17 @@ fn abuse(kind: Kind, path: &Path) {
             // Gigabytes, if it took them.
             let sent = (0..1 << 16).take_while(|_| stream.write_all(&chunk).is_ok()).count();
             assert!(sent < 256, "{sent} chunks of 64 KiB were taken");
+        }
+        Kind::Large => {
+            let body = [format!("{put}content-length: {LARGE}\r\n\r\n").into_bytes(), vec![b' '; LARGE - 1]].concat();
+            let mut crowd: Vec<_> = (0..CROWD).map(|_| (connect(path), body.as_slice())).collect();
+            for _ in 0..LARGE >> 15 {
+                for (stream, rest) in &mut crowd {
+                    let _ = stream.set_nonblocking(true);
+                    let sent = stream.write(&rest[..rest.len().min(1 << 15)]).unwrap_or(0);
+                    *rest = &rest[sent..];
+                }
+            }
         }
         Kind::Deep => {
             let deep = r#"{"a":"#.repeat(10_000);

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use api::HostReport;
 use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
@@ -87,6 +87,8 @@ struct Context {
     counters: Arc<ApiCounters>,
     /// What the host can do, as it was found at the start.
     host: HostReport,
+    /// Places of large bodies.
+    large_bodies: Semaphore,
 }
 
 /// The running server. Dropping it ends it.
@@ -104,7 +106,8 @@ impl Server {
     pub fn start(listener: ApiListener, host: HostReport, board: Arc<Board>, inbox: Inbox) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (stop, stopped) = watch::channel(false);
-        let context = Context { board: board.clone(), inbox, counters: Arc::default(), host };
+        let large_bodies = Semaphore::new(handlers::LARGE_BODIES);
+        let context = Context { board: board.clone(), inbox, counters: Arc::default(), host, large_bodies };
         let (listener, access, file) = listener.split();
         let listener = {
             let _guard = runtime.enter();
