@@ -12,7 +12,7 @@
 
 mod wire;
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use nix::sys::socket::MsgFlags;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use self::wire::{Chunks, Line, connect, read_body, read_byte_by_byte, read_head, write_request};
+use self::wire::{Chunks, Line, MAX_BODY, connect, read_body, read_byte_by_byte, read_head, write_request};
 use crate::routes::{CONSOLE_PROTOCOL, Operation, Verb, encoded, route_of};
 use crate::{
     DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, Pong, ProblemDocument, Shutdown, Vcpus, VcpusPatch,
@@ -389,8 +389,11 @@ impl Iterator for Events {
         let mut line = String::new();
         loop {
             line.clear();
-            match self.stream.read_line(&mut line) {
+            match (&mut self.stream).take(MAX_BODY).read_line(&mut line) {
                 Ok(0) => return None,
+                Ok(_) if line.len() as u64 == MAX_BODY => {
+                    return Some(Err(ClientError::Garbled("an event is too long".into())));
+                }
                 Ok(_) => {}
                 Err(error) => return Some(Err(error.into())),
             }

@@ -338,7 +338,7 @@ pub const ROUTES: &[Route] = &[
                       stream goes on for ever.",
             content: Content::Text(EVENT_STREAM),
         }],
-        problems: &[400],
+        problems: &[400, 503],
         ..get(Operation::ReadEvents, "read_events", "/api/v1/events", "Read events as they happen.")
     },
     Route {

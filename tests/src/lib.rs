@@ -19,6 +19,7 @@ pub mod cache;
 pub mod client;
 pub mod command;
 pub mod confined;
+pub mod contract;
 pub mod cpio;
 pub mod firmware;
 pub mod forward;

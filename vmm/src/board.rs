@@ -9,6 +9,7 @@ use std::task::{Poll, Waker};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use api::{Event, EventKind, Job, JobKind, JobState, PhaseName, ProblemDocument, Reason, VmInfo};
+use hyper::body::Bytes;
 
 use crate::machine::MachineCounters;
 
@@ -20,6 +21,8 @@ pub struct Board(Mutex<State>);
 
 struct State {
     info: VmInfo,
+    /// The same as JSON, once somebody has asked for it: many look at a VM, and few change it.
+    text: Option<Bytes>,
     /// Changes with the configuration.
     generation: u64,
     events: VecDeque<Arc<Event>>,
@@ -48,6 +51,7 @@ impl Board {
         };
         Self(Mutex::new(State {
             info,
+            text: None,
             generation: 0,
             events: VecDeque::new(),
             keep,
@@ -68,6 +72,20 @@ impl Board {
     pub fn info(&self) -> (VmInfo, u64) {
         let state = self.lock();
         (state.info.clone(), state.generation)
+    }
+
+    /// The VM as JSON, and its configuration's generation.
+    ///
+    /// # Errors
+    /// It cannot be written as such.
+    pub fn info_json(&self) -> serde_json::Result<(Bytes, u64)> {
+        let mut state = self.lock();
+        let text = match state.text.take() {
+            Some(text) => text,
+            None => serde_json::to_vec(&state.info)?.into(),
+        };
+        state.text = Some(text.clone());
+        Ok((text, state.generation))
     }
 
     /// vCPUs and bytes of memory that a machine has now.
@@ -215,6 +233,7 @@ impl Board {
 impl State {
     fn publish(&mut self, event: EventKind) {
         self.info.sequence += 1;
+        self.text = None;
         if self.keep == 0 {
             return;
         }
@@ -343,6 +362,24 @@ mod tests {
         for reader in readers {
             assert_eq!(reader.join().unwrap(), info.phase);
         }
+    }
+
+    #[test]
+    fn the_text_is_that_of_the_state() {
+        let board = Board::new(8);
+        let check = || {
+            let (text, generation) = board.info_json().unwrap();
+            let (info, same) = board.info();
+            assert_eq!((serde_json::from_slice::<VmInfo>(&text).unwrap(), generation), (info, same));
+        };
+        check();
+        board.enter(PhaseName::Ready, Reason::Request, |info| info.config = Some(api::VmConfig::new("k")));
+        check();
+        check();
+        board.reconfigure(EventKind::DeviceAdded { id: "a".into() }, |info| info.running = info.config.clone());
+        check();
+        board.publish(EventKind::PowerButton { reason: Reason::Request });
+        check();
     }
 
     #[test]
