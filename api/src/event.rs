@@ -65,6 +65,11 @@ pub enum EventKind {
         /// What failed.
         reason: String,
     },
+    /// The guest has as much memory as it was asked to have.
+    MemoryResized {
+        /// How much, in bytes.
+        present: u64,
+    },
     /// The guest's kernel panicked.
     GuestPanic {
         /// Its crash kernel is at work, and the guest goes on until that is done.
@@ -116,6 +121,7 @@ impl EventKind {
             Self::DeviceRemoved { .. } => "device-removed",
             Self::DeviceFailed { .. } => "device-failed",
             Self::IoError { .. } => "io-error",
+            Self::MemoryResized { .. } => "memory-resized",
             Self::GuestPanic { .. } => "guest-panic",
             Self::Reset { .. } => "reset",
             Self::PowerButton { .. } => "power-button",
@@ -163,6 +169,9 @@ pub enum JobKind {
     AddDevice,
     /// It waits for the guest to let go of a device. Where that does not, or the job is cancelled, the device stays.
     RemoveDevice,
+    /// It waits for the guest to have as much memory as it is asked to have. Where that takes too long, the guest is still
+    /// asked; where the job is cancelled, it keeps what it has.
+    ResizeMemory,
 }
 
 /// How far a job is.

@@ -70,7 +70,10 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
 
 /// A thread for a device's queues. It is made here, and not when the guest's driver starts the queues: a thread that is
 /// made by a vCPU's has no more rights than that.
-fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
+///
+/// # Errors
+/// It cannot be made.
+pub fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
     let thread = IoThread::spawn_with(id, || sandbox::enter(Thread::Io))?;
     // Its loop makes a descriptor without the flag.
     sandbox::close_on_exec();

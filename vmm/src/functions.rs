@@ -7,15 +7,19 @@ use std::time::{Duration, Instant};
 
 use api::DeviceConfig;
 use devices::pci::{Indicator, PciSegment, RootPort};
+use devices::virtio::mem::{Mem, MemControl, MemOptions};
 use devices::virtio::transport::VirtioPci;
+use hal::GpaRange;
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
 use crate::Failure;
-use crate::devices::DeviceCounters;
+use crate::devices::{Created, DeviceCounters, io_thread};
 use crate::inbox::{Event, Inbox};
 use crate::machine::Parts;
+use crate::memory::Ram;
+use crate::pluggable::{Pluggable, Plugged};
 use crate::seams::VmSeam;
 
 /// How long a vCPU may be in the middle of one access to a device.
@@ -23,12 +27,17 @@ const LONGEST_ACCESS: Duration = Duration::from_secs(10);
 /// How often it is looked whether it still is.
 const LOOK: Duration = Duration::from_micros(100);
 
+/// Stands in messages, and names the thread, of the device that memory is plugged by.
+const MEMORY_ID: &str = "memory";
+
 /// The devices of a machine, in their order.
 pub struct Functions {
     pci: Arc<PciSegment>,
     seam: VmSeam,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     list: Vec<Function>,
+    /// Address space of memory that can be plugged.
+    reserved: Option<Arc<GuestRegionMmap>>,
 }
 
 struct Function {
@@ -53,7 +62,7 @@ pub enum Place {
 impl Functions {
     /// None yet.
     pub fn new(pci: Arc<PciSegment>, seam: VmSeam, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
-        Self { pci, seam, memory, list: Vec::new() }
+        Self { pci, seam, memory, list: Vec::new(), reserved: None }
     }
 
     /// Makes a device and puts it in its place. While all `stand`, its queues do, too.
@@ -61,8 +70,35 @@ impl Functions {
     /// # Errors
     /// [`Failure::Host`]; nothing is left of it then.
     pub fn add(&mut self, device: &DeviceConfig, place: Place, parts: &Parts, stand: bool) -> Result<(), Failure> {
-        let id = device.id().to_owned();
-        let (virtio, counters) = crate::devices::create(device, parts)?;
+        let created = crate::devices::create(device, parts)?;
+        self.put(device.id(), created, place, parts.inbox, stand)
+    }
+
+    /// Puts memory that can be plugged into its place on the root bus, behind a device of its own.
+    ///
+    /// # Errors
+    /// [`Failure::Host`].
+    pub fn add_memory(&mut self, memory: Pluggable, ram: &Ram, inbox: &Inbox) -> Result<MemControl, Failure> {
+        let GpaRange { start, len } = memory.range();
+        let options = MemOptions { id: MEMORY_ID.to_owned(), start, len, block_size: memory.block() };
+        self.reserved = Some(memory.region().clone());
+        let plugged = Plugged::new(memory, self.memory.clone(), ram.regions.clone(), inbox.clone());
+        let device = Mem::new(options, Box::new(plugged))?.on_thread(io_thread(MEMORY_ID)?);
+        let control = device.control();
+        self.put(MEMORY_ID, (Box::new(device), DeviceCounters::None), Place::Root, inbox, false)?;
+        Ok(control)
+    }
+
+    /// Puts a device in its place.
+    fn put(
+        &mut self,
+        id: &str,
+        (virtio, counters): Created,
+        place: Place,
+        inbox: &Inbox,
+        stand: bool,
+    ) -> Result<(), Failure> {
+        let id = id.to_owned();
         let seam = Arc::new(self.seam.clone());
         let pci = Arc::new(VirtioPci::new(&id, virtio, self.memory.clone(), seam.clone(), seam)?);
         if stand {
@@ -74,7 +110,7 @@ impl Functions {
                 None
             }
             Place::Port(port) | Place::Plugged(port) => {
-                let inbox: Inbox = parts.inbox.clone();
+                let inbox = inbox.clone();
                 pci.on_driver(move || inbox.post(Event::DriverCame { port }));
                 self.pci.plug(port, pci.clone(), matches!(place, Place::Port(_)))?;
                 Some(port)
@@ -139,7 +175,10 @@ impl Functions {
             let start = u64::try_from(region.as_ptr().addr()).ok()?;
             Some(start..start.checked_add(region.len())?)
         };
-        memory.iter().filter_map(of_region).collect()
+        let reserved = self.reserved.as_deref();
+        let plugged =
+            |region: &&GuestRegionMmap| reserved.is_some_and(|all| all.to_region_addr(region.start_addr()).is_some());
+        memory.iter().filter(|region| !plugged(region)).chain(reserved).filter_map(of_region).collect()
     }
 
     /// Those that stay as long as the machine does, with their ids.

@@ -30,6 +30,8 @@ pub enum Event {
         /// The port.
         port: u8,
     },
+    /// The guest has another number of blocks of its pluggable memory plugged.
+    MemoryPlugged,
     /// User space was not reached in time, for this reason.
     BootTimeout(String),
     /// The person at the terminal asked to quit.

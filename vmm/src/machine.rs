@@ -13,6 +13,7 @@ use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
+use devices::virtio::mem::MemControl;
 use hal::{GpaRange, Hypervisor, MsiRoute, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -24,6 +25,7 @@ use crate::functions::{Functions, Place};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::memory::Ram;
+use crate::pluggable::Pluggable;
 use crate::seams::VmSeam;
 use crate::trace::{Attached, Milestone, Trace, View};
 use crate::vcpu::{ExitBuses, Mode, VcpuCounters, VcpuThreads};
@@ -51,6 +53,8 @@ pub struct Machine {
     vcpus: Option<VcpuThreads>,
     watcher: Option<Attached>,
     functions: Functions,
+    /// Plugs memory, where some can be plugged.
+    memory: Option<MemControl>,
     vcpu_counters: Vec<Arc<VcpuCounters>>,
     platform: PlatformDevices,
     mmio: Arc<Bus>,
@@ -86,10 +90,10 @@ impl Machine {
     /// # Errors
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
-        let Loaded { memory, platform, kernel, first_pages } = loaded;
+        let Loaded { memory, pluggable, platform, kernel, first_pages } = loaded;
         let count = platform.topology.vcpu_ids().len();
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
-        let vm = create_vm(parts, &platform, &memory)?;
+        let vm = create_vm(parts, &platform, &memory, pluggable.as_ref())?;
         parts.trace.mark(Milestone::Vm);
         let seam = VmSeam(vm.clone());
         let pio = Arc::new(Bus::new());
@@ -109,12 +113,12 @@ impl Machine {
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
         pci.add(Arc::new(HostBridge::new()))?;
         let ecam = ecam_base..ecam_base + pci.ecam_len();
-        let guest_memory = memory.map.clone();
-        let memory = GuestMemoryAtomic::new(memory.map);
+        let shown = GuestMemoryAtomic::new(memory.map.clone());
         let mut machine = Self {
             vcpus: None,
             watcher: None,
-            functions: Functions::new(pci, seam, memory),
+            functions: Functions::new(pci, seam, shown),
+            memory: None,
             vcpu_counters: Vec::new(),
             platform: devices,
             mmio: mmio.clone(),
@@ -126,10 +130,12 @@ impl Machine {
             let place = parts.ports.get(device.id()).map_or(Place::Root, |port| Place::Port(*port));
             machine.functions.add(device, place, parts, false)?;
         }
+        let control = pluggable.map(|pluggable| machine.functions.add_memory(pluggable, &memory, parts.inbox));
+        machine.memory = control.transpose()?;
 
         let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
         parts.trace.mark(Milestone::Vcpus);
-        machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
+        machine.watcher = machine.watch(parts, ecam, memory.map, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         if mode == Mode::Stand {
             machine.functions.suspend();
@@ -209,6 +215,18 @@ impl Machine {
         self.functions.in_use(port)
     }
 
+    /// Asks the guest to plug this many bytes of memory, in whole blocks.
+    pub fn request_memory(&self, bytes: u64) {
+        if let Some(memory) = &self.memory {
+            memory.request(bytes);
+        }
+    }
+
+    /// Bytes of memory that the guest has plugged.
+    pub fn plugged_memory(&self) -> u64 {
+        self.memory.as_ref().map_or(0, MemControl::plugged)
+    }
+
     /// What the machine's parts count.
     pub fn counters(&self) -> Arc<MachineCounters> {
         Arc::new(MachineCounters {
@@ -257,12 +275,17 @@ impl Drop for Machine {
     }
 }
 
-fn create_vm(parts: &Parts, platform: &Platform, memory: &Ram) -> Result<Arc<dyn Vm>, Failure> {
+fn create_vm(
+    parts: &Parts,
+    platform: &Platform,
+    memory: &Ram,
+    pluggable: Option<&Pluggable>,
+) -> Result<Arc<dyn Vm>, Failure> {
     // Ids have gaps where a topology's counts are no powers of two.
     let max_vcpus = platform.topology.vcpu_ids().iter().map(|id| u32::from(id.0) + 1).max().unwrap_or(1);
     let spec = VmSpec { kind: kind(parts.config.kind), max_vcpus, ..VmSpec::default() };
     let vm: Arc<dyn Vm> = Arc::from(parts.hypervisor.create(&spec)?);
-    for region in &memory.regions {
+    for region in memory.regions.iter().chain(pluggable.map(Pluggable::region)) {
         vm.memory().map(Slot::new(region.clone()))?;
     }
     Ok(vm)

@@ -41,7 +41,7 @@ pub(super) fn change_config(
 
 /// What can only be changed before the machine exists.
 pub(super) fn not_while_it_runs() -> Refusal {
-    let what = "the number of vCPUs and the size of memory cannot be changed while the VM runs";
+    let what = "the number of vCPUs cannot be changed while the VM runs";
     Refusal::Unsupported(format!("{what}: it is not built yet"))
 }
 

@@ -8,6 +8,7 @@ mod decide;
 mod hotplug;
 mod phase;
 mod reports;
+mod resize;
 
 use std::mem;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub use phase::{Live, Phase, Prepared, RequestKind, admit};
 pub use reports::{Report, Reports};
 
 use self::hotplug::Hotplug;
+use self::resize::Resize;
 use crate::board::Board;
 use crate::endpoints::Endpoints;
 use crate::inbox::{Event, Inbox};
@@ -75,6 +77,8 @@ pub struct Owner {
     closing: Option<Closing>,
     /// Devices that come and go.
     hotplug: Hotplug,
+    /// Memory that comes and goes.
+    resize: Resize,
     /// The signal that asked for the end.
     ending: Option<Signal>,
 }
@@ -104,6 +108,7 @@ impl Owner {
             phase: Phase::Empty,
             closing: None,
             hotplug: Hotplug::default(),
+            resize: Resize::default(),
             ending: None,
         })
     }
@@ -212,7 +217,8 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let time = [deadline, self.hotplug_deadline(), self.manager.next_tick()].into_iter().flatten().min();
+            let deadlines = [deadline, self.hotplug_deadline(), self.resize_deadline(), self.manager.next_tick()];
+            let time = deadlines.into_iter().flatten().min();
             match self.reports.next(time)? {
                 Report::Event(event) => self.handle_event(event),
                 Report::Signal(signal) => self.handle_signal(signal),
@@ -224,6 +230,7 @@ impl Owner {
                     self.manager.tick();
                     self.mind_the_deadline();
                     self.mind_hotplug();
+                    self.mind_resize();
                 }
             }
         }
@@ -239,11 +246,18 @@ impl Owner {
     fn show_machine(&mut self) {
         let shown = self.phase.live().map(|live| {
             let config = &live.prepared.config;
-            (live.machine.counters(), (config.cpus.count, config.memory.size.bytes()))
+            let (size, plugged) = (config.memory.size.bytes(), live.machine.plugged_memory());
+            (live.machine.counters(), (config.cpus.count, size + plugged), size)
         });
         match shown {
-            Some((counters, present)) => self.board.set_machine(Some(counters), present),
-            None => self.board.set_machine(None, (0, 0)),
+            Some((counters, present, size)) => {
+                self.board.set_machine(Some(counters), present);
+                self.board.want_memory(size + self.wanted_memory());
+            }
+            None => {
+                self.board.set_machine(None, (0, 0));
+                self.board.want_memory(0);
+            }
         }
     }
 
@@ -256,6 +270,7 @@ impl Owner {
         match event {
             Event::Slot { port, shows } => self.slot_changed(port, shows),
             Event::DriverCame { port } => self.driver_came(port),
+            Event::MemoryPlugged => self.memory_plugged(),
             Event::Platform(PlatformEvent::Panicked) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: false });
             }
@@ -344,6 +359,7 @@ impl Owner {
         drop(endpoints);
         drop(prepared);
         self.hotplug.end_with_the_run(&self.board);
+        self.resize.end_with_the_run(&self.board);
         if let Some(Closing { job, .. }) = self.closing.take() {
             // Who asked for force has what was asked for when the deadline destroys the VM.
             let by_force = outcome == Outcome::Destroyed && reason == Reason::Deadline;
@@ -375,12 +391,14 @@ impl Owner {
                 self.phase = if mode == Mode::Run { Phase::Running(live) } else { Phase::Paused(live) };
                 self.show_machine();
                 self.board.publish(EventKind::Reset { reason });
+                self.resize_after_reset();
                 tracing::info!("the guest boots again");
             }
             Err(failure) => {
                 tracing::error!("{failure}");
                 endpoints.drain();
                 self.hotplug.end_with_the_run(&self.board);
+                self.resize.end_with_the_run(&self.board);
                 let outcome = Outcome::Failed { reason: failure.to_string() };
                 self.phase = Phase::Stopped(outcome.clone());
                 self.show_machine();
@@ -425,6 +443,7 @@ impl Owner {
                 live.machine.resume();
                 self.phase = Phase::Running(live);
                 self.hotplug_resumed();
+                self.resize_resumed();
                 self.enter(reason, |_| {});
             }
             other => self.phase = other,
@@ -495,7 +514,7 @@ impl Owner {
         if job.state != JobState::Running {
             return Ok(());
         }
-        if self.cancel_hotplug(id) {
+        if self.cancel_hotplug(id) || self.cancel_resize(id) {
             return Ok(());
         }
         // The power button cannot be lifted again; only nobody waits any more.
@@ -532,7 +551,8 @@ impl Owner {
             Phase::Running(_) | Phase::Paused(_) => match change {
                 Change::PutDevice { device, descriptors } => self.plug(*device, descriptors),
                 Change::RemoveDevice { id, force } => self.unplug(&id, force),
-                Change::Vcpus(_) | Change::Memory(_) => Err(change::not_while_it_runs()),
+                Change::Vcpus(_) => Err(change::not_while_it_runs()),
+                Change::Memory(patch) => self.resize(patch.size),
             },
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }

@@ -173,6 +173,18 @@ impl Ctl {
         }
     }
 
+    pub(super) fn resize(&mut self, size: api::ByteSize, no_wait: bool) -> Done {
+        let events = self.client.events(None)?;
+        match self.client.set_memory(&api::MemoryPatch { size })? {
+            Some(job) if no_wait => self.answer(&job, show::job),
+            Some(job) => self.wait_for(job, events),
+            None => {
+                let memory = self.client.memory()?;
+                self.answer(&memory, show::memory)
+            }
+        }
+    }
+
     /// Waits for the job that a reply is, or shows it.
     fn follow(&mut self, body: &[u8], events: api::Events, no_wait: bool) -> Done {
         let job = understood(body)?;

@@ -63,6 +63,7 @@ pub fn detail(event: &EventKind) -> String {
         | EventKind::ConsoleOpened { id }
         | EventKind::ConsoleClosed { id } => id.clone(),
         EventKind::DeviceFailed { id, reason } | EventKind::IoError { id, reason } => format!("{id}: {reason}"),
+        EventKind::MemoryResized { present } => api::ByteSize::new(*present).to_string(),
         EventKind::GuestPanic { crash_kernel: true } => "its crash kernel is at work".to_owned(),
         EventKind::GuestPanic { crash_kernel: false } => String::new(),
         EventKind::Reset { reason } | EventKind::PowerButton { reason } => show::word(reason),
