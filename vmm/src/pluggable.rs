@@ -237,7 +237,8 @@ impl Plugged {
             if began.elapsed() > LONGEST_USE {
                 return false;
             }
-            thread::sleep(LOOK);
+            // No sleep: the policy of the thread of a device has none.
+            thread::park_timeout(LOOK);
         }
     }
 }
@@ -245,13 +246,13 @@ impl Plugged {
 impl Backing for Plugged {
     fn plug(&mut self, range: Range<u64>) -> io::Result<()> {
         let runs = with(&self.runs, &range);
-        self.all.put(&range)?;
-        if let Err(error) = self.publish(&runs) {
-            self.all.take_away(&range)?;
-            return Err(error);
+        let plugged = self.all.put(&range).and_then(|()| self.publish(&runs));
+        match &plugged {
+            Ok(()) => self.runs = runs,
+            // A mapping that fails may have taken away what was there before.
+            Err(_) => self.all.take_away(&range)?,
         }
-        self.runs = runs;
-        Ok(())
+        plugged
     }
 
     fn unplug(&mut self, range: Range<u64>) -> io::Result<()> {
@@ -280,5 +281,138 @@ impl Drop for Plugged {
             tracing::error!("pluggable memory stays mapped: something holds on to it");
             std::mem::forget(self.all.region.clone());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    const MIB: u64 = 1 << 20;
+    const START: u64 = 4 << 30;
+
+    fn plugged(config: &api::Memory) -> (Plugged, GuestMemoryAtomic<GuestMemoryMmap>) {
+        let ram = memory::create(&[GpaRange { start: 0, len: MIB }], config).unwrap();
+        let all = Pluggable::reserve(GpaRange { start: START, len: 64 * MIB }, config).unwrap();
+        let map = GuestMemoryAtomic::new(ram.map);
+        (Plugged::new(all, map.clone(), ram.regions, Inbox::new().unwrap()), map)
+    }
+
+    fn mib(range: Range<u64>) -> Range<u64> {
+        range.start * MIB..range.end * MIB
+    }
+
+    /// Bytes of the region that are resident, by this process's page map.
+    fn resident(plugged: &Plugged) -> u64 {
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let region = &plugged.all.region;
+        let mut entries = vec![0; usize::try_from(region.len() / 4096 * 8).unwrap()];
+        let at = region.as_ptr().addr() as u64 / 4096 * 8;
+        std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entries, at).unwrap();
+        entries.chunks(8).filter(|entry| entry[7] & 0x80 != 0).count() as u64 * 4096
+    }
+
+    fn every_kind() -> [api::Memory; 3] {
+        let small = api::Memory { transparent_huge_pages: false, ..api::Memory::default() };
+        [small.clone(), api::Memory { shared: true, ..small.clone() }, api::Memory { prefault: true, ..small }]
+    }
+
+    #[test]
+    fn what_is_plugged_can_be_used_and_what_is_unplugged_is_the_hosts_again() {
+        for config in every_kind() {
+            let (mut plugged, map) = plugged(&config);
+            let at = |offset: u64| GuestAddress(START + offset * MIB);
+            assert!(map.memory().write_obj(1_u64, at(2)).is_err());
+            plugged.plug(mib(2..6)).unwrap();
+            plugged.plug(mib(6..8)).unwrap();
+            for offset in 2..8 {
+                map.memory().write_slice(&[7; 1 << 20], at(offset)).unwrap();
+            }
+            assert!(map.memory().write_obj(1_u64, at(8)).is_err() && map.memory().write_obj(1_u64, at(1)).is_err());
+            let across = GuestAddress(START + 6 * MIB - 4);
+            map.memory().write_obj(u64::MAX, across).unwrap();
+            assert_eq!(resident(&plugged), 6 * MIB, "{config:?}");
+            plugged.unplug(mib(4..6)).unwrap();
+            assert!(map.memory().read_obj::<u8>(at(5)).is_err());
+            assert_eq!((map.memory().read_obj::<u8>(at(3)).unwrap(), resident(&plugged)), (7, 4 * MIB), "{config:?}");
+            plugged.plug(mib(4..6)).unwrap();
+            assert_eq!(map.memory().read_obj::<u64>(at(5)).unwrap(), 0, "nothing of what was there is left");
+            drop(plugged);
+            assert!(
+                map.memory().read_obj::<u8>(at(3)).is_err() && map.memory().read_obj::<u8>(GuestAddress(0)).is_ok()
+            );
+        }
+    }
+
+    #[test]
+    fn a_block_that_a_device_is_at_work_with_stays() {
+        let (mut plugged, map) = plugged(&api::Memory::default());
+        plugged.plug(mib(0..2)).unwrap();
+        let at_work = map.memory().into_inner();
+        plugged.plug(mib(2..4)).unwrap();
+        assert!(plugged.unplug(mib(0..2)).is_err(), "not the last map, but one before has it");
+        at_work.write_obj(7_u8, GuestAddress(START)).unwrap();
+        assert_eq!(map.memory().read_obj::<u8>(GuestAddress(START)).unwrap(), 7);
+        drop(at_work);
+        plugged.unplug(mib(0..2)).unwrap();
+        assert!(map.memory().read_obj::<u8>(GuestAddress(START)).is_err());
+        assert!(map.memory().read_obj::<u8>(GuestAddress(START + 2 * MIB)).is_ok());
+    }
+
+    #[test]
+    fn a_device_that_is_done_soon_is_awaited() {
+        let (mut plugged, map) = plugged(&api::Memory::default());
+        plugged.plug(mib(0..2)).unwrap();
+        let at_work = map.memory().into_inner();
+        let (tell, told) = std::sync::mpsc::channel();
+        let device = thread::spawn(move || {
+            told.recv().unwrap();
+            at_work.write_obj(7_u8, GuestAddress(START)).unwrap();
+        });
+        let reached = map.clone();
+        let owner = thread::spawn(move || plugged.unplug(mib(0..2)));
+        // Once the new map is there, the old one is waited for.
+        while reached.memory().read_obj::<u8>(GuestAddress(START)).is_ok() {
+            thread::yield_now();
+        }
+        tell.send(()).unwrap();
+        device.join().unwrap();
+        owner.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn memory_in_too_many_pieces_is_refused_before_the_host_has_too_many_mappings() {
+        let config = api::Memory { transparent_huge_pages: false, ..api::Memory::default() };
+        let (mut plugged, _map) = plugged(&config);
+        let pieces: Vec<_> =
+            (0..u64::try_from(MOST_RUNS).unwrap()).map(|piece| piece * 8192..piece * 8192 + 4096).collect();
+        plugged.runs.clone_from(&pieces);
+        let last = u64::try_from(MOST_RUNS).unwrap() * 8192;
+        assert!(plugged.plug(last..last + 4096).is_err());
+        assert_eq!(plugged.runs, pieces);
+        plugged.runs.clear();
+    }
+
+    #[test]
+    fn runs_join_and_part() {
+        let runs = [0..2, 4..6];
+        let told = |runs: Vec<Range<u64>>| format!("{runs:?}");
+        let more = |range: Range<u64>| told(with(&runs, &range));
+        assert_eq!([more(2..4), more(6..8), more(8..9)], ["[0..6]", "[0..2, 4..8]", "[0..2, 4..6, 8..9]"]);
+        assert_eq!(told(with(&[], &(1..2))), "[1..2]");
+        let less = |range: Range<u64>| told(without(&runs, &range));
+        assert_eq!([less(4..6), less(0..1), less(5..6), less(0..6)], ["[0..2]", "[1..2, 4..6]", "[0..2, 4..5]", "[]"]);
+        assert_eq!(told(without(&with(&runs, &(2..4)), &(1..5))), "[0..1, 5..6]");
+    }
+
+    #[test]
+    fn huge_pages_that_the_host_lacks_cannot_be_plugged() {
+        let config = api::Memory { hugepages: Hugepages::Size2M, ..api::Memory::default() };
+        let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+        let Ok(free) = free.unwrap_or_default().trim().parse::<u64>() else { return };
+        let all = Pluggable::reserve(GpaRange { start: START, len: 2 * MIB * (free + 1) }, &config).unwrap();
+        let range = all.range();
+        assert!(all.put(&(0..range.len)).is_err(), "{free} huge pages are free");
     }
 }
