@@ -251,9 +251,6 @@ impl Client {
     pub fn vcpus(&mut self) -> Result<Vcpus> {
         self.get(Operation::GetVcpus, "")
     }
-    pub fn set_vcpus(&mut self, count: u32) -> Result<Vcpus> {
-        self.put(Operation::PatchVcpus, "", &VcpusPatch { count })
-    }
     pub fn memory(&mut self) -> Result<MemoryInfo> {
         self.get(Operation::GetMemory, "")
     }
@@ -292,6 +289,24 @@ impl Client {
     ) -> Result<Option<Job>> {
         let body = serde_json::to_vec(device).map_err(|error| ClientError::Garbled(error.to_string()))?;
         job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), descriptors, headers: &[] })?)
+    }
+
+    /// Changes the number of vCPUs. A job, where the guest must take them, or let go of them, first.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn set_vcpus(&mut self, count: u32) -> Result<Option<Job>> {
+        let body =
+            serde_json::to_vec(&VcpusPatch { count }).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        job_of(&self.call(Operation::PatchVcpus, "", &Options { body: Some(&body), ..Options::default() })?)
+    }
+
+    /// Changes fields of a device (a merge patch, RFC 7396). The device as it is then.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn patch_device(&mut self, id: &str, patch: &serde_json::Value) -> Result<DeviceConfig> {
+        self.put(Operation::PatchDevice, id, patch)
     }
 
     /// Removes a device. A job, where the guest must let go of it first; with `force` it is not asked, and loses what it

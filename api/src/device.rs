@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::units::MacAddr;
+use crate::units::{ByteSize, MacAddr};
 
 /// A device of the guest. Every device has an `id` by which requests, messages and metrics name it; without one it is
 /// its type and the first free number, as in `disk0`.
@@ -92,6 +92,10 @@ pub struct Disk {
     /// The guest cannot write to it. The file is opened for reading only, and several VMs may share it.
     #[serde(default)]
     pub readonly: bool,
+    /// How many of its bytes the guest sees, a multiple of 512; without it all of them. While the VM runs it can grow,
+    /// once the file or device has, and each change of the disk without it has the guest see all that there is then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<ByteSize>,
     /// Go around the host's page cache (O_DIRECT).
     #[serde(default)]
     pub direct: bool,
@@ -117,6 +121,7 @@ impl Disk {
             path: Some(path.into()),
             fd: None,
             readonly: false,
+            size: None,
             direct: false,
             serial: None,
             queues: one(),
@@ -147,6 +152,27 @@ pub struct Net {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 68))]
     pub mtu: Option<u16>,
+    /// Whether its link is up. While it is down, the guest sees no carrier, and frames of both directions are dropped.
+    #[serde(default, skip_serializing_if = "Link::is_up")]
+    pub link: Link,
+}
+
+/// The link of a network card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Link {
+    /// Frames pass.
+    #[default]
+    Up,
+    /// They do not.
+    Down,
+}
+
+impl Link {
+    /// Whether frames pass.
+    pub fn is_up(&self) -> bool {
+        *self == Self::Up
+    }
 }
 
 /// A console. Without a name it is one that the guest can use as its own (hvc0, hvc1, … in the order of the

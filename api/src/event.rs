@@ -34,6 +34,11 @@ pub enum EventKind {
     },
     /// The configuration changed in another part than its devices.
     ConfigChanged {},
+    /// The guest took vCPUs that were added, or let go of some.
+    VcpusChanged {
+        /// How many it has now.
+        present: u32,
+    },
     /// A device was added.
     DeviceAdded {
         /// The device.
@@ -116,6 +121,7 @@ impl EventKind {
         match self {
             Self::Phase { .. } => "phase",
             Self::ConfigChanged {} => "config-changed",
+            Self::VcpusChanged { .. } => "vcpus-changed",
             Self::DeviceAdded { .. } => "device-added",
             Self::DeviceChanged { .. } => "device-changed",
             Self::DeviceRemoved { .. } => "device-removed",
@@ -172,6 +178,9 @@ pub enum JobKind {
     /// It waits for the guest to have as much memory as it is asked to have. Where that takes too long, the guest is still
     /// asked; where the job is cancelled, it keeps what it has.
     ResizeMemory,
+    /// It waits for the guest to take vCPUs, or to let go of some. What the guest does not do, or has not done when the job
+    /// is cancelled, is not wanted any more.
+    ChangeVcpus,
 }
 
 /// How far a job is.

@@ -37,7 +37,7 @@ pub use config::{
     BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Pci, Platform,
     Topology, VmConfig,
 };
-pub use device::{Console, DeviceConfig, Disk, Endpoint, Net, Rng};
+pub use device::{Console, DeviceConfig, Disk, Endpoint, Link, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, field_of, pointer};
 pub use event::{Event, EventKind, Job, JobKind, JobState};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};

@@ -238,19 +238,19 @@ pub const ROUTES: &[Route] = &[
                 content: Content::Json("Job"),
             },
         ],
-        problems: &[400, 409, 412, 422, 501],
+        problems: &[400, 409, 412, 422],
         ..get(Operation::PutDevice, "put_device", "/api/v1/vm/devices/{id}", "Add a device, or replace it.")
     },
     Route {
         verb: Verb::Patch,
         body: Some("DevicePatch"),
         replies: &[json("The device as it is now.", "DeviceConfig")],
-        problems: &[400, 404, 409, 412, 422, 501],
+        problems: &[400, 404, 409, 412, 422],
         ..get(
             Operation::PatchDevice,
             "patch_device",
             "/api/v1/vm/devices/{id}",
-            "Change fields of a device (JSON merge patch, RFC 7396).",
+            "Change fields of a device (JSON merge patch, RFC 7396): while the VM runs, a disk's size and a card's link.",
         )
     },
     Route {
@@ -274,8 +274,15 @@ pub const ROUTES: &[Route] = &[
     Route {
         verb: Verb::Patch,
         body: Some("VcpusPatch"),
-        replies: &[json("The processors as they are now.", "Vcpus")],
-        problems: &[400, 404, 409, 412, 422, 501],
+        replies: &[
+            json("The processors as they are now.", "Vcpus"),
+            Success {
+                status: 202,
+                meaning: "A job waits for the guest to take them, or to let go of them.",
+                content: Content::Json("Job"),
+            },
+        ],
+        problems: &[400, 404, 409, 412, 422],
         ..get(Operation::PatchVcpus, "patch_vcpus", "/api/v1/vm/vcpus", "Change the number of vCPUs.")
     },
     Route {

@@ -30,7 +30,7 @@ fn every_unknown_field_is_reported_with_its_place_and_a_suggestion() {
             "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: cpus, devices, kernel, kind, \
              lifecycle, memory, pci, platform, serial",
             "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, id, \
-             path, queues, readonly, serial, type",
+             path, queues, readonly, serial, size, type",
         ]
     );
 }
@@ -255,6 +255,26 @@ fn processors() {
         ]
     );
     assert_eq!(problems(&host, |vm| vm.cpus.topology = topology(u32::MAX, u32::MAX, u32::MAX)).len(), 1);
+}
+
+#[test]
+fn processors_that_may_come() {
+    let host = small_host();
+    let cpus = |count, max, topology: Option<(u32, u32, u32)>| {
+        let topology = topology.map(|(sockets, cores, threads)| Topology { sockets, cores, threads });
+        problems(&host, |vm| vm.cpus = api::Cpus { count, max: Some(max), topology })
+    };
+    assert!(cpus(1, 8, None).is_empty() && cpus(8, 8, None).is_empty() && cpus(3, 8, Some((2, 2, 2))).is_empty());
+    assert_eq!(
+        cpus(4, 2, None),
+        ["cpus.max: there cannot be 4 vCPUs where there may be 2; give at least cpus.count, or leave it out"]
+    );
+    assert_eq!(cpus(1, 65, None), ["cpus.max: 65 vCPUs are too many; 1 to 64 are possible on this host"]);
+    assert_eq!(cpus(1, 0, None).len(), 1);
+    assert_eq!(
+        cpus(4, 8, Some((1, 4, 1))),
+        ["cpus.topology: 1 sockets × 4 cores × 1 threads are 4 vCPUs, not 8; the product must be cpus.max"]
+    );
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use api::{
     BootUntil, ByteSize, ConfigText, Console, Cpus, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, Kind,
-    Lifecycle, MAX_CONFIG_BYTES, MacAddr, Memory, Net, OnPanic, OnReset, Outcome, Platform, Rng, TimeSpan, Topology,
-    VmConfig, parse, validate,
+    Lifecycle, Link, MAX_CONFIG_BYTES, MacAddr, Memory, Net, OnPanic, OnReset, Outcome, Platform, Rng, TimeSpan,
+    Topology, VmConfig, parse, validate,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -25,13 +25,19 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
 
 fn device() -> impl Strategy<Value = DeviceConfig> {
     let place = any::<(Option<String>, Option<i32>)>();
-    let disk = (any::<String>(), place, any::<(bool, bool, u16)>(), option::of(any::<String>())).prop_map(
-        |(id, (path, fd), (readonly, direct, queues), serial)| {
-            DeviceConfig::Disk(Disk { id, path: path.map(Into::into), fd, readonly, direct, serial, queues })
+    let numbers = any::<(bool, bool, u16, Option<u64>)>();
+    let disk = (any::<String>(), place, numbers, option::of(any::<String>())).prop_map(
+        |(id, (path, fd), (readonly, direct, queues, size), serial)| {
+            let (path, size) = (path.map(Into::into), size.map(ByteSize::new));
+            DeviceConfig::Disk(Disk { id, path, fd, readonly, size, direct, serial, queues })
         },
     );
-    let net = any::<(String, Option<String>, Option<i32>, Option<[u8; 6]>, Option<u16>)>()
-        .prop_map(|(id, tap, fd, mac, mtu)| DeviceConfig::Net(Net { id, tap, fd, mac: mac.map(MacAddr::new), mtu }));
+    let net = any::<(String, Option<String>, Option<i32>, Option<[u8; 6]>, Option<u16>, bool)>().prop_map(
+        |(id, tap, fd, mac, mtu, up)| {
+            let (mac, link) = (mac.map(MacAddr::new), if up { Link::Up } else { Link::Down });
+            DeviceConfig::Net(Net { id, tap, fd, mac, mtu, link })
+        },
+    );
     let console = (any::<String>(), any::<Option<String>>(), endpoint())
         .prop_map(|(id, name, endpoint)| DeviceConfig::Console(Console { id, name, endpoint }));
     let rng = any::<String>().prop_map(|id| DeviceConfig::Rng(Rng { id }));
@@ -39,8 +45,9 @@ fn device() -> impl Strategy<Value = DeviceConfig> {
 }
 
 fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)> {
-    let cpus = any::<(u32, Option<[u32; 3]>)>().prop_map(|(count, topology)| Cpus {
+    let cpus = any::<(u32, Option<u32>, Option<[u32; 3]>)>().prop_map(|(count, max, topology)| Cpus {
         count,
+        max,
         topology: topology.map(|[sockets, cores, threads]| Topology { sockets, cores, threads }),
     });
     let hugepages = prop_oneof![Just(Hugepages::Off), Just(Hugepages::Size2M), Just(Hugepages::Size1G)];

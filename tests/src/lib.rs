@@ -20,6 +20,7 @@ pub mod client;
 pub mod command;
 pub mod confined;
 pub mod cpio;
+pub mod firmware;
 pub mod forward;
 pub mod host;
 pub mod images;

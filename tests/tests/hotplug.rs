@@ -3,10 +3,11 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use api::{Console, DeviceConfig, Disk, Endpoint, JobState, Net, PhaseName, Rng, Shutdown, TimeSpan, VmConfig};
 use halyard_tests::service::{Service, guest};
 use halyard_tests::{Client, Host, Kernel, Lent, Process, Status};
+use serde_json::json;
 
 const KERNEL: Kernel = Kernel::Debian6_12Cloud;
 
@@ -246,4 +247,61 @@ fn story_another_user_in_a_read_only_root_is_given_devices_by_descriptors() -> R
     service.process().kill(15)?;
     ensure!(service.process().wait_for(Duration::from_secs(20))? == Status::Exited(0), "it ends well");
     Ok(())
+}
+
+#[test]
+fn story_a_busy_disk_grows_and_a_link_goes_down_and_up() -> Result<()> {
+    let host = &Lent::take()?;
+    let folder = &host.folder()?;
+    let (path, tap) = (image(folder, host, "first", 64)?, host.tap(None)?);
+    let mut service = Service::start(host, &[])?;
+    let mut config = config(0)?;
+    config.devices.insert(0, disk(&path));
+    config.devices.push(DeviceConfig::Net(Net { tap: Some(tap.name().into()), ..Net::default() }));
+    let guest = service.boot(&config)?;
+    let load = load(&guest)?;
+
+    // In MiB, as the guest has it.
+    let size = |guest: &Client| ask(guest, "echo $(($(cat /sys/block/vda/size) / 2048))");
+    host.run(format!("truncate -s 128M {path}"))?.ok()?;
+    let refused = service.client.patch_device("disk0", &json!({"size": "256M"})).map(drop).unwrap_err().to_string();
+    ensure!(refused.contains("make it longer first"), "{refused}");
+    ensure!(size(&guest)?.trim() == "64", "it has not grown by itself");
+    service.client.patch_device("disk0", &json!({"size": "96M"}))?;
+    wait_in(&guest, "[ $(cat /sys/block/vda/size) = 196608 ]")?;
+    service.client.patch_device("disk0", &json!({"size": null}))?;
+    wait_in(&guest, "[ $(cat /sys/block/vda/size) = 262144 ]")?;
+    let written = ask(
+        &guest,
+        "head -c 1048576 /dev/urandom >/end && dd if=/end of=/dev/vda bs=64k seek=2032 conv=fsync 2>/dev/null && \
+         sha256sum </end",
+    )?;
+    let read = host.run(format!("tail -c 1048576 {path} | sha256sum"))?.ok()?;
+    ensure!(written == read, "{written} was written to the new end, {read} is there");
+    for (patch, field) in [
+        (json!({"size": "64M"}), "/size"),
+        (json!({"readonly": true}), "/readonly"),
+        (json!({"path": "/etc/hostname"}), "/path"),
+    ] {
+        let refused = service.client.patch_device("disk0", &patch).map(drop).unwrap_err();
+        let api::ClientError::Refused(document) = refused else { bail!("{patch}: {refused}") };
+        let named = document.problems.iter().map(|problem| problem.pointer.as_str()).collect::<Vec<_>>();
+        ensure!(document.status == 422 && named == [field], "{patch}: {document:?}");
+    }
+    ensure!(load.status().is_none(), "the busy disk goes on: {}", load.last_words());
+
+    host.run(format!("ip addr add 10.8.1.1/24 dev {}", tap.name()))?.ok()?;
+    ask(&guest, "ip addr add 10.8.1.2/24 dev eth0 && ip link set eth0 up && ping -c 2 -w 30 10.8.1.1")?;
+    service.client.patch_device("net0", &json!({"link": "down"}))?;
+    wait_in(&guest, "[ $(cat /sys/class/net/eth0/carrier) = 0 ]")?;
+    let lost = host.run("ping -c 1 -w 2 10.8.1.2".to_owned())?;
+    ensure!(lost.ok().is_err(), "nothing passes");
+    service.client.reset()?;
+    let guest = service.guest()?;
+    ask(&guest, "ip link set eth0 up && [ $(cat /sys/class/net/eth0/carrier) = 0 ]").context("it stays down")?;
+    ensure!(size(&guest)?.trim() == "128", "it stays as large");
+    service.client.patch_device("net0", &json!({"link": "up"}))?;
+    wait_in(&guest, "[ $(cat /sys/class/net/eth0/carrier) = 1 ]")?;
+    ask(&guest, "ip addr add 10.8.1.2/24 dev eth0 && ping -c 2 -w 30 10.8.1.1")?;
+    service.finish()
 }

@@ -35,8 +35,8 @@ const TINY_GROWTH: f64 = 48.0;
 /// Disks that are added, written, compared and removed under load, unless SOAK_PLUGS says how many; at once; and after
 /// how many their monitor's heap has settled.
 const PLUGS: usize = 500;
-const PLUGS_AT_ONCE: usize = 4;
-const PLUGS_SETTLED: usize = 12;
+const PLUGS_AT_ONCE: usize = 10;
+const PLUGS_SETTLED: usize = 20;
 /// How long each kind of abuse of the API lasts, connections that come at once with it, and how often clients are killed.
 const ABUSE: Duration = Duration::from_secs(20);
 const ABUSE_CONNECTIONS: usize = 10_000;

@@ -149,6 +149,11 @@ impl Board {
         }
     }
 
+    /// Wakes a reader that is gone no more.
+    pub fn forget(&self, waker: &Waker) {
+        self.lock().readers.retain(|reader| !reader.will_wake(waker));
+    }
+
     /// No more events come.
     pub fn close(&self) {
         let mut state = self.lock();
@@ -305,6 +310,10 @@ mod tests {
         board.publish(EventKind::PowerButton { reason: Reason::Request });
         board.publish(EventKind::PowerButton { reason: Reason::Request });
         assert_eq!(counter.0.load(Ordering::Relaxed), 1, "once for each time that it waits");
+        assert!(board.poll_event(2, &waker).is_pending());
+        board.forget(&waker);
+        board.publish(EventKind::PowerButton { reason: Reason::Request });
+        assert_eq!(counter.0.load(Ordering::Relaxed), 1, "it has gone");
     }
 
     /// A reader that begins at a state's number, at any moment, sees each later event once and reaches the same state.

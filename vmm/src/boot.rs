@@ -10,7 +10,7 @@ use crate::Failure;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
 use crate::memory::{self, FirstPages, Ram};
-use crate::pluggable::Pluggable;
+use crate::pluggable::PluggableMemory;
 use crate::trace::{Milestone, Trace};
 
 /// A guest ready to be given processors and devices.
@@ -18,7 +18,7 @@ pub struct Loaded {
     /// Its memory.
     pub memory: Ram,
     /// What can be plugged while it runs.
-    pub pluggable: Option<Pluggable>,
+    pub pluggable: Option<PluggableMemory>,
     /// What the platform shows.
     pub platform: Platform,
     /// Where the boot processor begins.
@@ -41,13 +41,14 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         .map_err(|error| bad(field, &error.to_string()))?;
     platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
     platform.pvpanic = config.platform.pvpanic;
+    platform.pluggable = config.cpus.max.map(|_| config.cpus.count);
     for bridge in &mut platform.host_bridges {
         bridge.last_bus = config.pci.hotplug_ports;
     }
 
     let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Taken);
     let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
-    let pluggable = pluggable.map(|range| Pluggable::reserve(range, &config.memory)).transpose()?;
+    let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
     let mut image = image.wait();
@@ -146,7 +147,7 @@ fn random() -> Result<[u64; 2], Failure> {
 fn topology(config: &VmConfig) -> Result<Topology, Failure> {
     let topology = match config.cpus.topology {
         Some(given) => Topology::new(given.sockets, given.cores, given.threads),
-        None => Topology::flat(config.cpus.count),
+        None => Topology::flat(config.cpus.most()),
     };
     topology.map_err(|error| bad("cpus.topology", &error.to_string()))
 }

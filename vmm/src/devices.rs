@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use api::DeviceConfig;
+use devices::disk::RawDisk;
 use devices::io_thread::IoThread;
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Blk, BlkCounters, BlkOptions};
 use devices::virtio::console::{Console, Port};
-use devices::virtio::net::{Net, NetCounters, NetOptions};
+use devices::virtio::net::{Link, Net, NetCounters, NetOptions};
 use devices::virtio::rng::Rng;
 
 use crate::Failure;
@@ -15,8 +16,33 @@ use crate::inputs::DeviceInput;
 use crate::machine::Parts;
 use crate::sandbox::{self, Thread};
 
-/// A device, and what it counts.
-pub type Created = (Box<dyn VirtioDevice>, DeviceCounters);
+/// A device, what it counts, and what can be changed of it while it runs.
+pub struct Created {
+    /// The device.
+    pub device: Box<dyn VirtioDevice>,
+    /// What it counts.
+    pub counters: DeviceCounters,
+    /// What can be changed of it.
+    pub control: DeviceControl,
+}
+
+impl Created {
+    /// A device that counts nothing, and of which nothing can be changed.
+    pub fn plain(device: impl VirtioDevice + 'static) -> Self {
+        Self { device: Box::new(device), counters: DeviceCounters::None, control: DeviceControl::None }
+    }
+}
+
+/// What can be changed of a device while it runs.
+#[derive(Debug)]
+pub enum DeviceControl {
+    /// A disk's size.
+    Disk(Arc<RawDisk>),
+    /// A network card's link.
+    Net(Arc<Link>),
+    /// Nothing.
+    None,
+}
 
 /// What a device counts, as it does its work.
 #[derive(Debug, Clone)]
@@ -46,7 +72,7 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
             let threads: Result<Vec<_>, _> = (0..disk.queues).map(|_| io_thread(&disk.id)).collect();
             let device = Blk::new(opened.clone(), &options).on_threads(threads?);
             let counters = DeviceCounters::Disk(device.counters());
-            (Box::new(device), counters)
+            Created { device: Box::new(device), counters, control: DeviceControl::Disk(opened.clone()) }
         }
         DeviceConfig::Net(net) => {
             let Some(DeviceInput::Tap(tap)) = parts.inputs.devices.get(&net.id) else { return Err(missing()) };
@@ -54,17 +80,17 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
             let mut options = NetOptions::new(&net.id, mac.bytes());
             options.mtu = net.mtu;
             let device = Net::new(tap.try_clone()?, &options).on_thread(io_thread(&net.id)?);
-            let counters = DeviceCounters::Net(device.counters());
-            (Box::new(device), counters)
+            let (counters, link) = (DeviceCounters::Net(device.counters()), device.link());
+            link.set(net.link.is_up());
+            Created { device: Box::new(device), counters, control: DeviceControl::Net(link) }
         }
         DeviceConfig::Console(console) => {
             let endpoint = parts.endpoints.console(&console.id).ok_or_else(missing)?;
             let name = console.name.clone().unwrap_or_default();
             let port = Port { console: name.is_empty(), name, endpoint };
-            let device = Console::new(&console.id, vec![port], None)?.on_thread(io_thread(&console.id)?);
-            (Box::new(device), DeviceCounters::None)
+            Created::plain(Console::new(&console.id, vec![port], None)?.on_thread(io_thread(&console.id)?))
         }
-        DeviceConfig::Rng(rng) => (Box::new(Rng::new(&rng.id).on_thread(io_thread(&rng.id)?)), DeviceCounters::None),
+        DeviceConfig::Rng(rng) => Created::plain(Rng::new(&rng.id).on_thread(io_thread(&rng.id)?)),
     })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::DeviceConfig;
+use api::{DeviceConfig, Problem};
 use devices::pci::{Indicator, PciSegment, RootPort};
 use devices::virtio::mem::{Mem, MemControl, MemOptions};
 use devices::virtio::transport::VirtioPci;
@@ -15,11 +15,11 @@ use vm_memory::{
 };
 
 use crate::Failure;
-use crate::devices::{Created, DeviceCounters, io_thread};
+use crate::devices::{Created, DeviceControl, DeviceCounters, io_thread};
 use crate::inbox::{Event, Inbox};
 use crate::machine::Parts;
 use crate::memory::Ram;
-use crate::pluggable::{Pluggable, Plugged};
+use crate::pluggable::{PluggableMemory, PluggedMemory};
 use crate::seams::VmSeam;
 
 /// How long a vCPU may be in the middle of one access to a device.
@@ -46,6 +46,7 @@ struct Function {
     /// The root port that it is behind; without one it is on the root bus.
     port: Option<u8>,
     counters: DeviceCounters,
+    control: DeviceControl,
 }
 
 /// Where a device goes.
@@ -78,29 +79,23 @@ impl Functions {
     ///
     /// # Errors
     /// [`Failure::Host`].
-    pub fn add_memory(&mut self, memory: Pluggable, ram: &Ram, inbox: &Inbox) -> Result<MemControl, Failure> {
+    pub fn add_memory(&mut self, memory: PluggableMemory, ram: &Ram, inbox: &Inbox) -> Result<MemControl, Failure> {
         let GpaRange { start, len } = memory.range();
         let options = MemOptions { id: MEMORY_ID.to_owned(), start, len, block_size: memory.block() };
         self.reserved = Some(memory.region().clone());
-        let plugged = Plugged::new(memory, self.memory.clone(), ram.regions.clone(), inbox.clone());
+        let plugged = PluggedMemory::new(memory, self.memory.clone(), ram.regions.clone(), inbox.clone());
         let device = Mem::new(options, Box::new(plugged))?.on_thread(io_thread(MEMORY_ID)?);
         let control = device.control();
-        self.put(MEMORY_ID, (Box::new(device), DeviceCounters::None), Place::Root, inbox, false)?;
+        self.put(MEMORY_ID, Created::plain(device), Place::Root, inbox, false)?;
         Ok(control)
     }
 
     /// Puts a device in its place.
-    fn put(
-        &mut self,
-        id: &str,
-        (virtio, counters): Created,
-        place: Place,
-        inbox: &Inbox,
-        stand: bool,
-    ) -> Result<(), Failure> {
+    fn put(&mut self, id: &str, created: Created, place: Place, inbox: &Inbox, stand: bool) -> Result<(), Failure> {
         let id = id.to_owned();
+        let Created { device, counters, control } = created;
         let seam = Arc::new(self.seam.clone());
-        let pci = Arc::new(VirtioPci::new(&id, virtio, self.memory.clone(), seam.clone(), seam)?);
+        let pci = Arc::new(VirtioPci::new(&id, device, self.memory.clone(), seam.clone(), seam)?);
         if stand {
             pci.suspend();
         }
@@ -116,7 +111,7 @@ impl Functions {
                 Some(port)
             }
         };
-        self.list.push(Function { id, pci, port, counters });
+        self.list.push(Function { id, pci, port, counters, control });
         Ok(())
     }
 
@@ -131,6 +126,34 @@ impl Functions {
         pci.suspend();
         drop_here(pci, id);
         true
+    }
+
+    /// Changes of a device what can be changed while it runs, and tells its driver. False where it is as it is wanted.
+    ///
+    /// # Errors
+    /// The field that cannot be so, and why.
+    pub fn change(&self, wanted: &DeviceConfig) -> Result<bool, Problem> {
+        let Some(function) = self.list.iter().find(|function| function.id == wanted.id()) else { return Ok(false) };
+        match (&function.control, wanted) {
+            (DeviceControl::Disk(disk), DeviceConfig::Disk(wanted)) => {
+                let size = disk.next_size(wanted.size.map(api::ByteSize::bytes));
+                let size = size.map_err(|error| Problem::new("size", error.to_string(), ""))?;
+                let changes = size != disk.size();
+                if changes {
+                    function.pci.change_config(|| disk.grow(size));
+                }
+                Ok(changes)
+            }
+            (DeviceControl::Net(link), DeviceConfig::Net(wanted)) => {
+                let up = wanted.link.is_up();
+                let changes = up != link.is_up();
+                if changes {
+                    function.pci.change_config(|| link.set(up));
+                }
+                Ok(changes)
+            }
+            _ => Ok(false),
+        }
     }
 
     /// A root port without a device; one whose guest has no business with the last device any more, where there is one.

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use api::{DeviceConfig, Problem, VmConfig};
-use devices::disk::{DiskOptions, RawDisk};
+use devices::disk::{DiskError, DiskOptions, RawDisk};
 use devices::net::Tap;
 
 use crate::kernel::Kernels;
@@ -80,13 +80,16 @@ impl DeviceInput {
     pub fn open(device: &DeviceConfig, descriptors: &mut Descriptors) -> Result<Self, (&'static str, String)> {
         match device {
             DeviceConfig::Disk(disk) => {
-                let options = DiskOptions { readonly: disk.readonly, direct: disk.direct };
+                let size = disk.size.map(api::ByteSize::bytes);
+                let options = DiskOptions { readonly: disk.readonly, direct: disk.direct, size };
+                let wrong = |field| {
+                    move |error: DiskError| (if error.is_of_size() { "size" } else { field }, error.to_string())
+                };
                 let opened = match (&disk.path, disk.fd) {
-                    (Some(path), _) => RawDisk::open(path, options).map_err(|error| ("path", error.to_string()))?,
+                    (Some(path), _) => RawDisk::open(path, options).map_err(wrong("path"))?,
                     (None, Some(number)) => {
                         let fd = take(number, descriptors)?;
-                        RawDisk::from_file(&format!("fd {number}"), fd.into(), options)
-                            .map_err(|error| ("fd", error.to_string()))?
+                        RawDisk::from_file(&format!("fd {number}"), fd.into(), options).map_err(wrong("fd"))?
                     }
                     (None, None) => return Err(("path", "is missing; name a file, or a descriptor with fd".into())),
                 };

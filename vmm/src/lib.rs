@@ -20,6 +20,7 @@ pub mod memory;
 pub mod notify;
 pub mod owner;
 pub mod pluggable;
+pub mod processors;
 pub mod request;
 mod run;
 pub mod sandbox;

@@ -11,7 +11,7 @@
 //!
 //! Devices go by the memory map ([`GuestMemoryAtomic`]), which has the plugged blocks only and is replaced at each change:
 //! whoever else has to follow guest memory as it changes (vhost-user, VFIO, dirty pages) does so in
-//! [`Plugged::publish`]. Who is at work with an older map may still write to a block that is about to go, and this
+//! [`PluggedMemory::publish`]. Who is at work with an older map may still write to a block that is about to go, and this
 //! process would be hit by it: before a block goes, it is awaited that nobody holds a map that has it.
 
 use std::fs::File;
@@ -44,7 +44,7 @@ const LOOK: Duration = Duration::from_micros(100);
 const MOST_RUNS: usize = 8192;
 
 /// Address space for a region, and where its blocks come from.
-pub struct Pluggable {
+pub struct PluggableMemory {
     /// The mapping of all of it.
     region: Arc<GuestRegionMmap>,
     /// Where plugged blocks come from, unless they are anonymous.
@@ -52,7 +52,7 @@ pub struct Pluggable {
     config: api::Memory,
 }
 
-impl Pluggable {
+impl PluggableMemory {
     /// Reserves address space in this process for the guest physical addresses `range`. Nothing is plugged.
     ///
     /// # Errors
@@ -153,7 +153,7 @@ impl Pluggable {
         let address = self.region.as_ptr().with_addr(address.get());
         let flags = if self.file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
         // SAFETY: the range is a part of this region's mapping, which outlives all memory maps with the part in them:
-        // see the drop of `Plugged`.
+        // see the drop of `PluggedMemory`.
         let part = unsafe { MmapRegion::build_raw(address, len.get(), libc::PROT_READ | libc::PROT_WRITE, flags) };
         let start = GuestAddress(self.region.start_addr().0.saturating_add(run.start));
         let part = part.ok().and_then(|part| GuestRegionMmap::new(part, start));
@@ -186,8 +186,8 @@ fn without(runs: &[Range<u64>], range: &Range<u64>) -> Vec<Range<u64>> {
 }
 
 /// A region with the blocks that are plugged now.
-pub struct Plugged {
-    all: Pluggable,
+pub struct PluggedMemory {
+    all: PluggableMemory,
     /// What devices see.
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// The rest of guest memory.
@@ -198,10 +198,10 @@ pub struct Plugged {
     inbox: Inbox,
 }
 
-impl Plugged {
+impl PluggedMemory {
     /// None yet. `memory` has the `fixed` part of guest memory only.
     pub fn new(
-        all: Pluggable,
+        all: PluggableMemory,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         fixed: Vec<Arc<GuestRegionMmap>>,
         inbox: Inbox,
@@ -243,7 +243,7 @@ impl Plugged {
     }
 }
 
-impl Backing for Plugged {
+impl Backing for PluggedMemory {
     fn plug(&mut self, range: Range<u64>) -> io::Result<()> {
         let runs = with(&self.runs, &range);
         let plugged = self.all.put(&range).and_then(|()| self.publish(&runs));
@@ -274,7 +274,7 @@ impl Backing for Plugged {
     }
 }
 
-impl Drop for Plugged {
+impl Drop for PluggedMemory {
     fn drop(&mut self) {
         // No map may have parts of a mapping that is gone.
         if self.publish(&[]).is_err() || !self.older_are_gone() {
@@ -292,11 +292,11 @@ mod tests {
     const MIB: u64 = 1 << 20;
     const START: u64 = 4 << 30;
 
-    fn plugged(config: &api::Memory) -> (Plugged, GuestMemoryAtomic<GuestMemoryMmap>) {
+    fn plugged(config: &api::Memory) -> (PluggedMemory, GuestMemoryAtomic<GuestMemoryMmap>) {
         let ram = memory::create(&[GpaRange { start: 0, len: MIB }], config).unwrap();
-        let all = Pluggable::reserve(GpaRange { start: START, len: 64 * MIB }, config).unwrap();
+        let all = PluggableMemory::reserve(GpaRange { start: START, len: 64 * MIB }, config).unwrap();
         let map = GuestMemoryAtomic::new(ram.map);
-        (Plugged::new(all, map.clone(), ram.regions, Inbox::new().unwrap()), map)
+        (PluggedMemory::new(all, map.clone(), ram.regions, Inbox::new().unwrap()), map)
     }
 
     fn mib(range: Range<u64>) -> Range<u64> {
@@ -304,7 +304,7 @@ mod tests {
     }
 
     /// Bytes of the region that are resident, by this process's page map.
-    fn resident(plugged: &Plugged) -> u64 {
+    fn resident(plugged: &PluggedMemory) -> u64 {
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let region = &plugged.all.region;
         let mut entries = vec![0; usize::try_from(region.len() / 4096 * 8).unwrap()];
@@ -411,7 +411,7 @@ mod tests {
         let config = api::Memory { hugepages: Hugepages::Size2M, ..api::Memory::default() };
         let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
         let Ok(free) = free.unwrap_or_default().trim().parse::<u64>() else { return };
-        let all = Pluggable::reserve(GpaRange { start: START, len: 2 * MIB * (free + 1) }, &config).unwrap();
+        let all = PluggableMemory::reserve(GpaRange { start: START, len: 2 * MIB * (free + 1) }, &config).unwrap();
         let range = all.range();
         assert!(all.put(&(0..range.len)).is_err(), "{free} huge pages are free");
     }

@@ -282,3 +282,48 @@ fn a_console_that_is_added_can_be_reached_and_goes() {
     assert!(matches!(open(), Err(Refusal::Missing(_))));
     service.end();
 }
+
+/// The fields that a refusal names.
+#[track_caller]
+fn fields(answer: Result<Answer, Refusal>) -> Vec<String> {
+    match answer {
+        Err(Refusal::Problems(problems)) => problems.0.into_iter().map(|problem| problem.field).collect(),
+        other => panic!("fields are named: {other:?}"),
+    }
+}
+
+#[test]
+fn a_disk_that_runs_grows_and_nothing_else_of_it_changes() {
+    for phase in [PhaseName::Running, PhaseName::Paused] {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        let disk = Disk { id: "a".into(), ..Disk::new(image.path()) };
+        let given = DeviceConfig::Disk(disk.clone());
+        let service = Service::start_in(phase, |config| config.devices.push(given.clone()));
+        let put = |disk: Disk| put(&service, DeviceConfig::Disk(disk));
+        let sized = |mib| Disk { size: Some(api::ByteSize::mib(mib)), ..disk.clone() };
+        assert!(matches!(put(disk.clone()), Ok(Answer::Done)));
+        assert!(told(&service).is_empty(), "all is as it was");
+        assert_eq!(fields(put(sized(2))), ["size"], "the file is shorter");
+        image.as_file().set_len(4 << 20).unwrap();
+        assert!(matches!(put(sized(2)), Ok(Answer::Done)));
+        assert_eq!(service.board.info().0.running.unwrap().devices, [DeviceConfig::Disk(sized(2))]);
+        assert_eq!(fields(put(sized(1))), ["size"], "it does not shrink");
+        let other = Disk { readonly: true, serial: Some("x".into()), ..sized(2) };
+        assert_eq!(fields(put(other)), ["readonly", "serial"]);
+        let other = DeviceConfig::Rng(Rng { id: "a".into() });
+        assert!(fields(self::put(&service, other)).contains(&"type".to_owned()));
+        // Without a size it is all of the file, whenever that is asked for.
+        for length in [4, 5] {
+            image.as_file().set_len(length << 20).unwrap();
+            assert!(matches!(put(disk.clone()), Ok(Answer::Done)));
+        }
+        let changed = || EventKind::DeviceChanged { id: "a".into() };
+        assert_eq!(told(&service), [changed(), changed(), changed()]);
+        let change = Change::PutDevice { device: Box::new(given), descriptors: Descriptors::sent([]) };
+        let expected = service.board.generation() - 1;
+        let answer = service.ask(Request::Change { change, expected: Some(expected) });
+        assert!(matches!(answer, Err(Refusal::Changed { .. })));
+        service.end();
+    }
+}

@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -69,6 +69,26 @@ pub enum DiskError {
         /// The image's name.
         disk: String,
     },
+    /// It has fewer bytes than are to be shown.
+    #[error("disk {disk}: {size} bytes are asked for, and it has {length}; make it longer first (truncate -s {size})")]
+    TooShort {
+        /// The image's path.
+        disk: String,
+        /// Bytes that are asked for.
+        size: u64,
+        /// Bytes that there are.
+        length: u64,
+    },
+    /// A disk that is in use would become smaller.
+    #[error("disk {disk}: the guest has {now} bytes of it, and a disk in use cannot shrink to {size}")]
+    Shrinks {
+        /// The image's path.
+        disk: String,
+        /// Bytes that it would have.
+        size: u64,
+        /// Bytes that it has.
+        now: u64,
+    },
     /// The host cannot bypass its page cache for it.
     #[error("disk {disk}: direct I/O is not possible here: {source}; leave out direct, or use another file system")]
     Direct {
@@ -89,6 +109,13 @@ pub enum DiskError {
     },
 }
 
+impl DiskError {
+    /// Whether it is the size that was asked for that cannot be, rather than the image.
+    pub fn is_of_size(&self) -> bool {
+        matches!(self, Self::TooShort { .. } | Self::Shrinks { .. })
+    }
+}
+
 /// How to open an image.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskOptions {
@@ -96,6 +123,8 @@ pub struct DiskOptions {
     pub readonly: bool,
     /// Bypass the host's page cache.
     pub direct: bool,
+    /// How many of its bytes are shown, a multiple of 512; `None` shows all of them.
+    pub size: Option<u64>,
 }
 
 /// What sizes of requests suit the disk.
@@ -125,7 +154,7 @@ pub struct RawDisk {
     file: File,
     /// The same file past the page cache.
     direct: Option<(File, DirectAlign)>,
-    size: u64,
+    size: AtomicU64,
     readonly: bool,
     topology: Topology,
     /// Whether the host offers io_uring, once it was tried.
@@ -176,18 +205,7 @@ impl RawDisk {
         let metadata = file.metadata().map_err(host_error(&disk, "metadata"))?;
         check_kind(&disk, &metadata)?;
         let block_device = metadata.file_type().is_block_device();
-        let size = if block_device {
-            ioctls::block_device_size(file.as_fd()).map_err(host_error(&disk, "size"))?
-        } else {
-            metadata.len()
-        };
-        if size == 0 {
-            return Err(DiskError::Empty { disk });
-        }
-        if !size.is_multiple_of(SECTOR) {
-            let next = size.next_multiple_of(SECTOR);
-            return Err(DiskError::Size { disk, size, next });
-        }
+        let size = shown_size(&disk, length(&disk, &file, &metadata)?, options.size)?;
         lock(&disk, &file, options.readonly)?;
         let topology = if block_device {
             ioctls::block_device_topology(file.as_fd()).map_err(host_error(&disk, "topology"))?
@@ -195,7 +213,8 @@ impl RawDisk {
             file_topology(&metadata)
         };
         let direct = if options.direct { Some(reopen_direct(&disk, &file, options.readonly)?) } else { None };
-        Ok(Self { name: disk, file, direct, size, readonly: options.readonly, topology, uring: OnceLock::new() })
+        let (size, readonly) = (AtomicU64::new(size), options.readonly);
+        Ok(Self { name: disk, file, direct, size, readonly, topology, uring: OnceLock::new() })
     }
 
     /// What messages call the disk.
@@ -203,9 +222,30 @@ impl RawDisk {
         &self.name
     }
 
-    /// The size in bytes, a multiple of 512.
+    /// The size in bytes, a multiple of 512. It may grow.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// The size in bytes that the disk can grow to, now that its file may be longer: `wanted`, or all of the file. For
+    /// [`RawDisk::grow`].
+    ///
+    /// # Errors
+    /// [`DiskError`]: the file is not that long, or the disk would be smaller than it is.
+    pub fn next_size(&self, wanted: Option<u64>) -> Result<u64, DiskError> {
+        let metadata = self.file.metadata().map_err(host_error(&self.name, "metadata"))?;
+        let size = shown_size(&self.name, length(&self.name, &self.file, &metadata)?, wanted)?;
+        let now = self.size();
+        if size < now {
+            return Err(DiskError::Shrinks { disk: self.name.clone(), size, now });
+        }
+        Ok(size)
+    }
+
+    /// Makes the disk `size` bytes long, as [`RawDisk::next_size`] gave it. Requests from now on may go that far; the
+    /// device's driver is still to be told. It never shrinks.
+    pub fn grow(&self, size: u64) {
+        self.size.fetch_max(size, Ordering::Relaxed);
     }
 
     /// Whether writing is refused.
@@ -300,6 +340,30 @@ fn check_kind(disk: &str, metadata: &Metadata) -> Result<(), DiskError> {
         "no regular file"
     };
     Err(DiskError::Kind { disk: disk.to_owned(), what })
+}
+
+/// The length in bytes of a file or block device.
+fn length(disk: &str, file: &File, metadata: &Metadata) -> Result<u64, DiskError> {
+    match metadata.file_type().is_block_device() {
+        true => ioctls::block_device_size(file.as_fd()).map_err(host_error(disk, "size")),
+        false => Ok(metadata.len()),
+    }
+}
+
+/// How many bytes of a file of `length` bytes are shown, where `wanted` are asked for, or all.
+fn shown_size(disk: &str, length: u64, wanted: Option<u64>) -> Result<u64, DiskError> {
+    let (disk, size) = (disk.to_owned(), wanted.unwrap_or(length));
+    if size == 0 {
+        return Err(DiskError::Empty { disk });
+    }
+    if !size.is_multiple_of(SECTOR) {
+        let next = size.next_multiple_of(SECTOR);
+        return Err(DiskError::Size { disk, size, next });
+    }
+    if size > length {
+        return Err(DiskError::TooShort { disk, size, length });
+    }
+    Ok(size)
 }
 
 /// Locks the whole file, for the open file description: the lock ends when the last copy of the descriptor is

@@ -11,8 +11,8 @@ use super::*;
 use crate::virtio::testing::{Buf, DriverQueue, guest_memory};
 use crate::virtio::{QueueEvents, RunningQueue};
 
-const READ_WRITE: DiskOptions = DiskOptions { readonly: false, direct: false };
-const READ_ONLY: DiskOptions = DiskOptions { readonly: true, direct: false };
+const READ_WRITE: DiskOptions = DiskOptions { readonly: false, direct: false, size: None };
+const READ_ONLY: DiskOptions = DiskOptions { readonly: true, direct: false, size: None };
 
 struct NoEvents;
 
@@ -256,7 +256,7 @@ fn a_hole_that_cannot_be_made_is_no_error_of_a_discard() {
 fn direct_io_takes_what_is_aligned_and_what_is_not() {
     let dir = TempDir::new_in("/var/tmp").unwrap();
     let path = image(&dir, "disk", 1 << 20);
-    let disk = match RawDisk::open(&path, DiskOptions { readonly: false, direct: true }) {
+    let disk = match RawDisk::open(&path, DiskOptions { direct: true, ..READ_WRITE }) {
         Ok(disk) => Arc::new(disk),
         Err(e) => {
             assert!(e.to_string().contains("direct I/O is not possible here"), "{e}");
@@ -301,4 +301,30 @@ fn dropping_a_backend_waits_for_what_is_in_flight() {
         assert!(data[..8 * 4096].iter().all(|byte| *byte == 0x55));
         fs::write(&path, vec![0; 1 << 20]).unwrap();
     }
+}
+
+#[test]
+fn a_disk_shows_part_of_its_file_grows_with_it_and_never_shrinks() {
+    let dir = TempDir::new().unwrap();
+    let path = image(&dir, "disk", 4096);
+    let disk = RawDisk::open(&path, DiskOptions { size: Some(1024), ..READ_WRITE }).unwrap();
+    assert_eq!(disk.size(), 1024);
+    assert_eq!((disk.next_size(Some(2048)).unwrap(), disk.next_size(None).unwrap()), (2048, 4096));
+    assert_eq!(disk.size(), 1024, "only asked");
+    disk.grow(2048);
+    disk.grow(1024);
+    assert_eq!(disk.size(), 2048);
+    for (wanted, why) in [
+        (Some(1024), "cannot shrink to 1024"),
+        (Some(8192), "8192 bytes are asked for, and it has 4096; make it longer first (truncate -s 8192)"),
+        (Some(2049), "not a multiple of 512"),
+        (Some(0), "is empty"),
+    ] {
+        let refused = disk.next_size(wanted).unwrap_err().to_string();
+        assert!(refused.contains(why), "{refused}");
+    }
+    File::options().write(true).open(&path).unwrap().set_len(1536).unwrap();
+    assert!(matches!(disk.next_size(None), Err(DiskError::Shrinks { now: 2048, size: 1536, .. })));
+    let longer = RawDisk::open(&path, DiskOptions { size: Some(2048), ..READ_ONLY });
+    assert!(longer.is_err_and(|error| error.is_of_size() || matches!(error, DiskError::Locked { .. })));
 }

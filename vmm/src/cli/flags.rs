@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use api::{
-    BootUntil, Console, DeviceConfig, Disk, Endpoint, Hugepages, Kind, MacAddr, Net, OnPanic, OnReset, Problem, Rng,
-    Topology, VmConfig, did_you_mean,
+    BootUntil, ByteSize, Console, DeviceConfig, Disk, Endpoint, Hugepages, Kind, Link, MacAddr, Net, OnPanic, OnReset,
+    Problem, Rng, Topology, VmConfig, did_you_mean,
 };
 
 use vmm::sandbox::Mode;
@@ -202,10 +202,11 @@ impl Flags {
     fn disk(&mut self, at: &str, text: &str) -> DeviceConfig {
         let mut disk = Disk { path: None, ..Disk::new("") };
         for Pair { key, value } in
-            self.list(at, text, Some("path"), &["path", "fd", "readonly", "direct", "serial", "queues", "id"])
+            self.list(at, text, Some("path"), &["path", "fd", "readonly", "size", "direct", "serial", "queues", "id"])
         {
             match key.as_str() {
                 "readonly" => disk.readonly = self.on(at, &key, value),
+                "size" => disk.size = self.unit::<ByteSize>(at, &key, value),
                 "direct" => disk.direct = self.on(at, &key, value),
                 "fd" => disk.fd = self.value(at, &key, value, "the number of a descriptor"),
                 "queues" => disk.queues = self.value(at, &key, value, "a number").unwrap_or(disk.queues),
@@ -224,11 +225,15 @@ impl Flags {
 
     fn net(&mut self, at: &str, text: &str) -> DeviceConfig {
         let mut net = Net::default();
-        for Pair { key, value } in self.list(at, text, Some("tap"), &["tap", "fd", "mac", "mtu", "id"]) {
+        for Pair { key, value } in self.list(at, text, Some("tap"), &["tap", "fd", "mac", "mtu", "link", "id"]) {
             match key.as_str() {
                 "fd" => net.fd = self.value(at, &key, value, "the number of a descriptor"),
                 "mtu" => net.mtu = self.value(at, &key, value, "a number of bytes"),
                 "mac" => net.mac = self.unit::<MacAddr>(at, &key, value),
+                "link" => {
+                    let word = self.given(at, &key, value).unwrap_or_default();
+                    net.link = self.word(&format!("{at}: {key}"), &word, &LINKS).unwrap_or_default();
+                }
                 "tap" => net.tap = self.given(at, &key, value),
                 _ => net.id = self.given(at, &key, value).unwrap_or_default(),
             }
@@ -291,18 +296,20 @@ impl Flags {
     fn cpus(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--cpus {}", brief(text));
         self.origin("cpus", "--cpus", text);
-        let mut topology = None;
-        for Pair { key, value } in self.list(&at, text, Some("count"), &["count", "sockets", "cores", "threads"]) {
+        let (mut max, mut topology) = (None, None);
+        for Pair { key, value } in self.list(&at, text, Some("count"), &["count", "max", "sockets", "cores", "threads"])
+        {
             let number: Option<u32> = self.value(&at, &key, value, "a whole number");
             let Some(number) = number else { continue };
             match key.as_str() {
                 "count" => config.cpus.count = number,
+                "max" => max = Some(number),
                 "sockets" => topology.get_or_insert(Topology::default()).sockets = number,
                 "cores" => topology.get_or_insert(Topology::default()).cores = number,
                 _ => topology.get_or_insert(Topology::default()).threads = number,
             }
         }
-        config.cpus.topology = topology;
+        (config.cpus.max, config.cpus.topology) = (max, topology);
     }
 
     fn memory(&mut self, text: &str, config: &mut VmConfig) {
@@ -421,6 +428,9 @@ const PANICS: [(&str, OnPanic); 3] =
     [("exit", OnPanic::Exit), ("restart", OnPanic::Restart), ("ignore", OnPanic::Ignore)];
 const SANDBOXES: [(&str, Mode); 3] = [("on", Mode::On), ("off", Mode::Off), ("log", Mode::Log)];
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
+
+/// Words for a network card's link.
+const LINKS: [(&str, Link); 2] = [("up", Link::Up), ("down", Link::Down)];
 
 /// The keys of an endpoint, of which one is given.
 const ENDPOINT_KEYS: [&str; 6] = ["stdio", "pty", "api", "off", "file", "socket"];

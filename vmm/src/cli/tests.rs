@@ -52,8 +52,8 @@ fn flags_mean_what_the_file_says() {
             "kernel: {path: k, initramfs: i, cmdline: -q console=hvc0}",
         ),
         (
-            &["--kernel", "k", "--cpus", "8,sockets=2,cores=2,threads=2"],
-            "kernel: {path: k}\ncpus: {count: 8, topology: {sockets: 2, cores: 2, threads: 2}}",
+            &["--kernel", "k", "--cpus", "4,max=8,sockets=2,cores=2,threads=2"],
+            "kernel: {path: k}\ncpus: {count: 4, max: 8, topology: {sockets: 2, cores: 2, threads: 2}}",
         ),
         (
             &["--kernel", "k", "--memory", "2GiB,hugepages=2M,transparent-huge-pages=off,prefault,shared=on"],
@@ -108,6 +108,14 @@ fn flags_mean_what_the_file_says() {
 }
 
 #[test]
+fn a_disk_has_a_size_and_a_card_a_link() {
+    let line = ["--kernel", "k", "--disk", "d,size=1M", "--net", "fd=7,mac=52:54:00:12:34:57,link=down"];
+    let yaml = "kernel: {path: k}\ndevices: [{type: disk, path: d, size: 1M}, {type: net, fd: 7, mac: 52:54:00:12:34:57, \
+                link: down}]";
+    assert_eq!(config(&line), from_yaml(yaml));
+}
+
+#[test]
 fn flags_change_a_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vm.yaml");
@@ -158,8 +166,10 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
     ),
     (
         &["--kernel", "k", "--cpus", "4,cores=3,socket=1"],
-        &["--cpus 4,cores=3,socket=1: unknown key «socket» of --cpus; did you mean «sockets»? known: count, sockets, \
-               cores, threads"],
+        &[
+            "--cpus 4,cores=3,socket=1: unknown key «socket» of --cpus; did you mean «sockets»? known: count, max, sockets, \
+               cores, threads",
+        ],
     ),
     (
         &["--kernel", "k", "--memory", "1.5G,hugepages=4M,shared=maybe"],
@@ -174,7 +184,7 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
         &["--kernel", "k", "--disk", "a.img,read_onyl,path=b"],
         &[
             "--disk a.img,read_onyl,path=b: unknown key «read_onyl» of --disk; did you mean «readonly»? known: path, fd, \
-                 readonly, direct, serial, queues, id",
+                 readonly, size, direct, serial, queues, id",
             "--disk a.img,read_onyl,path=b: the key «path» is repeated; give it once",
         ],
     ),

@@ -1,8 +1,12 @@
-//! Changes of a VM's devices, processors and memory in its configuration, before it runs.
+//! Changes of a VM's devices, processors and memory in its configuration, before it runs; and which of a device's fields
+//! can be changed afterwards.
 
-use api::{EventKind, HostFacts, VmConfig};
+use std::collections::BTreeSet;
+
+use api::{DeviceConfig, EventKind, HostFacts, Problem, Problems, VmConfig};
 
 use super::phase::Prepared;
+use super::vcpus;
 use crate::request::{Answer, Change, Refusal};
 
 /// Changes the configuration of a VM that does not run yet. The event that tells of it, where something changed.
@@ -25,11 +29,15 @@ pub(super) fn change_config(
             Ok((Answer::Done, Some(EventKind::DeviceRemoved { id, forced: false })))
         }
         Change::Vcpus(patch) => {
-            prepared.change(facts, |config| {
-                if config.cpus.count != patch.count {
-                    config.cpus = api::Cpus { count: patch.count, topology: None };
+            vcpus::check_count(&prepared.config.cpus, patch.count)?;
+            let changed = prepared.change(facts, |config| {
+                // A grouping is that of all that there may be.
+                if config.cpus.max.is_none() && config.cpus.count != patch.count {
+                    config.cpus.topology = None;
                 }
-            })?;
+                config.cpus.count = patch.count;
+            });
+            changed.map_err(|refusal| of_part(refusal, "cpus."))?;
             Ok((Answer::Done, Some(EventKind::ConfigChanged {})))
         }
         Change::Memory(patch) => {
@@ -39,10 +47,50 @@ pub(super) fn change_config(
     }
 }
 
-/// What can only be changed before the machine exists.
-pub(super) fn not_while_it_runs() -> Refusal {
-    let what = "the number of vCPUs cannot be changed while the VM runs";
-    Refusal::Unsupported(format!("{what}: it is not built yet"))
+/// A request that is about a part of the configuration names its fields without that.
+fn of_part(refusal: Refusal, part: &str) -> Refusal {
+    let Refusal::Problems(Problems(problems)) = refusal else { return refusal };
+    let named = problems.into_iter().map(|problem| {
+        let field = problem.field.strip_prefix(part).unwrap_or(&problem.field).to_owned();
+        Problem { field, ..problem }
+    });
+    Refusal::Problems(Problems(named.collect()))
+}
+
+/// The fields of a device that can be changed while it runs.
+fn changeable(device: &DeviceConfig) -> &'static [&'static str] {
+    match device {
+        DeviceConfig::Disk(_) => &["size"],
+        DeviceConfig::Net(_) => &["link"],
+        DeviceConfig::Console(_) | DeviceConfig::Rng(_) => &[],
+    }
+}
+
+/// Whether a device that the machine has can become `wanted`; `removable` where it can be removed from it.
+///
+/// # Errors
+/// [`Refusal::Problems`], with each field that cannot be changed.
+pub(super) fn allowed_while_it_runs(
+    given: &DeviceConfig,
+    wanted: &DeviceConfig,
+    removable: bool,
+) -> Result<(), Refusal> {
+    let fields = |device| match serde_json::to_value(device) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    let (old, new) = (fields(given), fields(wanted));
+    let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    let fixed = names.into_iter().filter(|name| old.get(*name) != new.get(*name));
+    let remedy = match removable {
+        true => "remove the device and add it anew",
+        false => "it can be changed before the VM boots",
+    };
+    let problems: Vec<Problem> = fixed
+        .filter(|name| !changeable(given).contains(&name.as_str()))
+        .map(|name| Problem::new(name.as_str(), "cannot be changed while the VM runs", remedy))
+        .collect();
+    if problems.is_empty() { Ok(()) } else { Err(Refusal::Problems(Problems(problems))) }
 }
 
 /// Both configurations with those devices only that `shown` picks by their ids.

@@ -109,10 +109,7 @@ impl Owner {
             return match self.hotplug.of(&id) {
                 Some(waiting) if waiting.wish == Wish::Add && *given == device => Ok(Answer::Job(waiting.job)),
                 Some(waiting) => Err(Refusal::Conflict(format!("job {} is at work on «{id}»", waiting.job))),
-                None if *given == device => Ok(Answer::Done),
-                None => Err(Refusal::Unsupported(format!(
-                    "«{id}» cannot be changed while the VM runs: remove it, and add it anew"
-                ))),
+                None => self.change_running(&device),
             };
         }
         if let DeviceConfig::Console(api::Console { endpoint: api::Endpoint::Stdio {}, .. }) = &device {
@@ -125,6 +122,21 @@ impl Owner {
         self.wait_for(Wish::Add, id, port, job);
         self.show_machine();
         Ok(Answer::Job(job))
+    }
+
+    /// Changes a device that the machine has, as far as that can be while it runs.
+    fn change_running(&mut self, wanted: &DeviceConfig) -> Result<Answer, Refusal> {
+        let id = wanted.id().to_owned();
+        let Some(Live { machine, prepared, .. }) = self.phase.live() else { return Err(no_device(&id)) };
+        let given = prepared.given_device(&id).ok_or_else(|| no_device(&id))?;
+        let is_new = given != wanted;
+        change::allowed_while_it_runs(given, wanted, prepared.ports.contains_key(&id))?;
+        let changed = machine.change_device(wanted).map_err(|problem| Refusal::Problems(Problems(vec![problem])))?;
+        prepared.set_changeable(wanted);
+        if changed || is_new {
+            self.show_change(EventKind::DeviceChanged { id });
+        }
+        Ok(Answer::Done)
     }
 
     /// Makes a device and puts it behind a free port, or leaves nothing of it.

@@ -6,9 +6,10 @@
 mod change;
 mod decide;
 mod hotplug;
+mod memory;
 mod phase;
 mod reports;
-mod resize;
+mod vcpus;
 
 use std::mem;
 use std::sync::Arc;
@@ -25,7 +26,8 @@ pub use phase::{Live, Phase, Prepared, RequestKind, admit};
 pub use reports::{Report, Reports};
 
 use self::hotplug::Hotplug;
-use self::resize::Resize;
+use self::memory::Memory;
+use self::vcpus::Vcpus;
 use crate::board::Board;
 use crate::endpoints::Endpoints;
 use crate::inbox::{Event, Inbox};
@@ -78,7 +80,9 @@ pub struct Owner {
     /// Devices that come and go.
     hotplug: Hotplug,
     /// Memory that comes and goes.
-    resize: Resize,
+    memory: Memory,
+    /// vCPUs, which may come and go.
+    vcpus: Vcpus,
     /// The signal that asked for the end.
     ending: Option<Signal>,
 }
@@ -108,7 +112,8 @@ impl Owner {
             phase: Phase::Empty,
             closing: None,
             hotplug: Hotplug::default(),
-            resize: Resize::default(),
+            memory: Memory::default(),
+            vcpus: Vcpus::default(),
             ending: None,
         })
     }
@@ -158,6 +163,7 @@ impl Owner {
         let Phase::Ready(prepared) = mem::replace(&mut self.phase, Phase::Empty) else { return Ok(()) };
         match self.start(&prepared) {
             Ok((machine, endpoints)) => {
+                self.vcpus.boot(prepared.config.cpus.count);
                 self.phase = Phase::Running(Live { machine, endpoints, prepared });
                 self.show_machine();
                 self.enter(Reason::Request, |_| {});
@@ -217,8 +223,8 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let deadlines = [deadline, self.hotplug_deadline(), self.resize_deadline(), self.manager.next_tick()];
-            let time = deadlines.into_iter().flatten().min();
+            let devices = [deadline, self.hotplug_deadline(), self.memory_deadline(), self.vcpus_deadline()];
+            let time = devices.into_iter().chain([self.manager.next_tick()]).flatten().min();
             match self.reports.next(time)? {
                 Report::Event(event) => self.handle_event(event),
                 Report::Signal(signal) => self.handle_signal(signal),
@@ -230,7 +236,8 @@ impl Owner {
                     self.manager.tick();
                     self.mind_the_deadline();
                     self.mind_hotplug();
-                    self.mind_resize();
+                    self.mind_memory();
+                    self.mind_vcpus();
                 }
             }
         }
@@ -245,9 +252,8 @@ impl Owner {
 
     fn show_machine(&mut self) {
         let shown = self.phase.live().map(|live| {
-            let config = &live.prepared.config;
-            let (size, plugged) = (config.memory.size.bytes(), live.machine.plugged_memory());
-            (live.machine.counters(), (config.cpus.count, size + plugged), size)
+            let (size, plugged) = (live.prepared.config.memory.size.bytes(), live.machine.plugged_memory());
+            (live.machine.counters(), (self.vcpus.present(), size + plugged), size)
         });
         match shown {
             Some((counters, present, size)) => {
@@ -271,6 +277,8 @@ impl Owner {
             Event::Slot { port, shows } => self.slot_changed(port, shows),
             Event::DriverCame { port } => self.driver_came(port),
             Event::MemoryPlugged => self.memory_plugged(),
+            Event::ProcessorAnswered { number, insertion, status } => self.vcpu_answered(number, insertion, status),
+            Event::ProcessorEjected(number) => self.vcpu_ejected(number),
             Event::Platform(PlatformEvent::Panicked) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: false });
             }
@@ -359,7 +367,8 @@ impl Owner {
         drop(endpoints);
         drop(prepared);
         self.hotplug.end_with_the_run(&self.board);
-        self.resize.end_with_the_run(&self.board);
+        self.memory.end_with_the_run(&self.board);
+        self.vcpus_end_with_the_run();
         if let Some(Closing { job, .. }) = self.closing.take() {
             // Who asked for force has what was asked for when the deadline destroys the VM.
             let by_force = outcome == Outcome::Destroyed && reason == Reason::Deadline;
@@ -387,18 +396,20 @@ impl Owner {
         self.hotplug_over_reset(&mut prepared, &mut endpoints);
         match self.make_again(&prepared, &endpoints, mode) {
             Ok(machine) => {
+                self.vcpus_over_reset(&prepared);
                 let live = Live { machine, endpoints, prepared };
                 self.phase = if mode == Mode::Run { Phase::Running(live) } else { Phase::Paused(live) };
                 self.show_machine();
                 self.board.publish(EventKind::Reset { reason });
-                self.resize_after_reset();
+                self.memory_after_reset();
                 tracing::info!("the guest boots again");
             }
             Err(failure) => {
                 tracing::error!("{failure}");
                 endpoints.drain();
                 self.hotplug.end_with_the_run(&self.board);
-                self.resize.end_with_the_run(&self.board);
+                self.memory.end_with_the_run(&self.board);
+                self.vcpus_end_with_the_run();
                 let outcome = Outcome::Failed { reason: failure.to_string() };
                 self.phase = Phase::Stopped(outcome.clone());
                 self.show_machine();
@@ -443,7 +454,8 @@ impl Owner {
                 live.machine.resume();
                 self.phase = Phase::Running(live);
                 self.hotplug_resumed();
-                self.resize_resumed();
+                self.memory_resumed();
+                self.vcpus_resumed();
                 self.enter(reason, |_| {});
             }
             other => self.phase = other,
@@ -514,7 +526,7 @@ impl Owner {
         if job.state != JobState::Running {
             return Ok(());
         }
-        if self.cancel_hotplug(id) || self.cancel_resize(id) {
+        if self.cancel_hotplug(id) || self.cancel_resize(id) || self.cancel_memory(id) {
             return Ok(());
         }
         // The power button cannot be lifted again; only nobody waits any more.
@@ -551,8 +563,8 @@ impl Owner {
             Phase::Running(_) | Phase::Paused(_) => match change {
                 Change::PutDevice { device, descriptors } => self.plug(*device, descriptors),
                 Change::RemoveDevice { id, force } => self.unplug(&id, force),
-                Change::Vcpus(_) => Err(change::not_while_it_runs()),
-                Change::Memory(patch) => self.resize(patch.size),
+                Change::Vcpus(patch) => self.resize_vcpus(patch.count),
+                Change::Memory(patch) => self.resize_memory(patch.size),
             },
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }

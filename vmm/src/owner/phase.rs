@@ -240,6 +240,18 @@ impl Prepared {
         }
     }
 
+    /// Takes over from a device's new configuration what can be changed while it runs.
+    pub fn set_changeable(&mut self, wanted: &DeviceConfig) {
+        let Some(at) = self.config.devices.iter().position(|device| device.id() == wanted.id()) else { return };
+        for device in [self.config.devices.get_mut(at), self.given.devices.get_mut(at)].into_iter().flatten() {
+            match (device, wanted) {
+                (DeviceConfig::Disk(device), DeviceConfig::Disk(wanted)) => device.size = wanted.size,
+                (DeviceConfig::Net(device), DeviceConfig::Net(wanted)) => device.link = wanted.link,
+                _ => {}
+            }
+        }
+    }
+
     /// Removes a device.
     ///
     /// # Errors

@@ -147,10 +147,10 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
         Operation::PatchDevice => patch_device(context, connection, headers, &id, &body).await,
         Operation::RemoveDevice => remove_device(context, headers, id, request.uri().query()).await,
         Operation::GetVcpus | Operation::GetMemory => part(context, route.operation),
-        Operation::PatchVcpus => {
-            change(context, headers, Change::Vcpus(parse(&body, "VcpusPatch")?)).await?;
-            part(context, Operation::GetVcpus)
-        }
+        Operation::PatchVcpus => match change(context, headers, Change::Vcpus(parse(&body, "VcpusPatch")?)).await? {
+            Answer::Job(job) => accepted(context, job),
+            _ => part(context, Operation::GetVcpus),
+        },
         Operation::PatchMemory => match change(context, headers, Change::Memory(parse(&body, "MemoryPatch")?)).await? {
             Answer::Job(job) => accepted(context, job),
             _ => part(context, Operation::GetMemory),

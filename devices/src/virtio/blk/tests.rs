@@ -46,7 +46,7 @@ fn disk_in(dir: &TempDir, readonly: bool) -> (PathBuf, Arc<RawDisk>) {
     let path = dir.path().join("disk");
     let content: Vec<u8> = (0..SIZE).map(|at| (at / 512).to_le_bytes()[0]).collect();
     fs::write(&path, content).unwrap();
-    let disk = RawDisk::open(&path, DiskOptions { readonly, direct: false }).unwrap();
+    let disk = RawDisk::open(&path, DiskOptions { readonly, ..DiskOptions::default() }).unwrap();
     (path, Arc::new(disk))
 }
 
@@ -576,4 +576,24 @@ fn the_lock_outlives_devices_and_ends_with_the_disk() {
     assert!(again().unwrap_err().to_string().contains("locked by another VM"));
     drop(disk);
     again().unwrap();
+}
+
+#[test]
+fn a_disk_grows_under_its_driver() {
+    let dir = TempDir::new().unwrap();
+    let (path, disk) = disk_in(&dir, false);
+    let mut bench = Bench::of(dir, path, Blk::new(disk.clone(), &BlkOptions::new("vda")), ALL);
+    let capacity = |bench: &Bench| u64::from_le_bytes(bench.driver.read(bench.driver.config));
+    let last = header(OUT, 2 * SIZE / 512 - 1);
+    assert_eq!(bench.request(&last, &[7; 512], 0).0, IO_ERROR);
+    fs::File::options().write(true).open(&bench.path).unwrap().set_len(2 * SIZE).unwrap();
+    let size = disk.next_size(None).unwrap();
+    assert_eq!((size, capacity(&bench)), (2 * SIZE, SIZE / 512), "the driver sees nothing of the file's length yet");
+    let generation = bench.driver.read::<1>(bench.driver.common + 0x15);
+    bench.driver.device.change_config(|| disk.grow(size));
+    assert!(bench.driver.wait_vector(0), "the driver is told");
+    assert_ne!(bench.driver.read::<1>(bench.driver.common + 0x15), generation);
+    assert_eq!(capacity(&bench), 2 * SIZE / 512);
+    assert_eq!(bench.request(&last, &[7; 512], 0).0, OK);
+    assert_eq!(bench.content()[usize::try_from(2 * SIZE).unwrap() - 512..], [7; 512]);
 }

@@ -28,7 +28,6 @@ pub(super) struct BlkWorker {
 struct Service {
     backend: Box<dyn DiskBackend>,
     shared: Arc<Shared>,
-    bounds: Bounds,
     /// What the driver did not ask for a cache by `writeback` decides whether it has one.
     cache: CacheMode,
     /// The time of this wakeup: one look at the clock serves all requests that are taken or done in it.
@@ -60,9 +59,8 @@ impl CacheMode {
 
 impl BlkWorker {
     pub(super) fn new(queue: RunningQueue, backend: Box<dyn DiskBackend>, shared: Arc<Shared>) -> Self {
-        let bounds = Bounds { size: shared.disk.size(), readonly: shared.disk.readonly(), max_discard: MAX_DISCARD };
         let cache = CacheMode::of(queue.features());
-        Self { queue, service: Service { backend, shared, bounds, cache, now: Instant::now() }, full: false }
+        Self { queue, service: Service { backend, shared, cache, now: Instant::now() }, full: false }
     }
 
     /// Waits for what is in flight, and gives the queue's state back.
@@ -109,7 +107,9 @@ impl BlkWorker {
 
 impl Service {
     fn take(&mut self, queue: &mut RunningQueue, chain: Chain) -> Result<(), Fault> {
-        let request = match parse(&chain, self.bounds)? {
+        let disk = &self.shared.disk;
+        let bounds = Bounds { size: disk.size(), readonly: disk.readonly(), max_discard: MAX_DISCARD };
+        let request = match parse(&chain, bounds)? {
             Ok(Parsed::Read { offset, len }) => Request::read(chain, offset, len)?,
             Ok(Parsed::Write { offset }) => Request::write(chain, offset, HEADER_LEN, !self.writeback())?,
             Ok(Parsed::Flush) => Request::flush(chain),

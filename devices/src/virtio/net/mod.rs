@@ -6,7 +6,7 @@ mod tests;
 mod tx;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -78,11 +78,35 @@ pub struct NetCounters {
     pub tx_kicks: AtomicU64,
 }
 
+/// Whether a card's cable is plugged in, so to speak. While it is not, frames of both directions are dropped.
+#[derive(Debug)]
+pub struct Link(AtomicBool);
+
+impl Link {
+    /// Whether frames pass.
+    pub fn is_up(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Lets frames pass from now on, or drops them. The device's driver is still to be told.
+    pub fn set(&self, up: bool) {
+        self.0.store(up, Ordering::Relaxed);
+    }
+}
+
+/// What a worker moves frames by.
+struct Wire {
+    tap: Tap,
+    counters: Arc<NetCounters>,
+    link: Arc<Link>,
+}
+
 /// A virtio network device.
 pub struct Net {
     options: NetOptions,
     tap: Tap,
     counters: Arc<NetCounters>,
+    link: Arc<Link>,
     thread: Option<Arc<IoThread>>,
     rx: Option<Running<RxWorker>>,
     tx: Option<Running<TxWorker>>,
@@ -93,7 +117,8 @@ impl Net {
     pub fn new(tap: Tap, options: &NetOptions) -> Self {
         let mut options = options.clone();
         options.queue_size = options.queue_size.clamp(16, 1024).next_power_of_two();
-        Self { options, tap, counters: Arc::default(), thread: None, rx: None, tx: None }
+        let link = Arc::new(Link(AtomicBool::new(true)));
+        Self { options, tap, counters: Arc::default(), link, thread: None, rx: None, tx: None }
     }
 
     /// Serves the queues on this thread instead of one that is made when the driver starts them.
@@ -106,6 +131,11 @@ impl Net {
     /// What has gone through it so far.
     pub fn counters(&self) -> Arc<NetCounters> {
         Arc::clone(&self.counters)
+    }
+
+    /// Its link, which is up at first.
+    pub fn link(&self) -> Arc<Link> {
+        Arc::clone(&self.link)
     }
 
     fn features(&self) -> u64 {
@@ -166,8 +196,8 @@ impl VirtioDevice for Net {
 
     fn read_config(&self, offset: u32, data: &mut [u8]) {
         let mut config = self.options.mac.to_vec();
-        let link_up = u16::try_from(VIRTIO_NET_S_LINK_UP).unwrap_or_default();
-        config.extend(link_up.to_le_bytes());
+        let status = if self.link.is_up() { VIRTIO_NET_S_LINK_UP } else { 0 };
+        config.extend(u16::try_from(status).unwrap_or_default().to_le_bytes());
         config.extend(1_u16.to_le_bytes());
         config.extend(self.options.mtu.unwrap_or_default().to_le_bytes());
         read_from_config(&config, offset, data);
@@ -187,16 +217,16 @@ impl VirtioDevice for Net {
             }
         };
         let tap = self.tap.try_clone().map_err(host_error("tap"))?;
-        let counters = Arc::clone(&self.counters);
+        let wire = Wire { tap, counters: Arc::clone(&self.counters), link: Arc::clone(&self.link) };
         match index {
             RX => {
-                tap.set_offloads(offloads_of(queue.features())).map_err(host_error("tap offloads"))?;
-                let worker = RxWorker::new(queue, tap, counters, self.options.mtu);
+                wire.tap.set_offloads(offloads_of(queue.features())).map_err(host_error("tap offloads"))?;
+                let worker = RxWorker::new(queue, wire, self.options.mtu);
                 let running = thread.add(worker);
                 self.rx = Some(running.map_err(host_error("network thread"))?);
             }
             TX => {
-                let running = thread.add(TxWorker::new(queue, tap, counters));
+                let running = thread.add(TxWorker::new(queue, wire));
                 self.tx = Some(running.map_err(host_error("network thread"))?);
             }
             _ => return Err(Error::Driver(format!("{id}: there is no queue {index}"))),

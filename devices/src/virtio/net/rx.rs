@@ -3,13 +3,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vmm_sys_util::epoll::EventSet;
 
-use super::{NetCounters, count, offloads_of};
+use super::{Wire, count, offloads_of};
 use crate::iovec::IoVectors;
 use crate::net::{HEADER_LEN, MAX_FRAME, Offloads, Tap};
 use crate::virtio::{Chain, Fault, QueueState, RunningQueue};
@@ -35,8 +34,7 @@ const FRAMING: usize = 18 + HEADER_LEN;
 /// Serves the receive queue.
 pub(super) struct RxWorker {
     queue: RunningQueue,
-    tap: Tap,
-    counters: Arc<NetCounters>,
+    wire: Wire,
     buffers: RxBuffers,
     /// Takes frames that came while the guest's buffers were short, and what is too long of others.
     spare: Box<[u8]>,
@@ -74,7 +72,7 @@ enum Received {
 }
 
 impl RxWorker {
-    pub(super) fn new(queue: RunningQueue, tap: Tap, counters: Arc<NetCounters>, mtu: Option<u16>) -> Self {
+    pub(super) fn new(queue: RunningQueue, wire: Wire, mtu: Option<u16>) -> Self {
         let features = queue.features();
         let segmented = Offloads { checksum: false, ..offloads_of(features) } != Offloads::default();
         Self {
@@ -86,8 +84,7 @@ impl RxWorker {
                 vectors: IoVectors::new(),
             },
             queue,
-            tap,
-            counters,
+            wire,
             spare: vec![0; MAX_FRAME].into_boxed_slice(),
             waiting_frame: 0,
             armed: true,
@@ -99,7 +96,7 @@ impl RxWorker {
     pub(super) fn stop(mut self) -> QueueState {
         self.give_back();
         if self.waiting_frame > 0 {
-            count(&self.counters.rx_dropped, 1);
+            count(&self.wire.counters.rx_dropped, 1);
         }
         self.queue.into_state()
     }
@@ -148,6 +145,9 @@ impl RxWorker {
 
     fn receive(&mut self) -> Result<Received, Fault> {
         self.buffers.fill(&mut self.queue)?;
+        if !self.wire.link.is_up() {
+            return Ok(self.drop_frame());
+        }
         if self.waiting_frame > 0 {
             return self.deliver_waiting();
         }
@@ -156,30 +156,20 @@ impl RxWorker {
         }
         let room = self.buffers.room();
         let direct = room >= self.buffers.wanted;
-        let Self { buffers, tap, spare, counters, complained, .. } = self;
         if !direct {
-            buffers.vectors.clear();
+            self.buffers.vectors.clear();
         }
-        let len = match tap.read_frame(&buffers.vectors, spare) {
+        let len = match self.read_frame() {
             Ok(len) => len,
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Received::TapEmpty),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Received::Frame),
-            Err(e) => {
-                // As when the interface was removed: its descriptor is ready for ever. The guest's next buffers are
-                // the occasion to try again.
-                if !std::mem::replace(complained, true) {
-                    tracing::warn!("tap {}: {e}", tap.name());
-                }
-                return Ok(Received::TapFailed);
-            }
+            Err(otherwise) => return Ok(otherwise),
         };
         if len < HEADER_LEN || (direct && len > room) {
-            count(&counters.rx_dropped, 1);
+            count(&self.wire.counters.rx_dropped, 1);
             return Ok(Received::Frame);
         }
         if !direct {
             if len > self.buffers.wanted {
-                count(&self.counters.rx_dropped, 1);
+                count(&self.wire.counters.rx_dropped, 1);
                 return Ok(Received::Frame);
             }
             self.waiting_frame = len;
@@ -187,6 +177,36 @@ impl RxWorker {
         }
         self.complete(len)?;
         Ok(Received::Frame)
+    }
+
+    /// Reads a frame into the buffers that are listed, and what is longer than they are into the spare one.
+    fn read_frame(&mut self) -> Result<usize, Received> {
+        let Self { buffers, wire: Wire { tap, .. }, spare, complained, .. } = self;
+        tap.read_frame(&buffers.vectors, spare).map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => Received::TapEmpty,
+            io::ErrorKind::Interrupted => Received::Frame,
+            _ => {
+                // As when the interface was removed: its descriptor is ready for ever. The guest's next buffers are
+                // the occasion to try again.
+                if !std::mem::replace(complained, true) {
+                    tracing::warn!("tap {}: {e}", tap.name());
+                }
+                Received::TapFailed
+            }
+        })
+    }
+
+    /// Takes a frame that nobody is to see.
+    fn drop_frame(&mut self) -> Received {
+        self.buffers.vectors.clear();
+        if std::mem::take(&mut self.waiting_frame) == 0 {
+            match self.read_frame() {
+                Ok(_) => {}
+                Err(otherwise) => return otherwise,
+            }
+        }
+        count(&self.wire.counters.rx_dropped, 1);
+        Received::Frame
     }
 
     /// Copies a frame that came when buffers were short.
@@ -203,7 +223,7 @@ impl RxWorker {
                 return Ok(Received::NoBuffers);
             }
             self.waiting_frame = 0;
-            count(&self.counters.rx_dropped, 1);
+            count(&self.wire.counters.rx_dropped, 1);
             return Ok(Received::Frame);
         }
         let mut rest = self.spare.get(..len).unwrap_or_default();
@@ -242,8 +262,8 @@ impl RxWorker {
             let part = u32::try_from(part).unwrap_or(u32::MAX);
             self.queue.complete(chain, part)?;
         }
-        count(&self.counters.rx_packets, 1);
-        count(&self.counters.rx_bytes, (len - HEADER_LEN) as u64);
+        count(&self.wire.counters.rx_packets, 1);
+        count(&self.wire.counters.rx_bytes, (len - HEADER_LEN) as u64);
         Ok(())
     }
 
@@ -254,7 +274,7 @@ impl RxWorker {
             return;
         }
         // Not only without interest: errors would still be told of.
-        let changed = if armed { ops.add(tap_events(&self.tap)) } else { ops.remove(tap_events(&self.tap)) };
+        let changed = if armed { ops.add(tap_events(&self.wire.tap)) } else { ops.remove(tap_events(&self.wire.tap)) };
         match changed {
             Ok(()) => self.armed = armed,
             Err(e) => self.queue.events().broken(&format!("tap: events: {e}")),
@@ -327,7 +347,7 @@ fn tap_events(tap: &Tap) -> Events {
 impl MutEventSubscriber for RxWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let kick = Events::with_data(self.queue.kick(), KICK, EventSet::IN);
-        let added = ops.add(kick).and_then(|()| ops.add(tap_events(&self.tap)));
+        let added = ops.add(kick).and_then(|()| ops.add(tap_events(&self.wire.tap)));
         if let Err(e) = added {
             self.queue.events().broken(&format!("tap: events: {e}"));
         }
@@ -336,7 +356,7 @@ impl MutEventSubscriber for RxWorker {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.data() == KICK {
             let _ = self.queue.kick().read();
-            count(&self.counters.rx_kicks, 1);
+            count(&self.wire.counters.rx_kicks, 1);
         }
         self.serve(ops);
     }

@@ -25,6 +25,7 @@ struct Bench {
     tx: DriverQueue,
     wire: File,
     counters: Arc<NetCounters>,
+    link: Arc<Link>,
     event_idx: bool,
 }
 
@@ -38,13 +39,13 @@ impl Bench {
         let (tap, wire): (OwnedFd, OwnedFd) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::empty()).unwrap();
         let device = Net::new(Tap::fake(tap, EVERYTHING).unwrap(), &NetOptions::new("net0", MAC));
-        let counters = device.counters();
+        let (counters, link) = (device.counters(), device.link());
         let mut driver = PciDriver::new(Box::new(device));
         let event_idx = driver.negotiate(features) & EVENT_IDX != 0;
         driver.setup_config_vector();
         let (rx, tx) = (driver.setup_queue(0, 64), driver.setup_queue(1, 64));
         driver.driver_ok();
-        Self { driver, rx, tx, wire: wire.into(), counters, event_idx }
+        Self { driver, rx, tx, wire: wire.into(), counters, link, event_idx }
     }
 
     fn start_again(&mut self, features: u64) {
@@ -466,4 +467,33 @@ fn a_real_tap_carries_frames_and_says_what_is_wrong() {
     driver.wait_used(1, &mut tx);
     assert!(!driver.needs_reset());
     driver.reset();
+}
+
+#[test]
+fn no_frame_passes_a_link_that_is_down() {
+    let mut bench = Bench::new(MERGEABLE);
+    let status = bench.driver.config + 6;
+    let at = bench.room(2048);
+    bench.kick(0);
+    bench.driver.device.change_config(|| bench.link.set(false));
+    assert!(bench.driver.wait_vector(0), "the driver is told");
+    assert_eq!(bench.driver.read(status), [0, 0], "link down");
+    bench.wire.write_all(&frame(60, 1)).unwrap();
+    bench.send(&frame(60, 2));
+    bench.kick(1);
+    bench.wait_tx();
+    while bench.count(|c| &c.rx_dropped) == 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!((bench.count(|c| &c.tx_dropped), bench.count(|c| &c.tx_packets)), (1, 0));
+    bench.driver.device.change_config(|| bench.link.set(true));
+    assert!(bench.driver.wait_vector(0));
+    assert_eq!(bench.driver.read(status), [1, 0], "link up");
+    bench.wire.write_all(&frame(60, 3)).unwrap();
+    bench.wait_rx();
+    assert!(bench.driver.bytes(at + 12, 60) == frame(60, 3)[12..], "the frame from before is not delivered late");
+    bench.send(&frame(60, 4));
+    bench.kick(1);
+    bench.wait_tx();
+    assert!(bench.taken() == frame(60, 4));
 }

@@ -2,14 +2,13 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
-use super::{NetCounters, count};
+use super::{Wire, count};
 use crate::iovec::IoVectors;
-use crate::net::{HEADER_LEN, MAX_FRAME, Tap};
+use crate::net::{HEADER_LEN, MAX_FRAME};
 use crate::virtio::{Chain, Fault, QueueState, RunningQueue, Served};
 
 const KICK: u32 = 0;
@@ -18,16 +17,15 @@ const TAP: u32 = 1;
 /// Serves the transmit queue.
 pub(super) struct TxWorker {
     queue: RunningQueue,
-    tap: Tap,
-    counters: Arc<NetCounters>,
+    wire: Wire,
     vectors: IoVectors,
     /// The tap had no room for a frame, and is waited on.
     tap_full: bool,
 }
 
 impl TxWorker {
-    pub(super) fn new(queue: RunningQueue, tap: Tap, counters: Arc<NetCounters>) -> Self {
-        Self { queue, tap, counters, vectors: IoVectors::new(), tap_full: false }
+    pub(super) fn new(queue: RunningQueue, wire: Wire) -> Self {
+        Self { queue, wire, vectors: IoVectors::new(), tap_full: false }
     }
 
     /// Frames are sent when they are taken, so none are in flight.
@@ -36,10 +34,10 @@ impl TxWorker {
     }
 
     fn serve(&mut self, ops: &mut EventOps) {
-        let Self { queue, tap, counters, vectors, tap_full } = self;
+        let Self { queue, wire, vectors, tap_full } = self;
         let was_full = std::mem::take(tap_full);
         queue.serve(|queue, chain| {
-            if send(tap, counters, vectors, &chain)? {
+            if send(wire, vectors, &chain)? {
                 queue.complete(chain, 0)?;
                 return Ok(Served::More);
             }
@@ -47,7 +45,7 @@ impl TxWorker {
             queue.put_back(chain);
             Ok(Served::Enough)
         });
-        let room = Events::with_data_raw(tap.as_raw_fd(), TAP, EventSet::OUT);
+        let room = Events::with_data_raw(wire.tap.as_raw_fd(), TAP, EventSet::OUT);
         let changed = match (was_full, *tap_full) {
             (false, true) => ops.add(room),
             (true, false) => ops.remove(room),
@@ -60,7 +58,8 @@ impl TxWorker {
 }
 
 /// Sends a frame, or drops one that cannot be sent. False where the tap has no room now.
-fn send(tap: &Tap, counters: &NetCounters, vectors: &mut IoVectors, chain: &Chain) -> Result<bool, Fault> {
+fn send(wire: &Wire, vectors: &mut IoVectors, chain: &Chain) -> Result<bool, Fault> {
+    let Wire { tap, counters, link } = wire;
     if chain.writable_len() > 0 {
         return Err(Fault::Request("a frame in a device-writable buffer"));
     }
@@ -68,7 +67,7 @@ fn send(tap: &Tap, counters: &NetCounters, vectors: &mut IoVectors, chain: &Chai
     if len < HEADER_LEN {
         return Err(Fault::Request("a frame shorter than its header"));
     }
-    if len > MAX_FRAME {
+    if len > MAX_FRAME || !link.is_up() {
         count(&counters.tx_dropped, 1);
         return Ok(true);
     }
@@ -99,7 +98,7 @@ impl MutEventSubscriber for TxWorker {
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.data() == KICK {
-            count(&self.counters.tx_kicks, 1);
+            count(&self.wire.counters.tx_kicks, 1);
         }
         self.serve(ops);
     }

@@ -216,6 +216,11 @@ impl Core {
         self.shared.generation.load(Ordering::Acquire)
     }
 
+    /// Tells the driver that the device's configuration is another now.
+    pub fn config_changed(&self) {
+        self.shared.config_changed();
+    }
+
     /// Reads device configuration; beyond its end there are zeros.
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);

@@ -235,6 +235,14 @@ impl VirtioPci {
         }
     }
 
+    /// Changes what the driver reads as the device's configuration, with no access of the driver's in between, and tells
+    /// the driver (virtio 1.2 §2.5).
+    pub fn change_config(&self, change: impl FnOnce()) {
+        let inner = self.lock();
+        change();
+        inner.core.config_changed();
+    }
+
     /// Stops all queues, drained, and keeps where they stand.
     pub fn suspend(&self) {
         self.lock().core.suspend();

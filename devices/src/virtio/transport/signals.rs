@@ -36,7 +36,7 @@ impl Shared {
         }
     }
 
-    fn config_changed(&self) {
+    pub(super) fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.signals.config();
     }

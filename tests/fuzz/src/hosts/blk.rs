@@ -39,7 +39,7 @@ impl Disk {
         let file = File::from(memfd_create(c"disk", MFdFlags::MFD_CLOEXEC).expect("memory for a disk"));
         file.write_all_at(&content(), 0).expect("the disk's content");
         let handle = file.try_clone().expect("a second handle");
-        let disk = RawDisk::from_file("disk", handle, DiskOptions { readonly, direct: false }).expect("a disk");
+        let disk = RawDisk::from_file("disk", handle, DiskOptions { readonly, ..DiskOptions::default() }).expect("a disk");
         let options = BlkOptions { queues, ..BlkOptions::new("vda") };
         Self { file, disk: Arc::new(disk), options }
     }

@@ -77,6 +77,10 @@ pub enum Verb {
         /// How many there shall be
         #[arg(value_name = "COUNT")]
         count: Option<u32>,
+
+        /// Do not wait where a running guest must answer first
+        #[arg(long)]
+        no_wait: bool,
     },
     /// Show the VM's memory, or change its size
     Memory {
@@ -149,7 +153,7 @@ pub enum DevicesVerb {
     },
     /// Add a device
     Add(AddArgs),
-    /// Change fields of a device, as in readonly=true or endpoint='{type: pty}'
+    /// Change fields of a device, as in readonly=true or endpoint='{type: pty}'; while the VM runs, a disk's size and a card's link
     Change(ChangeArgs),
     /// Remove a device
     Remove(RemoveArgs),

@@ -71,6 +71,7 @@ fn columns(device: &DeviceConfig) -> (String, Vec<String>) {
     let on = match device {
         DeviceConfig::Disk(disk) => {
             more.extend(disk.readonly.then(|| "readonly".to_owned()));
+            more.extend(disk.size.map(|size| size.to_string()));
             more.extend(disk.direct.then(|| "direct".to_owned()));
             more.extend(disk.serial.as_ref().map(|serial| format!("serial {serial}")));
             more.extend((disk.queues > 1).then(|| format!("{} queues", disk.queues)));
@@ -79,6 +80,7 @@ fn columns(device: &DeviceConfig) -> (String, Vec<String>) {
         DeviceConfig::Net(net) => {
             more.extend(net.mac.map(|mac| mac.to_string()));
             more.extend(net.mtu.map(|mtu| format!("mtu {mtu}")));
+            more.extend((!net.link.is_up()).then(|| "link down".to_owned()));
             net.tap.clone().unwrap_or_else(|| on_fd(net.fd))
         }
         DeviceConfig::Console(console) => {
@@ -104,6 +106,7 @@ fn endpoint(endpoint: &Endpoint) -> String {
 /// The VM's processors.
 pub fn vcpus(vcpus: &Vcpus) -> String {
     let mut lines = vec![("configured", vcpus.config.count.to_string()), ("present", vcpus.present.to_string())];
+    lines.extend(vcpus.config.max.map(|max| ("at most", max.to_string())));
     lines.extend(vcpus.config.topology.map(|topology| {
         let (sockets, cores, threads) = (topology.sockets, topology.cores, topology.threads);
         ("topology", format!("{sockets} sockets of {cores} cores of {threads} threads"))

@@ -15,7 +15,7 @@ use crate::request::{Answer, Refusal};
 
 /// What the guest is asked for.
 #[derive(Debug, Default)]
-pub(super) struct Resize {
+pub(super) struct Memory {
     /// Bytes that it is to have plugged.
     wanted: u64,
     waiting: Option<Waiting>,
@@ -41,7 +41,7 @@ impl Waiting {
     }
 }
 
-impl Resize {
+impl Memory {
     /// Ends with the machine: nothing is plugged any more, and nobody will answer.
     pub(super) fn end_with_the_run(&mut self, board: &Board) {
         self.wanted = 0;
@@ -54,35 +54,35 @@ impl Resize {
 
 impl Owner {
     /// When the guest has had its time. A machine that stands still has all of it.
-    pub(super) fn resize_deadline(&self) -> Option<Instant> {
+    pub(super) fn memory_deadline(&self) -> Option<Instant> {
         let runs = matches!(self.phase, Phase::Running(_));
-        self.resize.waiting.as_ref().map(|waiting| waiting.deadline).filter(|_| runs)
+        self.memory.waiting.as_ref().map(|waiting| waiting.deadline).filter(|_| runs)
     }
 
-    fn resize_patience(&self) -> Duration {
+    fn memory_patience(&self) -> Duration {
         let prepared = self.phase.prepared();
         prepared.map_or(Duration::ZERO, |prepared| prepared.config.memory.resize_timeout.duration())
     }
 
     /// Asks the guest of a machine to have this much memory.
-    pub(super) fn resize(&mut self, size: ByteSize) -> Result<Answer, Refusal> {
+    pub(super) fn resize_memory(&mut self, size: ByteSize) -> Result<Answer, Refusal> {
         let Some(live) = self.phase.live() else { return Ok(Answer::Done) };
         let wanted = wanted(&live.prepared.config.memory, size)?;
         let plugged = live.machine.plugged_memory();
-        if let Some(waiting) = self.resize.waiting.as_ref().filter(|_| self.resize.wanted == wanted) {
+        if let Some(waiting) = self.memory.waiting.as_ref().filter(|_| self.memory.wanted == wanted) {
             return Ok(Answer::Job(waiting.job));
         }
         live.machine.request_memory(wanted);
         // Who asked for something else before does not get it any more.
-        self.end_resize(JobState::Cancelled, None);
-        self.resize.wanted = wanted;
+        self.end_memory_job(JobState::Cancelled, None);
+        self.memory.wanted = wanted;
         if plugged == wanted {
             self.show_machine();
             return Ok(Answer::Done);
         }
         let job = self.board.start_job(JobKind::ResizeMemory, None);
-        let deadline = Instant::now() + self.resize_patience();
-        self.resize.waiting = Some(Waiting { job, from: plugged, seen: plugged, deadline });
+        let deadline = Instant::now() + self.memory_patience();
+        self.memory.waiting = Some(Waiting { job, from: plugged, seen: plugged, deadline });
         self.show_machine();
         // The guest may have been quicker than this.
         self.memory_plugged();
@@ -91,19 +91,19 @@ impl Owner {
 
     /// What the guest is asked to have, beside what it booted with.
     pub(super) fn wanted_memory(&self) -> u64 {
-        self.resize.wanted
+        self.memory.wanted
     }
 
     /// The guest has plugged or unplugged something.
     pub(super) fn memory_plugged(&mut self) {
-        let patience = self.resize_patience();
-        let wanted = self.resize.wanted;
+        let patience = self.memory_patience();
+        let wanted = self.memory.wanted;
         let Some(live) = self.phase.live() else { return };
         let plugged = live.machine.plugged_memory();
         let present = live.prepared.config.memory.size.bytes().saturating_add(plugged);
         let news = self.board.present().1 != present;
         self.show_machine();
-        if let Some(waiting) = self.resize.waiting.as_mut().filter(|waiting| waiting.seen != plugged) {
+        if let Some(waiting) = self.memory.waiting.as_mut().filter(|waiting| waiting.seen != plugged) {
             (waiting.seen, waiting.deadline) = (plugged, Instant::now() + patience);
             self.board.advance_job(waiting.job, waiting.progress(plugged, wanted));
         }
@@ -111,67 +111,67 @@ impl Owner {
             if news {
                 self.board.publish(EventKind::MemoryResized { present });
             }
-            self.end_resize(JobState::Succeeded, None);
+            self.end_memory_job(JobState::Succeeded, None);
         }
     }
 
     /// Ends what the guest has not done in time.
-    pub(super) fn mind_resize(&mut self) {
-        if self.resize_deadline().is_none_or(|deadline| deadline > Instant::now()) {
+    pub(super) fn mind_memory(&mut self) {
+        if self.memory_deadline().is_none_or(|deadline| deadline > Instant::now()) {
             return;
         }
         // A report may have been lost.
         self.memory_plugged();
-        if self.resize_deadline().is_none_or(|deadline| deadline > Instant::now()) {
+        if self.memory_deadline().is_none_or(|deadline| deadline > Instant::now()) {
             return;
         }
         let base = self.phase.prepared().map_or(0, |prepared| prepared.config.memory.size.bytes());
-        let (present, wanted) = (ByteSize::new(self.board.present().1), ByteSize::new(base + self.resize.wanted));
+        let (present, wanted) = (ByteSize::new(self.board.present().1), ByteSize::new(base + self.memory.wanted));
         let why = format!(
             "the guest has {present} of memory and not {wanted}, and made no progress for {:?}; it is still asked",
-            self.resize_patience()
+            self.memory_patience()
         );
         tracing::warn!("{why}");
-        self.end_resize(JobState::Failed, Some(ProblemDocument::new(504, "Gateway Timeout", why)));
+        self.end_memory_job(JobState::Failed, Some(ProblemDocument::new(504, "Gateway Timeout", why)));
     }
 
-    fn end_resize(&mut self, how: JobState, error: Option<ProblemDocument>) {
-        if let Some(waiting) = self.resize.waiting.take() {
+    fn end_memory_job(&mut self, how: JobState, error: Option<ProblemDocument>) {
+        if let Some(waiting) = self.memory.waiting.take() {
             self.board.end_job(waiting.job, how, error);
         }
     }
 
     /// Cancels a job, where it is this one: the guest keeps what it has. False where it is not.
-    pub(super) fn cancel_resize(&mut self, job: u64) -> bool {
-        if self.resize.waiting.as_ref().is_none_or(|waiting| waiting.job != job) {
+    pub(super) fn cancel_memory(&mut self, job: u64) -> bool {
+        if self.memory.waiting.as_ref().is_none_or(|waiting| waiting.job != job) {
             return false;
         }
         if let Some(live) = self.phase.live() {
             let plugged = live.machine.plugged_memory();
             live.machine.request_memory(plugged);
-            self.resize.wanted = plugged;
+            self.memory.wanted = plugged;
         }
-        self.end_resize(JobState::Cancelled, None);
+        self.end_memory_job(JobState::Cancelled, None);
         self.show_machine();
         true
     }
 
     /// A machine that is made anew has nothing plugged, and its guest is asked for as much as the last one was.
-    pub(super) fn resize_after_reset(&mut self) {
-        let wanted = self.resize.wanted;
+    pub(super) fn memory_after_reset(&mut self) {
+        let wanted = self.memory.wanted;
         let Some(live) = self.phase.live() else { return };
         live.machine.request_memory(wanted);
-        if let Some(waiting) = &mut self.resize.waiting {
+        if let Some(waiting) = &mut self.memory.waiting {
             (waiting.from, waiting.seen) = (0, 0);
         }
-        self.resize_resumed();
+        self.memory_resumed();
         self.memory_plugged();
     }
 
     /// A guest that runs on has all its time again.
-    pub(super) fn resize_resumed(&mut self) {
-        let deadline = Instant::now() + self.resize_patience();
-        if let Some(waiting) = &mut self.resize.waiting {
+    pub(super) fn memory_resumed(&mut self) {
+        let deadline = Instant::now() + self.memory_patience();
+        if let Some(waiting) = &mut self.memory.waiting {
             waiting.deadline = deadline;
         }
     }
