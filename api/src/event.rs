@@ -84,6 +84,11 @@ pub enum EventKind {
         /// How many failed since the last such event of the disk.
         count: u64,
     },
+    /// The guest has as much memory as it was asked to have.
+    MemoryResized {
+        /// How much, in bytes.
+        present: u64,
+    },
     /// The guest's kernel panicked.
     GuestPanic {
         /// Its crash kernel is at work, and the guest goes on until that is done.
@@ -164,6 +169,7 @@ impl EventKind {
             Self::DeviceRemoved { .. } => "device-removed",
             Self::DeviceFailed { .. } => "device-failed",
             Self::IoError { .. } => "io-error",
+            Self::MemoryResized { .. } => "memory-resized",
             Self::GuestPanic { .. } => "guest-panic",
             Self::Reset { .. } => "reset",
             Self::PowerButton { .. } => "power-button",
@@ -211,6 +217,9 @@ pub enum JobKind {
     AddDevice,
     /// It waits for the guest to let go of a device. Where that does not, or the job is cancelled, the device stays.
     RemoveDevice,
+    /// It waits for the guest to have as much memory as it is asked to have. Where that takes too long, the guest is still
+    /// asked; where the job is cancelled, it keeps what it has.
+    ResizeMemory,
     /// It waits for the guest to take vCPUs, or to let go of some. What the guest does not do, or has not done when the job
     /// is cancelled, is not wanted any more.
     ChangeVcpus,

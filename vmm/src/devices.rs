@@ -28,7 +28,8 @@ pub struct Created {
 }
 
 impl Created {
-    fn plain(device: impl VirtioDevice + 'static) -> Self {
+    /// A device that counts nothing, and of which nothing can be changed.
+    pub fn plain(device: impl VirtioDevice + 'static) -> Self {
         Self { device: Box::new(device), counters: DeviceCounters::None, control: DeviceControl::None }
     }
 }
@@ -98,7 +99,10 @@ pub fn create(config: &DeviceConfig, parts: &Parts, troubles: &Arc<Troubles>) ->
 
 /// A thread for a device's queues. It is made here, and not when the guest's driver starts the queues: a thread that is
 /// made by a vCPU's has no more rights than that.
-fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
+///
+/// # Errors
+/// It cannot be made.
+pub fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
     let thread = IoThread::spawn_with(id, || sandbox::enter(Thread::Io))?;
     // Its loop makes a descriptor without the flag.
     sandbox::close_on_exec();

@@ -30,6 +30,8 @@ pub enum Event {
         /// The port.
         port: u8,
     },
+    /// The guest has another number of blocks of its pluggable memory plugged.
+    MemoryPlugged,
     /// The guest has answered a question about a vCPU.
     ProcessorAnswered {
         /// Its number.

@@ -95,11 +95,6 @@ fn fields(device: Option<&DeviceConfig>) -> serde_json::Map<String, serde_json::
     }
 }
 
-/// What can only be changed before the machine exists.
-pub(super) fn not_while_it_runs() -> Refusal {
-    Refusal::Unsupported("the size of memory cannot be changed while the VM runs: it is not built yet".into())
-}
-
 /// Both configurations with those devices only that `shown` picks by their ids.
 pub(super) fn shown(prepared: &Prepared, shown: impl Fn(&str) -> bool) -> (VmConfig, VmConfig) {
     let (mut given, mut config) = (prepared.given.clone(), prepared.config.clone());

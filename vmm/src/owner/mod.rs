@@ -6,6 +6,7 @@
 mod change;
 mod decide;
 mod hotplug;
+mod memory;
 mod phase;
 mod reports;
 mod troubles;
@@ -26,6 +27,7 @@ pub use phase::{Live, Phase, Prepared, RequestKind, admit};
 pub use reports::{Report, Reports};
 
 use self::hotplug::Hotplug;
+use self::memory::Memory;
 use self::troubles::Failing;
 use self::vcpus::Vcpus;
 use crate::board::Board;
@@ -79,6 +81,8 @@ pub struct Owner {
     closing: Option<Closing>,
     /// Devices that come and go.
     hotplug: Hotplug,
+    /// Memory that comes and goes.
+    memory: Memory,
     /// vCPUs, which may come and go.
     vcpus: Vcpus,
     /// Devices that failed lately.
@@ -112,6 +116,7 @@ impl Owner {
             phase: Phase::Empty,
             closing: None,
             hotplug: Hotplug::default(),
+            memory: Memory::default(),
             vcpus: Vcpus::default(),
             failing: Failing::default(),
             ending: None,
@@ -223,7 +228,7 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let jobs = [self.hotplug_deadline(), self.vcpus_deadline()];
+            let jobs = [self.hotplug_deadline(), self.memory_deadline(), self.vcpus_deadline()];
             let others = [deadline, self.failing.deadline(), self.manager.next_tick()];
             let time = jobs.into_iter().chain(others).flatten().min();
             match self.reports.next(time)? {
@@ -237,6 +242,7 @@ impl Owner {
                     self.manager.tick();
                     self.mind_the_deadline();
                     self.mind_hotplug();
+                    self.mind_memory();
                     self.mind_vcpus();
                     self.mind_failing();
                 }
@@ -252,13 +258,19 @@ impl Owner {
     }
 
     fn show_machine(&mut self) {
-        let shown = self
-            .phase
-            .live()
-            .map(|live| (live.machine.counters(), (self.vcpus.present(), live.prepared.config.memory.size.bytes())));
+        let shown = self.phase.live().map(|live| {
+            let (size, plugged) = (live.prepared.config.memory.size.bytes(), live.machine.plugged_memory());
+            (live.machine.counters(), (self.vcpus.present(), size + plugged), size)
+        });
         match shown {
-            Some((counters, present)) => self.board.set_machine(Some(counters), present),
-            None => self.board.set_machine(None, (0, 0)),
+            Some((counters, present, size)) => {
+                self.board.set_machine(Some(counters), present);
+                self.board.want_memory(size + self.wanted_memory());
+            }
+            None => {
+                self.board.set_machine(None, (0, 0));
+                self.board.want_memory(0);
+            }
         }
     }
 
@@ -271,6 +283,7 @@ impl Owner {
         match event {
             Event::Slot { port, shows } => self.slot_changed(port, shows),
             Event::DriverCame { port } => self.driver_came(port),
+            Event::MemoryPlugged => self.memory_plugged(),
             Event::ProcessorAnswered { number, insertion, status } => self.vcpu_answered(number, insertion, status),
             Event::ProcessorEjected(number) => self.vcpu_ejected(number),
             Event::DeviceFails { ref id } => self.device_fails(id.clone()),
@@ -363,6 +376,7 @@ impl Owner {
         drop(endpoints);
         drop(prepared);
         self.hotplug.end_with_the_run(&self.board);
+        self.memory.end_with_the_run(&self.board);
         self.vcpus_end_with_the_run();
         if let Some(Closing { job, .. }) = self.closing.take() {
             // Who asked for force has what was asked for when the deadline destroys the VM.
@@ -397,12 +411,14 @@ impl Owner {
                 self.phase = if mode == Mode::Run { Phase::Running(live) } else { Phase::Paused(live) };
                 self.show_machine();
                 self.board.publish(EventKind::Reset { reason });
+                self.memory_after_reset();
                 tracing::info!("the guest boots again");
             }
             Err(failure) => {
                 tracing::error!("{failure}");
                 endpoints.drain();
                 self.hotplug.end_with_the_run(&self.board);
+                self.memory.end_with_the_run(&self.board);
                 self.vcpus_end_with_the_run();
                 let outcome = Outcome::Failed { reason: failure.to_string() };
                 self.phase = Phase::Stopped(outcome.clone());
@@ -448,6 +464,7 @@ impl Owner {
                 live.machine.resume();
                 self.phase = Phase::Running(live);
                 self.hotplug_resumed();
+                self.memory_resumed();
                 self.vcpus_resumed();
                 self.enter(reason, |_| {});
             }
@@ -519,7 +536,7 @@ impl Owner {
         if job.state != JobState::Running {
             return Ok(());
         }
-        if self.cancel_hotplug(id) || self.cancel_resize(id) {
+        if self.cancel_hotplug(id) || self.cancel_resize(id) || self.cancel_memory(id) {
             return Ok(());
         }
         // The power button cannot be lifted again; only nobody waits any more.
@@ -557,7 +574,7 @@ impl Owner {
                 Change::PutDevice { device, descriptors } => self.plug(*device, descriptors),
                 Change::RemoveDevice { id, force } => self.unplug(&id, force),
                 Change::Vcpus(patch) => self.resize_vcpus(patch.count),
-                Change::Memory(_) => Err(change::not_while_it_runs()),
+                Change::Memory(patch) => self.resize_memory(patch.size),
             },
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }

@@ -159,10 +159,10 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
             Answer::Job(job) => accepted(context, job),
             _ => part(context, Operation::GetVcpus),
         },
-        Operation::PatchMemory => {
-            change(context, headers, Change::Memory(parse(&body, "MemoryPatch")?)).await?;
-            part(context, Operation::GetMemory)
-        }
+        Operation::PatchMemory => match change(context, headers, Change::Memory(parse(&body, "MemoryPatch")?)).await? {
+            Answer::Job(job) => accepted(context, job),
+            _ => part(context, Operation::GetMemory),
+        },
         Operation::OpenConsole => open_console(context, request, id).await,
         Operation::ListJobs => Ok(json(StatusCode::OK, &context.board.jobs())),
         Operation::GetJob => {
@@ -363,7 +363,10 @@ fn part(context: &Context, operation: Operation) -> Outcome {
     let config = info.running.ok_or_else(|| Problem::new(StatusCode::NOT_FOUND, "there is no VM"))?;
     let reply = match operation {
         Operation::GetVcpus => json(StatusCode::OK, &Vcpus { config: config.cpus, present: vcpus }),
-        _ => json(StatusCode::OK, &MemoryInfo { config: config.memory, present: memory }),
+        _ => {
+            let wanted = context.board.wanted_memory();
+            json(StatusCode::OK, &MemoryInfo { config: config.memory, present: memory, wanted })
+        }
     };
     Ok(tagged(reply, generation))
 }

@@ -75,6 +75,8 @@ fn of_vm(page: &mut Page, board: &Board) {
     let (vcpus, memory) = board.present();
     page.gauge("halyard_vm_vcpus", "vCPUs that the guest of the running machine has.").sample(&[], vcpus);
     page.gauge("halyard_vm_memory_bytes", "Memory of the running machine.").sample(&[], memory);
+    page.gauge("halyard_vm_memory_wanted_bytes", "Memory that the guest is asked to have.")
+        .sample(&[], board.wanted_memory());
     page.counter("halyard_events_total", "Events since the start.").sample(&[], info.sequence);
     let jobs = board.jobs();
     let running = jobs.iter().filter(|job| job.state == JobState::Running).count();

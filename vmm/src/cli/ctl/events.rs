@@ -72,6 +72,7 @@ pub fn detail(event: &EventKind) -> String {
         EventKind::IoError { id, operation, offset, reason, count, .. } => {
             format!("{id}: {operation} at {offset}: {reason}{}", times(*count))
         }
+        EventKind::MemoryResized { present } => api::ByteSize::new(*present).to_string(),
         EventKind::GuestPanic { crash_kernel: true } => "its crash kernel is at work".to_owned(),
         EventKind::GuestPanic { crash_kernel: false } => String::new(),
         EventKind::Reset { reason } | EventKind::PowerButton { reason } => show::word(reason),
