@@ -108,8 +108,8 @@ fn vcpus_come_when_the_guest_takes_them_and_go_when_it_ejects_them() {
     assert_eq!([1, 2, 3].map(|number| read(&service, status_port(number), 1)), [0xf, 0xf, 0]);
     answer(&service, 1, 1, 0x80);
     answer(&service, 1, 1, 0);
-    service.wait_for("the first", |service| counts(service) == (3, 2));
-    assert_eq!(service.board.job(growing).unwrap().progress, Some(50));
+    service.wait_for("the first", |service| service.board.job(growing).unwrap().progress == Some(50));
+    assert_eq!(counts(&service), (3, 2));
     answer(&service, 2, 1, 0);
     assert_eq!(end_of(&service, growing).state, JobState::Succeeded);
     assert_eq!((counts(&service), running(&service)), ((3, 3), vec![0, 1, 2]));
