@@ -12,7 +12,7 @@
 
 mod wire;
 
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use nix::sys::socket::MsgFlags;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use self::wire::{Chunks, Line, connect, read_body, read_byte_by_byte, read_head, write_request};
+use self::wire::{Chunks, Line, MAX_BODY, connect, read_body, read_byte_by_byte, read_head, write_request};
 use crate::routes::{CONSOLE_PROTOCOL, Operation, Verb, encoded, route_of};
 use crate::{
     DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, Pong, ProblemDocument, Shutdown, Vcpus, VcpusPatch,
@@ -251,9 +251,6 @@ impl Client {
     pub fn vcpus(&mut self) -> Result<Vcpus> {
         self.get(Operation::GetVcpus, "")
     }
-    pub fn set_vcpus(&mut self, count: u32) -> Result<Vcpus> {
-        self.put(Operation::PatchVcpus, "", &VcpusPatch { count })
-    }
     pub fn memory(&mut self) -> Result<MemoryInfo> {
         self.get(Operation::GetMemory, "")
     }
@@ -295,6 +292,16 @@ impl Client {
     ) -> Result<Option<Job>> {
         let body = serde_json::to_vec(device).map_err(|error| ClientError::Garbled(error.to_string()))?;
         job_of(&self.call(Operation::PutDevice, id, &Options { body: Some(&body), descriptors, headers: &[] })?)
+    }
+
+    /// Changes the number of vCPUs. A job, where the guest must take them, or let go of them, first.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn set_vcpus(&mut self, count: u32) -> Result<Option<Job>> {
+        let body =
+            serde_json::to_vec(&VcpusPatch { count }).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        job_of(&self.call(Operation::PatchVcpus, "", &Options { body: Some(&body), ..Options::default() })?)
     }
 
     /// Changes fields of a device (a merge patch, RFC 7396). The device as it is then.
@@ -382,8 +389,11 @@ impl Iterator for Events {
         let mut line = String::new();
         loop {
             line.clear();
-            match self.stream.read_line(&mut line) {
+            match (&mut self.stream).take(MAX_BODY).read_line(&mut line) {
                 Ok(0) => return None,
+                Ok(_) if line.len() as u64 == MAX_BODY => {
+                    return Some(Err(ClientError::Garbled("an event is too long".into())));
+                }
                 Ok(_) => {}
                 Err(error) => return Some(Err(error.into())),
             }

@@ -136,18 +136,30 @@ pub struct Cpus {
     /// How many vCPUs, 1 to 254.
     #[schemars(range(min = 1, max = 254))]
     pub count: u32,
-    /// How they are grouped. Without it: one socket with `count` cores of one thread.
+    /// How many there may be while the VM runs, where vCPUs are to come and go: at least `count`. Without it there are
+    /// always `count`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 254))]
+    pub max: Option<u32>,
+    /// How they are grouped, those that may come included. Without it: one socket with cores of one thread.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology: Option<Topology>,
 }
 
-impl Default for Cpus {
-    fn default() -> Self {
-        Self { count: 1, topology: None }
+impl Cpus {
+    /// How many vCPUs there may ever be.
+    pub fn most(&self) -> u32 {
+        self.max.unwrap_or(self.count)
     }
 }
 
-/// How vCPUs are grouped: `sockets` × `cores` × `threads` is the number of vCPUs.
+impl Default for Cpus {
+    fn default() -> Self {
+        Self { count: 1, max: None, topology: None }
+    }
+}
+
+/// How vCPUs are grouped: `sockets` × `cores` × `threads` is the number of vCPUs, or how many there may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Topology {
@@ -287,7 +299,7 @@ pub struct Pci {
     /// take the place of a device that is there from the start.
     #[schemars(range(max = 224))]
     pub hotplug_ports: u8,
-    /// How long a guest has to take a device that is added, or to let go of one that is removed. At most 24h.
+    /// How long a guest has to take a device or a vCPU that is added, or to let go of one that is removed. At most 24h.
     pub hotplug_timeout: TimeSpan,
 }
 

@@ -36,6 +36,11 @@ pub enum EventKind {
     },
     /// The configuration changed in another part than its devices.
     ConfigChanged {},
+    /// The guest took vCPUs that were added, or let go of some.
+    VcpusChanged {
+        /// How many it has now.
+        present: u32,
+    },
     /// A device was added.
     DeviceAdded {
         /// The device.
@@ -153,6 +158,7 @@ impl EventKind {
         match self {
             Self::Phase { .. } => "phase",
             Self::ConfigChanged {} => "config-changed",
+            Self::VcpusChanged { .. } => "vcpus-changed",
             Self::DeviceAdded { .. } => "device-added",
             Self::DeviceChanged { .. } => "device-changed",
             Self::DeviceRemoved { .. } => "device-removed",
@@ -205,6 +211,9 @@ pub enum JobKind {
     AddDevice,
     /// It waits for the guest to let go of a device. Where that does not, or the job is cancelled, the device stays.
     RemoveDevice,
+    /// It waits for the guest to take vCPUs, or to let go of some. What the guest does not do, or has not done when the job
+    /// is cancelled, is not wanted any more.
+    ChangeVcpus,
 }
 
 /// How far a job is.

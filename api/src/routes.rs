@@ -274,8 +274,15 @@ pub const ROUTES: &[Route] = &[
     Route {
         verb: Verb::Patch,
         body: Some("VcpusPatch"),
-        replies: &[json("The processors as they are now.", "Vcpus")],
-        problems: &[400, 404, 409, 412, 422, 501],
+        replies: &[
+            json("The processors as they are now.", "Vcpus"),
+            Success {
+                status: 202,
+                meaning: "A job waits for the guest to take them, or to let go of them.",
+                content: Content::Json("Job"),
+            },
+        ],
+        problems: &[400, 404, 409, 412, 422],
         ..get(Operation::PatchVcpus, "patch_vcpus", "/api/v1/vm/vcpus", "Change the number of vCPUs.")
     },
     Route {
@@ -331,7 +338,7 @@ pub const ROUTES: &[Route] = &[
                       stream goes on for ever.",
             content: Content::Text(EVENT_STREAM),
         }],
-        problems: &[400],
+        problems: &[400, 503],
         ..get(Operation::ReadEvents, "read_events", "/api/v1/events", "Read events as they happen.")
     },
     Route {

@@ -150,15 +150,18 @@ fn kernel(report: &mut Report, kernel: &Kernel) {
 
 fn cpus(report: &mut Report, cpus: &Cpus, host: &HostFacts) {
     let most = MAX_VCPUS.min(host.max_vcpus);
+    let whose = if most < MAX_VCPUS { "on this host" } else { "in a VM" };
     if cpus.count == 0 {
         report.add("cpus.count", "a VM without vCPUs cannot run", format!("1 to {most} are possible"));
-    } else if cpus.count > most {
-        let whose = if most < MAX_VCPUS { "on this host" } else { "in a VM" };
-        report.add(
-            "cpus.count",
-            format!("{} vCPUs are too many", cpus.count),
-            format!("1 to {most} are possible {whose}"),
-        );
+    }
+    for (field, count) in [("cpus.count", Some(cpus.count)), ("cpus.max", cpus.max)] {
+        if let Some(count) = count.filter(|count| *count > most) {
+            report.add(field, format!("{count} vCPUs are too many"), format!("1 to {most} are possible {whose}"));
+        }
+    }
+    if let Some(max) = cpus.max.filter(|max| *max < cpus.count) {
+        let problem = format!("there cannot be {} vCPUs where there may be {max}", cpus.count);
+        report.add("cpus.max", problem, "give at least cpus.count, or leave it out");
     }
     let Some(topology) = cpus.topology else { return };
     let parts = [("sockets", topology.sockets), ("cores", topology.cores), ("threads", topology.threads)];
@@ -167,14 +170,20 @@ fn cpus(report: &mut Report, cpus: &Cpus, host: &HostFacts) {
         report.add(format!("cpus.topology.{name}"), format!("0 {name} leave no vCPU"), "at least 1 is needed");
     }
     let product: u128 = parts.iter().map(|(_, value)| u128::from(*value)).product();
-    if zeros.count() == 0 && product != u128::from(cpus.count) {
+    if zeros.count() == 0 && product != u128::from(cpus.most()) {
         report.add(
             "cpus.topology",
             format!(
                 "{} sockets × {} cores × {} threads are {product} vCPUs, not {}",
-                topology.sockets, topology.cores, topology.threads, cpus.count
+                topology.sockets,
+                topology.cores,
+                topology.threads,
+                cpus.most()
             ),
-            "the product must be the number of vCPUs",
+            match cpus.max {
+                Some(_) => "the product must be cpus.max",
+                None => "the product must be the number of vCPUs",
+            },
         );
     }
 }

@@ -123,7 +123,8 @@ pub struct MemoryPatch {
 pub struct Vcpus {
     /// As configured.
     pub config: Cpus,
-    /// How many are there now; 0 where no machine runs.
+    /// How many the guest has now; 0 where no machine runs. While a job changes them, `config.count` is how many are
+    /// wanted.
     pub present: u32,
 }
 

@@ -258,6 +258,26 @@ fn processors() {
 }
 
 #[test]
+fn processors_that_may_come() {
+    let host = small_host();
+    let cpus = |count, max, topology: Option<(u32, u32, u32)>| {
+        let topology = topology.map(|(sockets, cores, threads)| Topology { sockets, cores, threads });
+        problems(&host, |vm| vm.cpus = api::Cpus { count, max: Some(max), topology })
+    };
+    assert!(cpus(1, 8, None).is_empty() && cpus(8, 8, None).is_empty() && cpus(3, 8, Some((2, 2, 2))).is_empty());
+    assert_eq!(
+        cpus(4, 2, None),
+        ["cpus.max: there cannot be 4 vCPUs where there may be 2; give at least cpus.count, or leave it out"]
+    );
+    assert_eq!(cpus(1, 65, None), ["cpus.max: 65 vCPUs are too many; 1 to 64 are possible on this host"]);
+    assert_eq!(cpus(1, 0, None).len(), 1);
+    assert_eq!(
+        cpus(4, 8, Some((1, 4, 1))),
+        ["cpus.topology: 1 sockets × 4 cores × 1 threads are 4 vCPUs, not 8; the product must be cpus.max"]
+    );
+}
+
+#[test]
 fn a_shared_kernel_goes_with_plain_memory_only() {
     let host = small_host();
     let with = |change: fn(&mut VmConfig)| {

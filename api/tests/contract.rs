@@ -45,8 +45,9 @@ fn device() -> impl Strategy<Value = DeviceConfig> {
 }
 
 fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)> {
-    let cpus = any::<(u32, Option<[u32; 3]>)>().prop_map(|(count, topology)| Cpus {
+    let cpus = any::<(u32, Option<u32>, Option<[u32; 3]>)>().prop_map(|(count, max, topology)| Cpus {
         count,
+        max,
         topology: topology.map(|[sockets, cores, threads]| Topology { sockets, cores, threads }),
     });
     let hugepages = prop_oneof![Just(Hugepages::Off), Just(Hugepages::Size2M), Just(Hugepages::Size1G)];

@@ -10,8 +10,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::{Client, Console, DeviceConfig, Disk, Endpoint, EventKind, PhaseName};
+use api::{Client, Console, DeviceConfig, Disk, Endpoint, EventKind, Outcome, PhaseName, VmConfig};
+use nix::sys::signal::Signal;
 
+use crate::contract;
 use crate::tiny::{Served, binary, config};
 
 /// How much more memory, in KiB, a monitor may have had at its peak for all abuse: 128 connections with a request of 16 KiB
@@ -21,8 +23,13 @@ const MEMORY_BOUND: u64 = 8 << 10;
 const SERVED_WITHIN: Duration = Duration::from_secs(5);
 /// Changes while a reader of events does not read: more than the socket and the monitor keep.
 const CHANGES: u64 = 8000;
+/// Bodies of the largest size that is taken, and how many come at once.
+const LARGE: usize = 1 << 20;
+const CROWD: usize = 32;
 /// A console that the guest does not use.
 const QUIET_CONSOLE: &str = "quiet";
+/// The sectors that the guest writes in turn.
+const SECTORS: u32 = 64;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A kind of abuse.
@@ -34,6 +41,8 @@ pub enum Kind {
     Half,
     /// Bodies of gigabytes, told in advance or sent in chunks.
     Huge,
+    /// Many bodies of the largest size at once, none of which comes to its end.
+    Large,
     /// JSON 10,000 deep.
     Deep,
     /// Thousands of headers.
@@ -46,7 +55,8 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [Self::Slow, Self::Half, Self::Huge, Self::Deep, Self::Headers, Self::Noise, Self::Deaf];
+    pub const ALL: [Self; 8] =
+        [Self::Slow, Self::Half, Self::Huge, Self::Large, Self::Deep, Self::Headers, Self::Noise, Self::Deaf];
 }
 
 /// What the guest says of itself.
@@ -58,16 +68,20 @@ struct Work {
 }
 
 /// What came of it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Report {
+    /// Nobody is abused.
     calm: Share,
+    /// Another monitor is: the host has as much to do, and the guest's monitor nothing.
+    elsewhere: Share,
+    /// The guest's own monitor is.
     abused: Share,
     connections: usize,
     memory: (u64, u64),
 }
 
-/// A stretch of time.
-#[derive(Debug)]
+/// Stretches of time.
+#[derive(Debug, Default)]
 struct Share {
     took: Duration,
     /// Rounds of a write and a read that the guest did.
@@ -91,13 +105,71 @@ impl fmt::Display for Share {
     }
 }
 
+impl Share {
+    /// Adds another stretch.
+    fn add(&mut self, other: &Self) {
+        self.took += other.took;
+        self.rounds += other.rounds;
+        self.longest = self.longest.max(other.longest);
+        self.served += other.served;
+        self.slowest = self.slowest.max(other.slowest);
+    }
+}
+
+impl Report {
+    /// How much longer a vCPU stood still at the most than where another monitor had the same abuse.
+    pub fn stall_of_its_own(&self) -> Duration {
+        self.abused.longest.saturating_sub(self.elsewhere.longest)
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "calm:   {}", self.calm)?;
-        writeln!(f, "abused: {}", self.abused)?;
+        writeln!(f, "calm:              {}", self.calm)?;
+        writeln!(f, "another is abused: {}", self.elsewhere)?;
+        writeln!(f, "abused:            {}", self.abused)?;
+        let ratio = self.abused.longest.as_secs_f64() / self.elsewhere.longest.as_secs_f64();
+        writeln!(f, "longest stall, abused to another abused: {ratio:.2}")?;
         let (before, after) = self.memory;
-        write!(f, "{} connections; peak of memory {before} KiB before, {after} KiB after", self.connections)
+        write!(f, "{} connections to both; peak of memory {before} KiB before, {after} KiB after", self.connections)
     }
+}
+
+/// A VM whose guest works on a disk in the file `image`.
+fn busy(served: &Served) -> VmConfig {
+    let image = served.path("image");
+    std::fs::File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("an image");
+    let mut config = config("busy");
+    config.devices.push(DeviceConfig::Disk(Disk::new(image)));
+    config
+}
+
+/// Boots a VM; its serial port.
+fn booted(served: &Served, config: &VmConfig) -> UnixStream {
+    let mut client = served.client();
+    client.create(config).expect("it can be created");
+    client.boot().expect("it boots");
+    let serial = client.console("serial", false).expect("its serial port");
+    serial.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    serial
+}
+
+/// Asks the guest what it did since it was asked last. That it answers says that no write was lost, too.
+fn work(serial: &mut UnixStream) -> Work {
+    serial.write_all(b"r").expect("the guest's console");
+    let mut said = Vec::new();
+    while !(said.ends_with(b"\n") && String::from_utf8_lossy(&said).contains("longest")) {
+        let mut byte = [0];
+        let read = serial.read(&mut byte).unwrap_or(0);
+        assert!(read == 1, "the guest does not work any more: {:?}", String::from_utf8_lossy(&said));
+        said.push(byte[0]);
+    }
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let number = |name: &str| {
+        let (_, rest) = said.split_once(name).expect("its words");
+        u32::from_str_radix(rest.get(..8).unwrap_or_default(), 16).expect("its number")
+    };
+    Work { rounds: number("rounds "), longest: number("longest ") }
 }
 
 /// A monitor whose guest works on a disk.
@@ -111,39 +183,16 @@ struct Victim {
 impl Victim {
     fn start() -> Self {
         let served = Served::start("serve", ["--log-level", "error"]);
-        let image = served.path("image");
-        std::fs::File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("an image");
-        let mut config = config("busy");
-        config.devices.push(DeviceConfig::Disk(Disk::new(image)));
-        let quiet = Console { id: QUIET_CONSOLE.into(), name: None, endpoint: Endpoint::Api {} };
-        config.devices.push(DeviceConfig::Console(quiet));
-        let mut client = served.client();
-        client.create(&config).expect("it can be created");
-        client.boot().expect("it boots");
-        let serial = client.console("serial", false).expect("its serial port");
-        serial.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let cycles = frequency();
-        let mut victim = Self { served, serial, cycles };
+        let mut config = busy(&served);
+        config.devices.push(quiet_console());
+        let serial = booted(&served, &config);
+        let mut victim = Self { served, serial, cycles: frequency() };
         victim.work();
         victim
     }
 
-    /// Asks the guest what it did since it was asked last. That it answers says that no write was lost, too.
     fn work(&mut self) -> Work {
-        self.serial.write_all(b"r").expect("the guest's console");
-        let mut said = Vec::new();
-        while !(said.ends_with(b"\n") && String::from_utf8_lossy(&said).contains("longest")) {
-            let mut byte = [0];
-            let read = self.serial.read(&mut byte).unwrap_or(0);
-            assert!(read == 1, "the guest does not work any more: {:?}", String::from_utf8_lossy(&said));
-            said.push(byte[0]);
-        }
-        let said = String::from_utf8_lossy(&said).into_owned();
-        let number = |name: &str| {
-            let (_, rest) = said.split_once(name).expect("its words");
-            u32::from_str_radix(rest.get(..8).unwrap_or_default(), 16).expect("its number")
-        };
-        Work { rounds: number("rounds "), longest: number("longest ") }
+        work(&mut self.serial)
     }
 
     fn peak(&self) -> u64 {
@@ -205,31 +254,59 @@ fn be_served(path: &Path, over: &AtomicBool) -> (usize, Duration) {
 }
 
 /// Abuses a monitor in these ways for so long each, then with a storm of connections and a deaf reader of events, and
-/// holds that the guest works on, good clients are served and memory is bounded.
+/// another one in turn, which tells what of the guest's stalls is the host's and not the monitor's. It holds that the guest works on, good clients are served and memory is bounded.
 ///
 /// # Panics
 /// Where any of it is not so.
 pub fn endure(kinds: &[Kind], each: Duration, storm: usize) -> Report {
     let mut victim = Victim::start();
-    let calm = victim.watch(|_| thread::sleep(each));
+    let other = bystander();
+    let elsewhere = other.path("api");
+    let mut report = Report::default();
     let before = victim.peak();
     let idle = Things::of(&victim);
-    let mut connections = 0;
-    let abused = victim.watch(|path| {
-        for kind in kinds {
-            let until = Instant::now() + each;
-            while Instant::now() < until {
-                abuse(*kind, path);
-                connections += 1;
-            }
-        }
-        connections += crowd(path, storm);
+    for kind in kinds {
+        report.calm.add(&victim.watch(|_| thread::sleep(each)));
+        report.elsewhere.add(&victim.watch(|_| report.connections += abuse_for(*kind, each, &elsewhere)));
+        report.abused.add(&victim.watch(|path| report.connections += abuse_for(*kind, each, path)));
+    }
+    let mut storms = |path: &Path| {
+        report.connections += crowd(path, storm);
         deaf_reader(path);
-    });
+    };
+    report.elsewhere.add(&victim.watch(|_| storms(&elsewhere)));
+    report.abused.add(&victim.watch(storms));
     let after = victim.peak();
     assert!(after <= before + MEMORY_BOUND, "the peak of memory went from {before} KiB to {after} KiB");
     idle.wait_for(&victim);
-    Report { calm, abused, connections, memory: (before, after) }
+    report.memory = (before, after);
+    report
+}
+
+/// A monitor whose guest is halted.
+fn bystander() -> Served {
+    let served = Served::start("serve", ["--log-level", "error"]);
+    let mut config = config("power-button");
+    config.devices.push(quiet_console());
+    let mut client = served.client();
+    client.create(&config).expect("it can be created");
+    client.boot().expect("it boots");
+    served
+}
+
+fn quiet_console() -> DeviceConfig {
+    DeviceConfig::Console(Console { id: QUIET_CONSOLE.into(), name: None, endpoint: Endpoint::Api {} })
+}
+
+/// Abuses a monitor in this way for so long; how often.
+fn abuse_for(kind: Kind, time: Duration, path: &Path) -> usize {
+    let until = Instant::now() + time;
+    let mut connections = 0;
+    while Instant::now() < until {
+        abuse(kind, path);
+        connections += 1;
+    }
+    connections
 }
 
 /// Descriptors and threads of a monitor.
@@ -297,6 +374,17 @@ fn abuse(kind: Kind, path: &Path) {
             let sent = (0..1 << 16).take_while(|_| stream.write_all(&chunk).is_ok()).count();
             assert!(sent < 256, "{sent} chunks of 64 KiB were taken");
         }
+        Kind::Large => {
+            let body = [format!("{put}content-length: {LARGE}\r\n\r\n").into_bytes(), vec![b' '; LARGE - 1]].concat();
+            let mut crowd: Vec<_> = (0..CROWD).map(|_| (connect(path), body.as_slice())).collect();
+            for _ in 0..LARGE >> 15 {
+                for (stream, rest) in &mut crowd {
+                    let _ = stream.set_nonblocking(true);
+                    let sent = stream.write(&rest[..rest.len().min(1 << 15)]).unwrap_or(0);
+                    *rest = &rest[sent..];
+                }
+            }
+        }
         Kind::Deep => {
             let deep = r#"{"a":"#.repeat(10_000);
             told(format!("{put}content-length: {}\r\n\r\n{deep}", deep.len()).as_bytes(), &["400"]);
@@ -361,6 +449,43 @@ fn deaf_reader(path: &Path) {
 /// The number of the newest job, of which there are only so many kept.
 fn last_job(client: &mut Client) -> u64 {
     client.jobs().expect("jobs").last().map_or(0, |job| job.id)
+}
+
+/// Has schemathesis try so many examples for each operation while the guest works on its disk, and holds that no write was
+/// lost: neither one that the guest has read back, nor the last to each sector. schemathesis' lines with figures.
+///
+/// # Panics
+/// Where it was, or schemathesis finds something.
+pub fn try_all_under_load(examples: &str) -> Vec<String> {
+    let served = Served::start("serve", ["--log-level", "error"]).patient(Duration::from_secs(3600));
+    let config = busy(&served);
+    // The guest ends the run where the disk gives back another number than it was given.
+    let events = served.client().events(None).expect("events");
+    let watch = thread::spawn(move || {
+        let ended = |event: &api::Event| {
+            matches!(event.event, EventKind::Phase { outcome: Some(Outcome::DebugExit { .. }), .. })
+        };
+        events.map_while(Result::ok).filter(ended).count()
+    });
+    let figures = contract::try_all(&served, &config, examples);
+    // A VM from here on, whose guest overwrites each sector in turn.
+    let mut client = served.client();
+    client.destroy().expect("it can be destroyed");
+    let mut serial = booted(&served, &config);
+    while work(&mut serial).rounds < 1000 {}
+    client.destroy().expect("it can be destroyed");
+    let image = std::fs::read(served.path("image")).expect("the image");
+    let number = |sector: &[u8]| sector.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+    let numbers: Vec<u32> = image.chunks(512).take(SECTORS as usize).map(number).collect();
+    let last = numbers.iter().copied().max().unwrap_or(0);
+    for (sector, number) in (0..).zip(&numbers) {
+        let in_turn = number % SECTORS == sector && number + SECTORS > last;
+        assert!(in_turn, "sector {sector} holds {number}, and the last number is {last}");
+    }
+    served.signal(Signal::SIGTERM);
+    served.finish().expect_code(0);
+    assert_eq!(watch.join().expect("a thread"), 0, "the guest has lost a write");
+    figures
 }
 
 /// Kills programs in the middle of a job and of a console's stream: the next finds both as they should be.

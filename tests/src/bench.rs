@@ -8,6 +8,7 @@ pub mod boot;
 pub mod boot_trace;
 pub mod hotadd;
 pub mod many;
+pub mod measure;
 pub mod memory;
 pub mod share;
 pub mod startup;

@@ -232,7 +232,8 @@ fn requests_out_of_place_are_refused_and_change_nothing() {
     let document = refused(client.put_device("rng0", &DeviceConfig::Rng(Rng::default())));
     assert!(document.status == 409 && document.detail.contains("hot-plug port"), "{document}");
     assert_eq!(refused(client.remove_device("disk0", false)).status, 404);
-    assert_eq!(refused(client.set_vcpus(2)).status, 501);
+    let document = refused(client.set_vcpus(2));
+    assert!(document.status == 409 && document.detail.contains("cpus.max"), "{document}");
     assert_eq!(refused(client.create(&config("timer"))).status, 409);
     let opened = client.console("other", false).map(drop);
     assert_eq!(refused(opened).status, 404);
@@ -270,8 +271,9 @@ fn a_configuration_is_changed_before_the_boot_and_only_the_one_that_is_known() {
         matches!(client.device("root").unwrap(), DeviceConfig::Disk(known) if known.path.as_deref() == Some(disk.path()))
     );
 
-    assert_eq!(client.set_vcpus(2).unwrap().config.count, 2);
-    assert_eq!(client.vcpus().unwrap().present, 0);
+    assert_eq!(client.set_vcpus(2).unwrap(), None);
+    let vcpus = client.vcpus().unwrap();
+    assert_eq!((vcpus.config.count, vcpus.present), (2, 0));
     client.boot().unwrap();
     assert_eq!(client.vcpus().unwrap().present, 2);
     assert_eq!(client.memory().unwrap().present, 64 << 20);

@@ -9,6 +9,7 @@ use std::task::{Poll, Waker};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use api::{Event, EventKind, Job, JobKind, JobState, PhaseName, ProblemDocument, Reason, VmInfo};
+use hyper::body::Bytes;
 
 use crate::machine::MachineCounters;
 
@@ -20,6 +21,8 @@ pub struct Board(Mutex<State>);
 
 struct State {
     info: VmInfo,
+    /// The same as JSON, once somebody has asked for it: many look at a VM, and few change it.
+    text: Option<Bytes>,
     /// Changes with the configuration.
     generation: u64,
     events: VecDeque<Arc<Event>>,
@@ -48,6 +51,7 @@ impl Board {
         };
         Self(Mutex::new(State {
             info,
+            text: None,
             generation: 0,
             events: VecDeque::new(),
             keep,
@@ -68,6 +72,20 @@ impl Board {
     pub fn info(&self) -> (VmInfo, u64) {
         let state = self.lock();
         (state.info.clone(), state.generation)
+    }
+
+    /// The VM as JSON, and its configuration's generation.
+    ///
+    /// # Errors
+    /// It cannot be written as such.
+    pub fn info_json(&self) -> serde_json::Result<(Bytes, u64)> {
+        let mut state = self.lock();
+        let text = match state.text.take() {
+            Some(text) => text,
+            None => serde_json::to_vec(&state.info)?.into(),
+        };
+        state.text = Some(text.clone());
+        Ok((text, state.generation))
     }
 
     /// vCPUs and bytes of memory that a machine has now.
@@ -136,6 +154,11 @@ impl Board {
         }
     }
 
+    /// Wakes a reader that is gone no more.
+    pub fn forget(&self, waker: &Waker) {
+        self.lock().readers.retain(|reader| !reader.will_wake(waker));
+    }
+
     /// No more events come.
     pub fn close(&self) {
         let mut state = self.lock();
@@ -185,6 +208,15 @@ impl Board {
         id
     }
 
+    /// A job has done this much of its work, in percent.
+    pub fn advance_job(&self, id: u64, progress: u8) {
+        let mut state = self.lock();
+        let Some(job) = state.jobs.iter_mut().find(|job| job.id == id) else { return };
+        job.progress = Some(progress);
+        let job = job.clone();
+        state.publish(EventKind::Job { job });
+    }
+
     /// A job ends.
     pub fn end_job(&self, id: u64, how: JobState, error: Option<ProblemDocument>) {
         let mut state = self.lock();
@@ -192,6 +224,7 @@ impl Board {
         job.state = how;
         job.ended_ms = Some(now_ms());
         job.error = error;
+        job.progress = job.progress.map(|progress| if how == JobState::Succeeded { 100 } else { progress });
         let job = job.clone();
         state.publish(EventKind::Job { job });
     }
@@ -200,6 +233,7 @@ impl Board {
 impl State {
     fn publish(&mut self, event: EventKind) {
         self.info.sequence += 1;
+        self.text = None;
         if self.keep == 0 {
             return;
         }
@@ -282,6 +316,10 @@ mod tests {
         board.publish(EventKind::PowerButton { reason: Reason::Request });
         board.publish(EventKind::PowerButton { reason: Reason::Request });
         assert_eq!(counter.0.load(Ordering::Relaxed), 1, "once for each time that it waits");
+        assert!(board.poll_event(2, &waker).is_pending());
+        board.forget(&waker);
+        board.publish(EventKind::PowerButton { reason: Reason::Request });
+        assert_eq!(counter.0.load(Ordering::Relaxed), 1, "it has gone");
     }
 
     /// A reader that begins at a state's number, at any moment, sees each later event once and reaches the same state.
@@ -324,6 +362,24 @@ mod tests {
         for reader in readers {
             assert_eq!(reader.join().unwrap(), info.phase);
         }
+    }
+
+    #[test]
+    fn the_text_is_that_of_the_state() {
+        let board = Board::new(8);
+        let check = || {
+            let (text, generation) = board.info_json().unwrap();
+            let (info, same) = board.info();
+            assert_eq!((serde_json::from_slice::<VmInfo>(&text).unwrap(), generation), (info, same));
+        };
+        check();
+        board.enter(PhaseName::Ready, Reason::Request, |info| info.config = Some(api::VmConfig::new("k")));
+        check();
+        check();
+        board.reconfigure(EventKind::DeviceAdded { id: "a".into() }, |info| info.running = info.config.clone());
+        check();
+        board.publish(EventKind::PowerButton { reason: Reason::Request });
+        check();
     }
 
     #[test]

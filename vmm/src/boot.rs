@@ -36,6 +36,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         .map_err(|error| bad("memory.size", &error.to_string()))?;
     platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
     platform.pvpanic = config.platform.pvpanic;
+    platform.pluggable = config.cpus.max.map(|_| config.cpus.count);
     for bridge in &mut platform.host_bridges {
         bridge.last_bus = config.pci.hotplug_ports;
     }
@@ -129,7 +130,7 @@ fn random() -> Result<[u64; 2], Failure> {
 fn topology(config: &VmConfig) -> Result<Topology, Failure> {
     let topology = match config.cpus.topology {
         Some(given) => Topology::new(given.sockets, given.cores, given.threads),
-        None => Topology::flat(config.cpus.count),
+        None => Topology::flat(config.cpus.most()),
     };
     topology.map_err(|error| bad("cpus.topology", &error.to_string()))
 }

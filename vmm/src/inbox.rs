@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::legacy::{PlatformEvent, PlatformEvents};
+use devices::legacy::{PlatformEvent, PlatformEvents, ProcessorObserver};
 use devices::pci::{Indicator, SlotObserver};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -30,6 +30,17 @@ pub enum Event {
         /// The port.
         port: u8,
     },
+    /// The guest has answered a question about a vCPU.
+    ProcessorAnswered {
+        /// Its number.
+        number: u8,
+        /// It was to take it, else to let go of it.
+        insertion: bool,
+        /// `_OST`'s status, 0 where all is well.
+        status: u16,
+    },
+    /// The guest has let go of the vCPU with this number.
+    ProcessorEjected(u8),
     /// A device fails: [`crate::troubles::Troubles`] say how.
     DeviceFails {
         /// The device.
@@ -156,6 +167,16 @@ impl Inbox {
 impl SlotObserver for Inbox {
     fn indicator(&self, port: u8, shows: Indicator) {
         self.post(Event::Slot { port, shows });
+    }
+}
+
+impl ProcessorObserver for Inbox {
+    fn answered(&self, number: u8, insertion: bool, status: u16) {
+        self.post(Event::ProcessorAnswered { number, insertion, status });
+    }
+
+    fn ejected(&self, number: u8) {
+        self.post(Event::ProcessorEjected(number));
     }
 }
 

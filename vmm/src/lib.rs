@@ -19,6 +19,7 @@ pub mod machine;
 pub mod memory;
 pub mod notify;
 pub mod owner;
+pub mod processors;
 pub mod request;
 mod run;
 pub mod sandbox;

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use api::{DeviceConfig, Kind, Problem, VmConfig};
-use arch::{CpuidTable, LoadedKernel, Platform, Topology, layout};
+use arch::{LoadedKernel, Platform, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
-use devices::legacy::{AcpiRegisters, DebugExit, I8042, PvPanic, Serial};
+use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
-use hal::{GpaRange, Hypervisor, MsiRoute, ResetState, Slot, Vcpu, Vm, VmKind, VmSpec};
+use hal::{GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
@@ -25,6 +25,7 @@ use crate::functions::{Functions, Place};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::memory::Ram;
+use crate::processors::{Pluggable, VcpuMaker};
 use crate::seams::VmSeam;
 use crate::trace::{Attached, Milestone, Trace, View};
 use crate::troubles::Troubles;
@@ -53,7 +54,8 @@ pub struct Machine {
     vcpus: Option<VcpuThreads>,
     watcher: Option<Attached>,
     functions: Functions,
-    vcpu_counters: Vec<Arc<VcpuCounters>>,
+    /// The vCPUs that can come and go, where some can.
+    pluggable: Option<Pluggable>,
     platform: PlatformDevices,
     mmio: Arc<Bus>,
     ecam_base: u64,
@@ -65,8 +67,8 @@ pub struct Machine {
 /// What the parts of a machine count, as they do their work.
 #[derive(Debug, Default)]
 pub struct MachineCounters {
-    /// Each vCPU's, in their order.
-    pub vcpus: Vec<Arc<VcpuCounters>>,
+    /// Each vCPU's, with its number.
+    pub vcpus: Vec<(u8, Arc<VcpuCounters>)>,
     /// Each device's, with its id.
     pub devices: Vec<(String, DeviceCounters)>,
     /// How often each device needed a reset, with its id.
@@ -82,6 +84,7 @@ const NMI: hal::MsiMessage = hal::MsiMessage { address: 0xfeef_f000, data: 0x400
 struct PlatformDevices {
     acpi: Arc<AcpiRegisters>,
     ioapic: Arc<IoApic>,
+    processors: Option<Arc<Processors>>,
 }
 
 impl Machine {
@@ -91,7 +94,7 @@ impl Machine {
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
         let Loaded { memory, platform, kernel, first_pages } = loaded;
-        let count = platform.topology.vcpu_ids().len();
+        let count = at_boot(&platform)?;
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory)?;
         parts.trace.mark(Milestone::Vm);
@@ -119,7 +122,7 @@ impl Machine {
             vcpus: None,
             watcher: None,
             functions: Functions::new(pci, seam, memory),
-            vcpu_counters: Vec::new(),
+            pluggable: None,
             platform: devices,
             mmio: mmio.clone(),
             ecam_base,
@@ -131,7 +134,9 @@ impl Machine {
             machine.functions.add(device, place, parts, false)?;
         }
 
-        let vcpus = create_vcpus(parts, &*vm, platform.topology, &kernel)?;
+        let maker = VcpuMaker::new(parts.hypervisor.caps(), &*vm, platform.topology);
+        let entry = |number| (number == 0).then(|| kernel.registers.clone());
+        let vcpus = (0..count).map(|number| maker.create(&*vm, number, entry(number))).collect::<Result<_, _>>()?;
         parts.trace.mark(Milestone::Vcpus);
         machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
@@ -142,8 +147,9 @@ impl Machine {
         if let Some(pages) = first_pages {
             parts.inputs.kernels.populate(pages);
         }
-        machine.vcpu_counters = threads.counters().to_vec();
         machine.vcpus = Some(threads);
+        machine.pluggable =
+            machine.platform.processors.clone().map(|registers| Pluggable::new(maker, registers, exits));
         Ok(machine)
     }
 
@@ -231,10 +237,53 @@ impl Machine {
         self.functions.in_use(port)
     }
 
+    /// Gives the guest a vCPU, or asks it anew to take one that it has not let go of. To be followed by
+    /// [`Machine::show_processors`].
+    ///
+    /// # Errors
+    /// [`Failure::Host`] where it cannot be made; nothing is left of it then.
+    pub fn add_vcpu(&mut self, number: u8) -> Result<(), Failure> {
+        match (&mut self.pluggable, &mut self.vcpus) {
+            (Some(pluggable), Some(threads)) => pluggable.add(number, &*self.vm, threads),
+            _ => Err(Failure::Host("the machine was made without vCPUs that can come and go".into())),
+        }
+    }
+
+    /// Asks the guest to let go of a vCPU. To be followed by [`Machine::show_processors`].
+    pub fn ask_for_vcpu(&self, number: u8) {
+        if let Some(pluggable) = &self.pluggable {
+            pluggable.registers.ask_to_eject(number);
+        }
+    }
+
+    /// Takes back what the guest was asked about a vCPU. False where it may be at work on it.
+    pub fn take_vcpu_question_back(&self, number: u8) -> bool {
+        self.pluggable.as_ref().is_none_or(|pluggable| pluggable.registers.take_back(number))
+    }
+
+    /// Takes a vCPU away. It stands still from now on, until it is added again.
+    pub fn take_vcpu(&mut self, number: u8) {
+        if let (Some(pluggable), Some(threads)) = (&mut self.pluggable, &mut self.vcpus) {
+            pluggable.take(number, threads);
+        }
+    }
+
+    /// Whether there is a vCPU of this number, whether the guest has taken it or not.
+    pub fn has_vcpu(&self, number: u8) -> bool {
+        self.vcpus.as_ref().is_some_and(|threads| threads.has(number))
+    }
+
+    /// Has the guest look at what it is asked about its vCPUs.
+    pub fn show_processors(&self) {
+        if let Err(error) = self.platform.acpi.show_processors() {
+            tracing::error!("telling the guest of its processors: {error}");
+        }
+    }
+
     /// What the machine's parts count.
     pub fn counters(&self) -> Arc<MachineCounters> {
         Arc::new(MachineCounters {
-            vcpus: self.vcpu_counters.clone(),
+            vcpus: self.vcpus.as_ref().map(VcpuThreads::counters).unwrap_or_default(),
             devices: self.functions.counters(),
             faults: self.functions.faults(),
             memory: self.functions.host_memory(),
@@ -281,7 +330,7 @@ impl Drop for Machine {
 }
 
 fn create_vm(parts: &Parts, platform: &Platform, memory: &Ram) -> Result<Arc<dyn Vm>, Failure> {
-    // Ids have gaps where a topology's counts are no powers of two.
+    // Those that may come included. Ids have gaps where a topology's counts are no powers of two.
     let max_vcpus = platform.topology.vcpu_ids().iter().map(|id| u32::from(id.0) + 1).max().unwrap_or(1);
     let spec = VmSpec { kind: kind(parts.config.kind), max_vcpus, ..VmSpec::default() };
     let vm: Arc<dyn Vm> = Arc::from(parts.hypervisor.create(&spec)?);
@@ -330,26 +379,25 @@ fn add_platform_devices(
     if parts.config.platform.debug_exit {
         ports(layout::DEBUG_EXIT_PORT, DebugExit::LEN, Arc::new(DebugExit::new(events)))?;
     }
-    Ok(PlatformDevices { acpi, ioapic: Arc::new(ioapic) })
+    let processors = add_processors(parts, platform, pio)?;
+    Ok(PlatformDevices { acpi, ioapic: Arc::new(ioapic), processors })
 }
 
-fn create_vcpus(
-    parts: &Parts,
-    vm: &dyn Vm,
-    topology: Topology,
-    kernel: &LoadedKernel,
-) -> Result<Vec<Box<dyn Vcpu>>, Failure> {
-    let caps = parts.hypervisor.caps();
-    let cpuid = CpuidTable::new(caps, vm.tsc_khz(), topology);
-    let msrs = arch::boot_msrs(caps);
-    let mut vcpus = Vec::new();
-    for id in topology.vcpu_ids() {
-        let mut vcpu = vm.create_vcpu(id)?;
-        let entry = (id.0 == 0).then(|| kernel.registers.clone());
-        vcpu.reset(&ResetState { cpuid: cpuid.for_vcpu(id), msrs: msrs.clone(), entry })?;
-        vcpus.push(vcpu);
+/// The registers of processors that come and go, where some do.
+fn add_processors(parts: &Parts, platform: &Platform, pio: &Bus) -> Result<Option<Arc<Processors>>, Failure> {
+    if platform.pluggable.is_none() {
+        return Ok(None);
     }
-    Ok(vcpus)
+    let most = u8::try_from(platform.topology.vcpus()).unwrap_or(u8::MAX);
+    let processors = Arc::new(Processors::new(most, at_boot(platform)?, Arc::new(parts.inbox.clone())));
+    insert(pio, layout::PROCESSORS_PORT.into(), processors.len_of_range(), processors.clone())?;
+    Ok(Some(processors))
+}
+
+/// How many vCPUs there are when the guest boots.
+fn at_boot(platform: &Platform) -> Result<u8, Failure> {
+    let count = platform.pluggable.unwrap_or(platform.topology.vcpus());
+    u8::try_from(count).map_err(|_| Failure::Host(format!("{count} vCPUs are more than a machine can have")))
 }
 
 fn insert(bus: &Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Failure> {

@@ -1,8 +1,9 @@
 //! vCPU threads: each owns its vCPU and runs it until the machine stops or the guest ends. A gate lets all of them
 //! through, or holds them between two runs.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -154,11 +155,17 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Stands as long as the order is so. `None` where the thread is to end; otherwise whether it stood.
-    fn pass(&self) -> Option<bool> {
+    /// Stands as long as the order is so. `None` where the thread is to end, or to leave; otherwise whether it stood.
+    fn pass(&self, leave: &AtomicBool) -> Option<bool> {
         let mut state = self.lock();
         let mut counted = 0;
         loop {
+            if leave.load(Ordering::Relaxed) {
+                if counted == state.round {
+                    state.standing -= 1;
+                }
+                return None;
+            }
             match state.mode {
                 Mode::Run => return Some(counted > 0),
                 Mode::End => return None,
@@ -173,9 +180,22 @@ impl Gate {
         }
     }
 
+    /// Has one thread leave, whatever the order for all is.
+    fn dismiss(&self, leave: &AtomicBool) {
+        let state = self.lock();
+        leave.store(true, Ordering::Relaxed);
+        drop(state);
+        self.changed.notify_all();
+    }
+
     fn ended(&self) {
         self.lock().ended += 1;
         self.changed.notify_all();
+    }
+
+    /// A thread that had ended is not one of them any more.
+    fn forget_ended(&self) {
+        self.lock().ended -= 1;
     }
 
     /// Waits until none of `threads` threads is in the guest; how many still are when the time is over.
@@ -187,14 +207,23 @@ impl Gate {
     }
 }
 
-/// The vCPU threads of a machine. Dropping it stops them.
+/// The vCPU threads of a machine, by their vCPUs' numbers. Dropping it stops them.
 pub struct VcpuThreads {
-    threads: Vec<JoinHandle<()>>,
-    /// Where the threads' vCPUs are handed over.
-    seats: Vec<Sender<Seat>>,
-    kicks: Vec<Kick>,
+    threads: BTreeMap<u8, Member>,
     gate: Arc<Gate>,
-    counters: Vec<Arc<VcpuCounters>>,
+    backend: &'static str,
+    inbox: Inbox,
+}
+
+/// A vCPU's thread, as the others see it.
+struct Member {
+    thread: JoinHandle<Option<Left>>,
+    /// Where its vCPU is handed over, until it has it.
+    seat: Option<Sender<Seat>>,
+    kick: Option<Kick>,
+    /// It is to end, and all others go on.
+    leave: Arc<AtomicBool>,
+    counters: Arc<VcpuCounters>,
 }
 
 /// What a thread is handed.
@@ -206,48 +235,80 @@ struct Seat {
     watched: Option<WatchedExits>,
 }
 
+/// What a thread leaves.
+struct Left {
+    vcpu: Box<dyn Vcpu>,
+    /// It ended by itself, and the gate counts it so.
+    ended: bool,
+}
+
 impl VcpuThreads {
-    /// Starts `count` threads, named `CPU n/` and the backend's name: KubeVirt finds vCPU threads by it. They wait for
-    /// [`VcpuThreads::run`]: what a thread has to do before it can run a vCPU goes on beside the making of its machine.
+    /// Starts threads for vCPUs 0 to `count` - 1, named `CPU n/` and the backend's name: KubeVirt finds vCPU threads by
+    /// it. They wait for [`VcpuThreads::run`]: what a thread has to do before it can run a vCPU goes on beside the making
+    /// of its machine.
     ///
     /// # Errors
     /// A thread cannot be made; those that were are stopped again.
-    pub fn spawn(backend: &str, count: usize, inbox: &Inbox) -> io::Result<Self> {
+    pub fn spawn(backend: &'static str, count: u8, inbox: &Inbox) -> io::Result<Self> {
         let gate = Arc::new(Gate::new(Mode::Stand));
-        let mut all = Self {
-            threads: Vec::with_capacity(count),
-            seats: Vec::with_capacity(count),
-            kicks: Vec::with_capacity(count),
-            gate,
-            counters: Vec::with_capacity(count),
-        };
-        for number in 0..count {
-            let counters = Arc::<VcpuCounters>::default();
-            let thread = Thread { inbox: inbox.clone(), gate: all.gate.clone(), counters: counters.clone() };
-            let (seat, vcpu) = channel();
-            let work = move || thread.run(&vcpu);
-            all.threads.push(Builder::new().name(format!("CPU {number}/{backend}")).spawn(work)?);
-            all.seats.push(seat);
-            all.counters.push(counters);
-        }
+        let mut all = Self { threads: BTreeMap::new(), gate, backend, inbox: inbox.clone() };
+        (0..count).try_for_each(|number| all.start(number))?;
         Ok(all)
+    }
+
+    /// Starts the thread of another vCPU, which waits for [`VcpuThreads::seat`].
+    ///
+    /// # Errors
+    /// The thread cannot be made.
+    pub fn start(&mut self, number: u8) -> io::Result<()> {
+        let (leave, counters) = (Arc::<AtomicBool>::default(), Arc::<VcpuCounters>::default());
+        let work = Thread {
+            inbox: self.inbox.clone(),
+            gate: self.gate.clone(),
+            leave: leave.clone(),
+            counters: counters.clone(),
+        };
+        let (seat, vcpu) = channel();
+        let thread = Builder::new().name(format!("CPU {number}/{}", self.backend)).spawn(move || work.run(&vcpu))?;
+        self.threads.insert(number, Member { thread, seat: Some(seat), kick: None, leave, counters });
+        Ok(())
     }
 
     /// Hands each thread its vCPU. With [`Mode::Stand`] their guests do not run before [`VcpuThreads::resume`].
     pub fn run(&mut self, vcpus: Vec<Box<dyn Vcpu>>, buses: &Arc<ExitBuses>, trace: &Trace, mode: Mode) {
         self.gate.order(mode);
-        self.kicks = vcpus.iter().map(|vcpu| vcpu.kick()).collect();
-        for (seat, vcpu) in self.seats.drain(..).zip(vcpus) {
+        for (member, vcpu) in self.threads.values_mut().zip(vcpus) {
             let watched = trace.vcpu(&*vcpu, buses);
-            if seat.send(Seat { vcpu, buses: buses.clone(), watched }).is_err() {
-                tracing::error!("a vCPU thread has ended before its time");
-            }
+            member.seat(Seat { vcpu, buses: buses.clone(), watched });
         }
     }
 
-    /// What each vCPU has done, in their order.
-    pub fn counters(&self) -> &[Arc<VcpuCounters>] {
-        &self.counters
+    /// Hands a thread that was started later its vCPU, which runs or stands as all others do.
+    pub fn seat(&mut self, number: u8, vcpu: Box<dyn Vcpu>, buses: &Arc<ExitBuses>) {
+        if let Some(member) = self.threads.get_mut(&number) {
+            member.seat(Seat { vcpu, buses: buses.clone(), watched: None });
+        }
+    }
+
+    /// Ends a vCPU's thread between two instructions and takes the vCPU out of it, where there is one.
+    pub fn take_out(&mut self, number: u8) -> Option<Box<dyn Vcpu>> {
+        let member = self.threads.remove(&number)?;
+        self.gate.dismiss(&member.leave);
+        let left = member.end()?;
+        if left.ended {
+            self.gate.forget_ended();
+        }
+        Some(left.vcpu)
+    }
+
+    /// Whether there is a thread for this vCPU.
+    pub fn has(&self, number: u8) -> bool {
+        self.threads.contains_key(&number)
+    }
+
+    /// What each vCPU has done, with its number.
+    pub fn counters(&self) -> Vec<(u8, Arc<VcpuCounters>)> {
+        self.threads.iter().map(|(number, member)| (*number, member.counters.clone())).collect()
     }
 
     /// Stops all guests between two instructions and returns when all stand.
@@ -256,7 +317,7 @@ impl VcpuThreads {
     /// Some do not come in time, since an exit of theirs is not answered; all run on then.
     pub fn pause(&self) -> io::Result<()> {
         self.gate.order(Mode::Stand);
-        self.kick();
+        self.threads.values().for_each(Member::kick);
         match self.gate.wait_until_all_stand(self.threads.len()) {
             0 => Ok(()),
             late => {
@@ -271,21 +332,39 @@ impl VcpuThreads {
     pub fn resume(&self) {
         self.gate.order(Mode::Run);
     }
+}
+
+impl Member {
+    fn seat(&mut self, seat: Seat) {
+        self.kick = Some(seat.vcpu.kick());
+        if self.seat.take().is_none_or(|place| place.send(seat).is_err()) {
+            tracing::error!("a vCPU thread has ended before its time");
+        }
+    }
 
     fn kick(&self) {
-        self.kicks.iter().for_each(Kick::kick);
+        if let Some(kick) = &self.kick {
+            kick.kick();
+        }
+    }
+
+    /// Waits for the end of the thread, which was told that it is to end.
+    fn end(self) -> Option<Left> {
+        self.kick();
+        drop(self.seat);
+        self.thread.join().unwrap_or_else(|_| {
+            tracing::error!("a vCPU thread panicked");
+            None
+        })
     }
 }
 
 impl Drop for VcpuThreads {
     fn drop(&mut self) {
         self.gate.order(Mode::End);
-        self.seats.clear();
-        self.kick();
-        for handle in self.threads.drain(..) {
-            if handle.join().is_err() {
-                tracing::error!("a vCPU thread panicked");
-            }
+        self.threads.values().for_each(Member::kick);
+        while let Some((_, member)) = self.threads.pop_first() {
+            member.end();
         }
     }
 }
@@ -294,18 +373,19 @@ impl Drop for VcpuThreads {
 struct Thread {
     inbox: Inbox,
     gate: Arc<Gate>,
+    leave: Arc<AtomicBool>,
     counters: Arc<VcpuCounters>,
 }
 
 impl Thread {
-    fn run(self, vcpu: &Receiver<Seat>) {
+    fn run(self, vcpu: &Receiver<Seat>) -> Option<Left> {
         sandbox::enter(sandbox::Thread::Vcpu);
         // Where none comes, the machine was not made.
-        let Ok(Seat { mut vcpu, buses, watched }) = vcpu.recv() else { return };
+        let Seat { mut vcpu, buses, watched } = vcpu.recv().ok()?;
         self.counters.thread.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
         let answers: &dyn ExitHandler = watched.as_ref().map_or(&*buses, |watched| watched);
         let exits = Exits { answers, counters: &self.counters };
-        while let Some(stood) = self.gate.pass() {
+        while let Some(stood) = self.gate.pass(&self.leave) {
             if stood {
                 vcpu.stood_still();
             }
@@ -327,9 +407,10 @@ impl Thread {
                 Err(error) => VcpuEnd::Crash(error.to_string()),
             };
             self.inbox.post(Event::Vcpu(end));
-            break;
+            self.gate.ended();
+            return Some(Left { vcpu, ended: true });
         }
-        self.gate.ended();
+        Some(Left { vcpu, ended: false })
     }
 }
 
@@ -345,7 +426,7 @@ mod tests {
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(24)) });
         let inbox = Inbox::new().unwrap();
-        let mut threads = VcpuThreads::spawn("test", count.into(), &inbox).unwrap();
+        let mut threads = VcpuThreads::spawn("test", count, &inbox).unwrap();
         threads.run(vcpus, &buses, &Trace::off(), mode);
         (threads, inbox)
     }
@@ -393,6 +474,46 @@ mod tests {
         }
         threads.pause().unwrap();
         threads.resume();
+        threads.pause().unwrap();
+    }
+
+    #[test]
+    fn vcpus_come_and_go_whether_the_others_run_or_stand() {
+        let fake = Fake::new();
+        let (mut threads, _inbox) = start(&fake, 3, Mode::Run);
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(0)) });
+        for round in 0..200 {
+            if round % 2 == 0 {
+                threads.pause().unwrap();
+            }
+            let vcpu = threads.take_out(1).unwrap();
+            assert!(threads.take_out(1).is_none() && !threads.has(1));
+            let before = runs(&fake);
+            threads.start(1).unwrap();
+            threads.seat(1, vcpu, &buses);
+            threads.pause().unwrap();
+            if round % 2 == 0 {
+                assert_eq!(runs(&fake), before, "it runs while all stand");
+            }
+            threads.resume();
+        }
+        assert_eq!(threads.counters().iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 1, 2]);
+        threads.start(3).unwrap();
+        assert!(threads.take_out(3).is_none(), "it was never given one");
+        threads.pause().unwrap();
+    }
+
+    #[test]
+    fn a_vcpu_that_died_and_is_taken_out_is_not_counted() {
+        let fake = Fake::new();
+        fake.script(VcpuId(1), [Step::Crash("it broke".into())]);
+        let (mut threads, inbox) = start(&fake, 2, Mode::Run);
+        while inbox.take().is_none() {
+            std::thread::yield_now();
+        }
+        drop(threads.take_out(1).unwrap());
+        assert_eq!(threads.gate.lock().ended, 0);
         threads.pause().unwrap();
     }
 

@@ -16,8 +16,11 @@ use super::{ClientError, Options, Response, Result};
 
 /// The most bytes of a reply's head that are read.
 const MAX_HEAD: u64 = 64 << 10;
-/// The most bytes of a reply's body that are read.
-const MAX_BODY: u64 = 16 << 20;
+/// The most bytes of a reply's body that are read, and of a line of events.
+pub(super) const MAX_BODY: u64 = 16 << 20;
+/// The most bytes around a chunk.
+const MAX_CHUNK_LINE: u64 = 32;
+
 /// A connection on which reading and writing end at a moment.
 #[derive(Debug)]
 pub(super) struct Line {
@@ -179,10 +182,10 @@ impl Read for Chunks {
             let mut line = String::new();
             if std::mem::replace(&mut self.begun, true) {
                 // The end of the chunk before.
-                self.stream.read_line(&mut line)?;
+                (&mut self.stream).take(MAX_CHUNK_LINE).read_line(&mut line)?;
                 line.clear();
             }
-            (&mut self.stream).take(32).read_line(&mut line)?;
+            (&mut self.stream).take(MAX_CHUNK_LINE).read_line(&mut line)?;
             let digits = line.trim_end().split(';').next().unwrap_or_default();
             self.left = usize::from_str_radix(digits, 16).map_err(|_| io::ErrorKind::UnexpectedEof)?;
             if self.left == 0 {

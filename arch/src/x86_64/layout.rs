@@ -92,6 +92,16 @@ pub const GED_PORT_SIZE: u8 = 4;
 pub const GED_PIN: u8 = 9;
 /// The bit of the generic event device's register for a press of the power button.
 pub const GED_POWER_BUTTON: u32 = 1 << 0;
+/// The bit of the generic event device's register for processors that come and go.
+pub const GED_PROCESSORS: u32 = 1 << 1;
+
+/// The processors' hot-plug registers, where a platform has some: four bytes that tell what is asked of the guest, four
+/// that take its answers, and one for each processor.
+pub const PROCESSORS_PORT: u16 = 0x6f8;
+/// Where in them each processor's byte is: at this offset plus its number.
+pub const PROCESSORS_STATUS: u8 = 8;
+/// What the first of them reads as where nothing more is asked.
+pub const PROCESSORS_NONE: u32 = u32::MAX;
 
 /// Memory does not fit into the guest's address space.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -6,6 +6,7 @@ mod cpuid;
 pub mod layout;
 mod msr;
 mod platform;
+pub mod tdx;
 mod topology;
 
 pub use boot::{

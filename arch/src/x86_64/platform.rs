@@ -16,6 +16,9 @@ use super::layout::{self, LayoutError};
 pub struct Platform {
     /// The arrangement of vCPUs.
     pub topology: Topology,
+    /// How many of them are there when the guest boots, the first ones, where others can come and these can go. Without
+    /// it all are there and stay.
+    pub pluggable: Option<u32>,
     /// There is a VGA adapter at its fixed addresses.
     pub vga: bool,
     /// There is a keyboard controller at ports 0x60 and 0x64.
@@ -62,6 +65,7 @@ impl Platform {
     pub fn direct_boot(ram_bytes: u64, physical_address_bits: u8, topology: Topology) -> Result<Self, LayoutError> {
         Ok(Self {
             topology,
+            pluggable: None,
             vga: false,
             i8042: false,
             cmos_rtc: false,

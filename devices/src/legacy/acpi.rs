@@ -24,6 +24,8 @@ const SLEEP_TYPE_S5: u8 = 5;
 const RESET_VALUE: u8 = 1;
 /// The event of a press of the power button.
 const EVENT_POWER_BUTTON: u32 = 1 << 0;
+/// The event of processors that come and go.
+const EVENT_PROCESSORS: u32 = 1 << 1;
 
 /// The platform's power registers.
 pub struct AcpiRegisters {
@@ -53,7 +55,19 @@ impl AcpiRegisters {
     /// # Errors
     /// The interrupt's event cannot be written.
     pub fn press_power_button(&self) -> std::io::Result<()> {
-        self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::SeqCst);
+        self.raise(EVENT_POWER_BUTTON)
+    }
+
+    /// Tells the guest to look at what [`super::Processors`] ask of it.
+    ///
+    /// # Errors
+    /// The interrupt's event cannot be written.
+    pub fn show_processors(&self) -> std::io::Result<()> {
+        self.raise(EVENT_PROCESSORS)
+    }
+
+    fn raise(&self, event: u32) -> std::io::Result<()> {
+        self.events.fetch_or(event, Ordering::SeqCst);
         self.interrupt.event().write(1)
     }
 
@@ -133,5 +147,15 @@ mod tests {
         registers.read(4, &mut data);
         assert_eq!(u32::from_le_bytes(data), 0);
         assert_eq!(registers.interrupt.event().read().unwrap(), 2);
+    }
+
+    #[test]
+    fn events_are_told_apart_and_read_together() {
+        let (_, _, registers) = registers();
+        registers.show_processors().unwrap();
+        registers.press_power_button().unwrap();
+        let mut data = [0xff; 4];
+        registers.read(4, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 3);
     }
 }

@@ -3,12 +3,14 @@
 mod acpi;
 mod debug_exit;
 mod i8042;
+mod processors;
 mod pvpanic;
 mod serial;
 
 pub use acpi::AcpiRegisters;
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;
+pub use processors::{ProcessorObserver, Processors};
 pub use pvpanic::PvPanic;
 pub use serial::{Serial, SerialPeer, SerialState};
 

@@ -4,12 +4,19 @@
 //! guest is made at its first unmasking and changed only at a later one, so a driver that masks and unmasks pays
 //! nothing at the hypervisor. An interrupt of a masked vector is kept as its pending bit.
 
+mod latch;
+
+/// What the lock-free part is made of.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+}
+
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use self::latch::Latch;
 use super::ConfigSpace;
 use crate::seam::{Interrupt, Interrupts, MsiMessage};
 
@@ -96,9 +103,8 @@ impl Entry {
 }
 
 struct Vector {
-    /// The route is set, and neither the vector nor the function is masked.
-    deliverable: AtomicBool,
-    pending: AtomicBool,
+    /// Open where the route is set, and neither the vector nor the function is masked.
+    latch: Latch,
     interrupt: OnceLock<Box<dyn Interrupt>>,
 }
 
@@ -125,11 +131,7 @@ impl fmt::Debug for MsixVectors {
 impl MsixVectors {
     /// `count` masked vectors.
     pub fn new(interrupts: Arc<dyn Interrupts>, count: u16) -> Self {
-        let vectors = (0..count).map(|_| Vector {
-            deliverable: AtomicBool::new(false),
-            pending: AtomicBool::new(false),
-            interrupt: OnceLock::new(),
-        });
+        let vectors = (0..count).map(|_| Vector { latch: Latch::new(), interrupt: OnceLock::new() });
         Self {
             interrupts,
             vectors: vectors.collect(),
@@ -152,15 +154,7 @@ impl MsixVectors {
         let Some(vector) = self.vectors.get(usize::from(vector)) else {
             return;
         };
-        if vector.deliverable.load(Ordering::SeqCst) {
-            vector.ring();
-            return;
-        }
-        vector.pending.store(true, Ordering::SeqCst);
-        // The guest may have unmasked after our look at the flag and before the bit was set.
-        if vector.deliverable.load(Ordering::SeqCst) {
-            vector.ring_if_pending();
-        }
+        vector.latch.signal(|| vector.ring());
     }
 
     /// Takes over the capability's message control register.
@@ -221,9 +215,8 @@ impl MsixVectors {
             *byte = 0;
             for bit in 0..8 {
                 let vector = at.checked_mul(8).and_then(|first| usize::try_from(first + bit).ok());
-                let pending = vector
-                    .and_then(|vector| self.vectors.get(vector))
-                    .is_some_and(|vector| vector.pending.load(Ordering::SeqCst));
+                let pending =
+                    vector.and_then(|vector| self.vectors.get(vector)).is_some_and(|vector| vector.latch.is_pending());
                 *byte |= u8::from(pending) << bit;
             }
         }
@@ -232,7 +225,7 @@ impl MsixVectors {
     /// Forgets pending interrupts, as when the device behind them is reset.
     pub fn clear_pending(&self) {
         for vector in &self.vectors {
-            vector.pending.store(false, Ordering::SeqCst);
+            vector.latch.set_pending(false);
         }
     }
 
@@ -242,10 +235,7 @@ impl MsixVectors {
         let pending = (0..).zip(&self.vectors);
         MsixState {
             entries: table.entries.to_vec(),
-            pending: pending
-                .filter(|(_, vector)| vector.pending.load(Ordering::SeqCst))
-                .map(|(index, _)| index)
-                .collect(),
+            pending: pending.filter(|(_, vector)| vector.latch.is_pending()).map(|(index, _)| index).collect(),
         }
     }
 
@@ -266,7 +256,7 @@ impl MsixVectors {
             entry.control = saved.control & ENTRY_MASKED;
             if let Some(vector) = self.vectors.get(index) {
                 let pending = state.pending.iter().any(|saved| usize::from(*saved) == index);
-                vector.pending.store(pending, Ordering::SeqCst);
+                vector.latch.set_pending(pending);
             }
         }
         for index in 0..count {
@@ -290,10 +280,7 @@ impl MsixVectors {
         };
         let masked = !table.enabled || table.function_masked || entry.control & ENTRY_MASKED != 0;
         let routed = !masked && self.route(vector, entry);
-        vector.deliverable.store(routed, Ordering::SeqCst);
-        if routed {
-            vector.ring_if_pending();
-        }
+        vector.latch.set_open(routed, || vector.ring());
     }
 
     fn route(&self, vector: &Vector, entry: &Entry) -> bool {
@@ -338,12 +325,6 @@ impl Vector {
             && let Err(e) = interrupt.event().write(1)
         {
             tracing::warn!("interrupting the guest: {e}");
-        }
-    }
-
-    fn ring_if_pending(&self) {
-        if self.pending.swap(false, Ordering::SeqCst) {
-            self.ring();
         }
     }
 }

@@ -18,13 +18,22 @@
 //! inherited its number: a kick of a vCPU that is gone is a note that nobody reads.
 #![expect(unsafe_code, reason = "signals, and a byte that is shared with the kernel")]
 
+mod pending;
+
+/// What the lock-free part is made of.
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+    pub(super) use std::thread::yield_now;
+}
+
 use std::io;
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
-use std::thread;
+use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
 
 use vmm_sys_util::signal;
+
+use self::pending::Pending;
 
 use crate::{Error, KickTarget, Result};
 
@@ -36,11 +45,7 @@ pub fn kick_signal() -> i32 {
 
 /// One vCPU as kicks see it.
 pub(super) struct KickState {
-    /// A kick that no run has reported yet.
-    pending: AtomicBool,
-    /// In the upper half the thread inside `run`, by its number in the kernel, 0 while there is none; in the lower
-    /// half how many kicks saw it there and are not through yet.
-    runner: AtomicU64,
+    pending: Pending,
     /// `immediate_exit` in the vCPU's shared page, written only under a runner.
     immediate_exit: *const AtomicU8,
 }
@@ -55,20 +60,16 @@ impl KickState {
     /// `immediate_exit` must point to the byte of that name in a vCPU's shared page, which stays mapped while a
     /// [`Running`] of this state exists.
     pub(super) unsafe fn new(immediate_exit: *mut u8) -> Self {
-        Self {
-            pending: AtomicBool::new(false),
-            runner: AtomicU64::new(0),
-            immediate_exit: immediate_exit.cast_const().cast(),
-        }
+        Self { pending: Pending::new(), immediate_exit: immediate_exit.cast_const().cast() }
     }
 
     /// Marks the calling thread as the one that runs the vCPU until the guard is dropped.
     pub(super) fn enter(&self) -> Running<'_> {
         // SAFETY: the call has no arguments and cannot fail.
         let thread = unsafe { libc::gettid() };
-        self.runner.store(u64::from(thread.unsigned_abs()) << 32, SeqCst);
+        let waits = self.pending.enter(thread.unsigned_abs());
         let running = Running(self);
-        if self.pending.load(SeqCst) {
+        if waits {
             running.set_immediate_exit(1);
         }
         running
@@ -77,18 +78,12 @@ impl KickState {
 
 impl KickTarget for KickState {
     fn kick(&self) {
-        if self.pending.swap(true, SeqCst) {
-            // Who noted the kick that still waits also sees to its delivery. Real-time signals queue up, so a storm
-            // of kicks with a signal each would keep the vCPU's thread in the signal's handler for ever.
-            return;
-        }
-        let seen = self.runner.fetch_update(SeqCst, SeqCst, |runner| (runner >> 32 != 0).then(|| runner + 1));
-        let Ok(runner) = seen else { return };
-        // SAFETY: the page is mapped, since the runner does not leave before it has been counted down below.
-        unsafe { &*self.immediate_exit }.store(1, SeqCst);
-        // SAFETY: plain numbers. The thread is one of this process and, as above, still inside `run`.
-        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), runner >> 32, kick_signal()) };
-        self.runner.fetch_sub(1, SeqCst);
+        self.pending.kick(|thread| {
+            // SAFETY: the page is mapped, since the runner does not leave before this is done.
+            unsafe { &*self.immediate_exit }.store(1, SeqCst);
+            // SAFETY: plain numbers. The thread is one of this process and, as above, still inside `run`.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, kick_signal()) };
+        });
     }
 }
 
@@ -98,10 +93,7 @@ pub(super) struct Running<'a>(&'a KickState);
 impl Running<'_> {
     /// To be asked when `KVM_RUN` was interrupted: whether it was by a kick, which is then reported.
     pub(super) fn take_kick(&self) -> bool {
-        // The byte first: a kick that comes in between notes itself before it sets the byte again, and what is
-        // left of the byte costs no more than another look.
-        self.set_immediate_exit(0);
-        self.0.pending.swap(false, SeqCst)
+        self.0.pending.take(|| self.set_immediate_exit(0))
     }
 
     fn set_immediate_exit(&self, value: u8) {
@@ -112,10 +104,7 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.0.runner.fetch_and(u64::from(u32::MAX), SeqCst);
-        while self.0.runner.load(SeqCst) != 0 {
-            thread::yield_now();
-        }
+        self.0.pending.leave();
     }
 }
 

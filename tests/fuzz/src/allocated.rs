@@ -35,10 +35,15 @@ fn add(bytes: usize) {
     MOST.fetch_max(now, Ordering::Relaxed);
 }
 
+/// How many bytes are allocated now.
+pub fn now() -> usize {
+    NOW.load(Ordering::Relaxed)
+}
+
 /// Does something, and tells the most bytes that were allocated meanwhile beside those of before. Other threads' count
 /// too. Only in a program whose global allocator is [`Counted`].
 pub fn during<T>(work: impl FnOnce() -> T) -> (T, usize) {
-    let before = NOW.load(Ordering::Relaxed);
+    let before = now();
     MOST.store(before, Ordering::Relaxed);
     let result = work();
     (result, MOST.load(Ordering::Relaxed).saturating_sub(before))

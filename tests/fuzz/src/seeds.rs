@@ -5,10 +5,11 @@ use std::path::Path;
 use std::{env, fs};
 
 use crate::guest::ops as guest;
+use crate::http::{Op, PATH};
 use crate::input::Step;
 use crate::payload::{Format, room_for};
 use crate::relocations::place;
-use crate::{functions, hosts, layout, platform};
+use crate::{functions, hosts, layout, platform, tdvf as firmware};
 
 const START: u64 = arch::layout::HIGH_RAM_START;
 
@@ -33,8 +34,23 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "payload" => payload(),
         "relocations" => relocations(),
         "json" => json(),
+        "tdvf" => tdvf(),
+        "http" => http(),
         _ => panic!("there is no target {target}"),
     }
+}
+
+/// A sound firmware, and two with a rule broken.
+fn tdvf() -> Vec<Vec<u8>> {
+    let own = (4_u64 << 30) - 0x4000;
+    let boot = (0x1000, 0x2800, own + 0x1000, 0x3000, 0, 1);
+    let variables = (0, 0x1000, own, 0x1000, 1, 0);
+    let (hob, stack) = ((0, 0, 0x80_9000, 0x2000, 2, 0), (0, 0, 0x81_0000, 0x1_0000, 3, 0));
+    let overlap = (0, 0, 0x80_a000, 0x1000, 3, 0);
+    [vec![boot, variables, stack, hob], vec![boot, hob, overlap], vec![hob, hob, boot]]
+        .iter()
+        .map(|sections| [vec![16], firmware::firmware(sections)].concat())
+        .collect()
 }
 
 fn program(steps: &[Step]) -> Vec<u8> {
@@ -159,6 +175,63 @@ fn json() -> Vec<Vec<u8>> {
     bodies.iter().map(|(kind, text)| [&[*kind], text.as_bytes()].concat()).collect()
 }
 
+/// Requests of all operations in an order that makes sense, each in a piece, in many, and by clients in turn; then such that
+/// break a rule.
+fn http() -> Vec<Vec<u8>> {
+    let ask = |line: &str, body: &[u8]| {
+        // The path of a kernel is longer than its operation.
+        let paths = body.windows(2).filter(|pair| pair == &Op::Kernel.with(0)).count();
+        let length = body.len() + paths * (PATH - 2);
+        [format!("{line} HTTP/1.1\r\ncontent-length: {length}\r\n\r\n").as_bytes(), body].concat()
+    };
+    let act = |name: &str| format!("POST /api/v1/vm/actions/{name} HTTP/1.1\r\n\r\n").into_bytes();
+    let get = |path: &str| format!("GET /api/v1/{path} HTTP/1.1\r\n\r\n").into_bytes();
+    let config = [
+        br#"{"kernel": {"path": ""#.as_slice(),
+        &Op::Kernel.with(0),
+        br#""}, "memory": {"size": "64M"}, "serial": {"type": "api"}, "pci": {"hotplug_ports": 4}}"#,
+    ];
+    let create = ask("PUT /api/v1/vm", &config.concat());
+    let plug = ask("PUT /api/v1/vm/devices/a", br#"{"type": "disk", "fd": 3}"#);
+    let upgrade = "?takeover=true HTTP/1.1\r\nconnection: upgrade\r\nupgrade: halyard-console\r\n\r\nhello";
+    let console = format!("GET /api/v1/vm/consoles/serial{upgrade}").into_bytes();
+    let events = b"GET /api/v1/events HTTP/1.1\r\nlast-event-id: 1\r\n\r\n".to_vec();
+    let reads: Vec<_> =
+        ["ping", "version", "host", "openapi.json", "vm", "vm/devices", "vm/vcpus", "vm/memory", "jobs"]
+            .map(get)
+            .into();
+    let life: Vec<_> = ["boot", "pause", "resume", "reset", "nmi"].map(act).into();
+    let removal = b"DELETE /api/v1/vm/devices/a?force=true HTTP/1.1\r\nif-match: *\r\n\r\n".to_vec();
+    let shutdown = ask("POST /api/v1/vm/actions/shutdown", br#"{"deadline": "1s", "force": true}"#);
+    let patch = ask("PATCH /api/v1/vm/devices/a", br#"{"readonly": true}"#);
+    let with_disk = [Op::Descriptors.with(1).to_vec(), plug.clone()].concat();
+    let whole =
+        [vec![create.clone()], life.clone(), vec![with_disk.clone(), patch, removal, shutdown, get("jobs/1")]].concat();
+    let chunked =
+        b"PUT /api/v1/vm HTTP/1.1\r\nexpect: 100-continue\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{\"a\":\r\n3\r\n \
+                    1}\r\n0\r\n\r\n"
+            .to_vec();
+    let broken = [
+        b"PUT /api/v1/vm HTTP/1.1\r\ncontent-length: 100\r\n\r\n{".to_vec(),
+        b"PUT /api/v1/vm HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n{".to_vec(),
+        b"HEAD /metrics HTTP/1.0\r\nconnection: keep-alive\r\nx-request-id: 7\r\n\r\n".to_vec(),
+        b"GET http://a/%2e%2e/ HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n".to_vec(),
+        [b"GET /metrics HTTP/1.1\r\n".to_vec(), b"a: b\r\n".repeat(70), b"\r\n".to_vec()].concat(),
+        [Op::Descriptors.with(31).to_vec(), plug].concat(),
+        [Op::Escape.with(0).to_vec(), vec![0xff; 64]].concat(),
+        chunked,
+    ];
+    let pieces = |requests: &[Vec<u8>], between: Op| requests.join(between.with(0).as_slice());
+    let slow = |request: &[u8]| request.chunks(7).map(<[u8]>::to_vec).collect::<Vec<_>>().join(&Op::Send.with(0)[..]);
+    let two = [create, life[0].clone(), Op::Client.with(1).to_vec(), console, Op::Send.with(0).to_vec()].concat();
+    let readers = [two, Op::Client.with(2).to_vec(), events, Op::Send.with(0).to_vec(), Op::Client.with(0).to_vec()];
+    let readers = [readers.concat(), with_disk, Op::Finish.with(0).to_vec(), Op::Client.with(2).to_vec()].concat();
+    let mut all = vec![reads.concat(), pieces(&whole, Op::Send), pieces(&whole, Op::Read), pieces(&whole, Op::Leave)];
+    all.extend([slow(&reads.concat()), readers]);
+    all.extend(broken);
+    all
+}
+
 fn config() -> Vec<Vec<u8>> {
     let all = include_str!("../../../examples/vm.yaml");
     let kinds = "{kernel: {path: k}, kind: {type: tdx}, cpus: {count: 4, topology: {sockets: 1, cores: 2, threads: 2}}, \
@@ -195,7 +268,7 @@ pub(crate) fn bzimage(preferred: u64) -> Vec<u8> {
 }
 
 /// An x86-64 ELF executable with a segment to load and a note of a PVH entry point.
-fn elf(note_kind: u32) -> Vec<u8> {
+pub(crate) fn elf(note_kind: u32) -> Vec<u8> {
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
     let halves = |halves: &[u16]| halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<_>>();
     let entry = u32::try_from(START).unwrap_or(0).to_le_bytes();

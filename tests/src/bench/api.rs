@@ -3,7 +3,7 @@
 //!
 //! Requests are sent by a client that does no more than write the same bytes again and wait for as many as make a reply,
 //! over a connection that stays. What of the time is the client's and the host's own is measured beside it: the same
-//! number of bytes each way between two threads, over the same kind of socket.
+//! number of bytes each way between two threads, over the same kind of socket, with the same clients.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use api::VmConfig;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tempfile::TempDir;
 
 use super::memory::private_memory;
@@ -94,13 +95,22 @@ fn requests() -> Result<Vec<Finding>> {
 struct RawClient {
     stream: UnixStream,
     reply: Vec<u8>,
+    /// Bytes of the reply that have come.
+    read: usize,
+    /// When the last request was sent, and how many were answered.
+    asked: Instant,
+    answered: usize,
 }
 
 impl RawClient {
     fn open(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { stream, reply: vec![0; 64 << 10] })
+        Ok(Self::new(stream))
+    }
+
+    fn new(stream: UnixStream) -> Self {
+        Self { stream, reply: vec![0; 64 << 10], read: 0, asked: Instant::now(), answered: 0 }
     }
 
     /// Bytes of a reply to [`GET`].
@@ -139,44 +149,68 @@ impl RawClient {
         }
     }
 
-    /// Microseconds of one request, whose reply has about this length: numbers in it may have grown.
-    fn request(&mut self, length: usize) -> Result<f64> {
-        let started = Instant::now();
-        self.stream.write_all(GET)?;
-        let mut read = 0;
+    /// Sends a request.
+    fn begin(&mut self) -> Result<()> {
+        self.read = 0;
+        self.asked = Instant::now();
+        Ok(self.stream.write_all(GET)?)
+    }
+
+    /// Reads what has come, and says whether it is a whole reply of about this length: numbers in it may have grown.
+    fn read_more(&mut self, length: usize) -> Result<bool> {
+        let more = self.stream.read(self.reply.get_mut(self.read..).context("a long reply")?)?;
+        ensure!(more > 0, "the connection was closed after {} bytes of a reply", self.read);
+        self.read += more;
         // A reply ends with the brace of its only object.
-        while read + 8 < length || self.reply.get(read - 1) != Some(&b'}') {
-            let more = self.stream.read(self.reply.get_mut(read..).context("a long reply")?)?;
-            ensure!(more > 0, "the connection was closed after {read} bytes of a reply");
-            read += more;
-        }
-        Ok(started.elapsed().as_secs_f64() * 1e6)
+        Ok(self.read + 8 >= length && self.reply.get(self.read - 1) == Some(&b'}'))
     }
 }
 
-/// Microseconds of requests of so many clients at once, in order.
+/// Microseconds of requests of so many clients at once, in order: from when a request was written until its reply could be
+/// read. All clients are one thread, as on a machine where they are not to take the processors from what they measure.
 fn from_all(socket: &Path, clients: usize, pause: Duration, length: usize) -> Result<Vec<f64>> {
     let requests = if clients == 1 { REQUESTS_ALONE } else { REQUESTS };
-    let connections = (0..clients).map(|_| RawClient::open(socket)).collect::<Result<Vec<_>>>()?;
-    let times: Result<Vec<Vec<f64>>> = thread::scope(|scope| {
-        let ask = |mut client: RawClient| {
-            move || {
-                let mut times = Vec::with_capacity(requests);
-                for _ in 0..requests {
-                    times.push(client.request(length)?);
-                    if !pause.is_zero() {
-                        thread::sleep(pause);
-                    }
-                }
-                Ok(times)
+    let mut connections = (0..clients).map(|_| RawClient::open(socket)).collect::<Result<Vec<_>>>()?;
+    let epoll = Epoll::new(EpollCreateFlags::empty())?;
+    let mut waiting = Vec::new();
+    for (number, client) in (0..).zip(&connections) {
+        epoll.add(&client.stream, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
+        // Clients with a pause do not all come at the same time.
+        waiting.push((Instant::now() + pause * u32::try_from(number)? / u32::try_from(clients)?, number));
+    }
+    let mut times = Vec::with_capacity(requests * clients);
+    let mut events = [EpollEvent::empty(); CLIENTS];
+    while times.len() < requests * clients {
+        let now = Instant::now();
+        let due = waiting.extract_if(.., |(at, _)| *at <= now).map(|(_, number)| number).collect::<Vec<u64>>();
+        for number in due {
+            client_of(&mut connections, number)?.begin()?;
+        }
+        let next = waiting.iter().map(|(at, _)| at.saturating_duration_since(Instant::now())).min();
+        // Rounded up, so that nobody's rest is spent turning around.
+        let timeout = next.map(|time| EpollTimeout::try_from(time + Duration::from_micros(999))).transpose()?;
+        let count = epoll.wait(&mut events, timeout.unwrap_or(EpollTimeout::NONE))?;
+        let came = Instant::now();
+        for event in &events[..count] {
+            let client = client_of(&mut connections, event.data())?;
+            if !client.read_more(length)? {
+                continue;
             }
-        };
-        let threads: Vec<_> = connections.into_iter().map(|client| scope.spawn(ask(client))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| anyhow::bail!("a client panicked"))).collect()
-    });
-    let mut times = times?.concat();
+            times.push(came.duration_since(client.asked).as_secs_f64() * 1e6);
+            client.answered += 1;
+            if client.answered < requests && pause.is_zero() {
+                client.begin()?;
+            } else if client.answered < requests {
+                waiting.push((came + pause, event.data()));
+            }
+        }
+    }
     times.sort_by(f64::total_cmp);
     Ok(times)
+}
+
+fn client_of(clients: &mut [RawClient], number: u64) -> Result<&mut RawClient> {
+    clients.get_mut(usize::try_from(number)?).context("a client of this number")
 }
 
 /// The value below which this share of sorted ones lies.
@@ -186,23 +220,39 @@ fn percentile(sorted: &[f64], share: f64) -> f64 {
     sorted.get(index).or(sorted.last()).copied().unwrap_or(f64::NAN)
 }
 
-/// A socket at which a thread for each client answers each request with so many bytes, in a folder that goes with it.
+/// A socket at which a thread answers each request with so many bytes, in a folder that goes with it. It ends when its
+/// clients are gone.
 fn echo(length: usize) -> Result<(PathBuf, TempDir)> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("echo");
     let listener = UnixListener::bind(&path)?;
     let answer = [vec![b' '; length - 1], vec![b'}']].concat();
-    thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            let answer = answer.clone();
-            thread::spawn(
-                move || {
-                    while matches!(stream.read(&mut [0; 4096]), Ok(1..)) && stream.write_all(&answer).is_ok() {}
-                },
-            );
-        }
-    });
+    thread::spawn(move || answer_all(&listener, &answer));
     Ok((path, folder))
+}
+
+/// Answers clients of a socket for as long as waiting works.
+fn answer_all(listener: &UnixListener, answer: &[u8]) -> Result<()> {
+    let epoll = Epoll::new(EpollCreateFlags::empty())?;
+    epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;
+    let mut clients: Vec<Option<UnixStream>> = Vec::new();
+    let mut events = [EpollEvent::empty(); CLIENTS];
+    loop {
+        let count = epoll.wait(&mut events, EpollTimeout::NONE)?;
+        for event in &events[..count] {
+            if event.data() == u64::MAX {
+                let (stream, _) = listener.accept()?;
+                epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, u64::try_from(clients.len())?))?;
+                clients.push(Some(stream));
+                continue;
+            }
+            let Some(place) = clients.get_mut(usize::try_from(event.data())?) else { continue };
+            let Some(stream) = place else { continue };
+            if !matches!(stream.read(&mut [0; 4096]), Ok(1..)) || stream.write_all(answer).is_err() {
+                *place = None;
+            }
+        }
+    }
 }
 
 /// Where the time of a boot over the socket goes, in milliseconds.
@@ -322,7 +372,7 @@ fn over_socket(guest: &Path, sandbox: &str, stages: &mut Stages, again: Option<&
     let mut child = Killed(command.spawn()?);
     let mut client = loop {
         if let Ok(stream) = UnixStream::connect(&socket) {
-            break RawClient { stream, reply: vec![0; 64 << 10] };
+            break RawClient::new(stream);
         }
         ensure!(began.elapsed() < PATIENCE, "nothing listens at {}", socket.display());
         thread::sleep(Duration::from_micros(20));

@@ -29,6 +29,8 @@ pub enum Action {
     Validate(Box<RunArgs>),
     /// Say what the host can do.
     Probe(ProbeArgs),
+    /// Foretell the measurements of a trust domain.
+    Measure(MeasureArgs),
     /// Ask something of a running monitor.
     Ctl(Box<CtlArgs>),
     /// Complete a command line, for a shell.
@@ -58,6 +60,7 @@ impl Cli {
             Some(("serve", args)) => Action::Serve(Box::new(ServeArgs::from_arg_matches(args)?)),
             Some(("validate", args)) => Action::Validate(Box::new(RunArgs::from_arg_matches(args)?)),
             Some(("probe", args)) => Action::Probe(ProbeArgs::from_arg_matches(args)?),
+            Some(("measure", args)) => Action::Measure(MeasureArgs::from_arg_matches(args)?),
             Some(("ctl", args)) => Action::Ctl(Box::new(CtlArgs::from_arg_matches(args)?)),
             Some(("complete", args)) => Action::Complete(CompleteArgs::from_arg_matches(args)?),
             Some(("man", args)) => Action::Man(ManArgs::from_arg_matches(args)?),
@@ -94,6 +97,10 @@ pub fn command() -> Command {
         }))
         .subcommand(subcommand("probe", help::PROBE_TITLE, |probe| {
             ProbeArgs::augment_args(probe).about(help::PROBE_TITLE).after_help(help::PROBE)
+        }))
+        .subcommand(subcommand("measure", help::MEASURE_TITLE, |measure| {
+            let measure = MeasureArgs::augment_args(measure).about(help::MEASURE_TITLE);
+            measure.long_about(help::MEASURE_ABOUT).after_help(help::MEASURE)
         }))
         .subcommand(subcommand("ctl", help::CTL_TITLE, |ctl| {
             CtlArgs::augment_args(ctl).about(help::CTL_TITLE).long_about(help::CTL_ABOUT).after_help(help::CTL)
@@ -141,6 +148,26 @@ pub struct ManArgs {
 /// What to say of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Args)]
 pub struct ProbeArgs {
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The trust domain whose measurements are wanted.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct MeasureArgs {
+    /// Firmware for TDX, as in Debian's package ovmf-inteltdx
+    #[arg(long, value_name = "FILE")]
+    pub firmware: PathBuf,
+
+    /// How much memory the trust domain has, in bytes or with K, M, G or T in steps of 1024
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: String,
+
+    /// List what MRTD is made of, and what the firmware extends RTMR0 with first
+    #[arg(long)]
+    pub events: bool,
+
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
@@ -227,9 +254,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR|user|off", help_heading = "Boot")]
     pub kernel_cache: Option<String>,
 
-    /// How many vCPUs, 1 to 254, and how they are grouped [default: 1]
+    /// How many vCPUs, 1 to 254, how many there may be, and how they are grouped [default: 1]
     ///
-    /// As in "8,sockets=1,cores=4,threads=2". Without a grouping: one socket with cores of one thread.
+    /// As in "8,sockets=1,cores=4,threads=2", or in "1,max=8" for vCPUs that can be added, and removed again, while the
+    /// VM runs. A grouping is that of all that there may be; without it: one socket with cores of one thread.
     #[arg(long, value_name = "N[,KEY=N]…", help_heading = "Processors and memory")]
     pub cpus: Option<String>,
 

@@ -296,18 +296,20 @@ impl Flags {
     fn cpus(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--cpus {}", brief(text));
         self.origin("cpus", "--cpus", text);
-        let mut topology = None;
-        for Pair { key, value } in self.list(&at, text, Some("count"), &["count", "sockets", "cores", "threads"]) {
+        let (mut max, mut topology) = (None, None);
+        for Pair { key, value } in self.list(&at, text, Some("count"), &["count", "max", "sockets", "cores", "threads"])
+        {
             let number: Option<u32> = self.value(&at, &key, value, "a whole number");
             let Some(number) = number else { continue };
             match key.as_str() {
                 "count" => config.cpus.count = number,
+                "max" => max = Some(number),
                 "sockets" => topology.get_or_insert(Topology::default()).sockets = number,
                 "cores" => topology.get_or_insert(Topology::default()).cores = number,
                 _ => topology.get_or_insert(Topology::default()).threads = number,
             }
         }
-        config.cpus.topology = topology;
+        (config.cpus.max, config.cpus.topology) = (max, topology);
     }
 
     fn memory(&mut self, text: &str, config: &mut VmConfig) {

@@ -134,6 +134,17 @@ Exit codes: 0 where there is no problem, 2 where there are some.";
 /// `halyard probe` in the list of commands.
 pub const PROBE_TITLE: &str = "Say what this host can do for virtual machines, and why not";
 
+/// `halyard measure` in the list of commands.
+pub const MEASURE_TITLE: &str = "Foretell the measurements of an Intel TDX trust domain";
+
+/// `halyard measure --help`, before the flags.
+pub const MEASURE_ABOUT: &str = "\
+Foretell the measurements of an Intel TDX trust domain. MRTD is the SHA-384 over the pages that are added before it runs,
+in the order in which KVM has them measured (Linux 6.16 and later). It needs no TDX, and no privileges.";
+
+/// `halyard measure --help`, after the flags.
+pub const MEASURE: &str = "Exit codes: 0, and 2 where the firmware or the memory cannot be used.";
+
 /// `halyard schema` in the list of commands.
 pub const SCHEMA_TITLE: &str = "Print the JSON schema of the configuration file";
 

@@ -7,6 +7,7 @@ mod flags;
 mod help;
 mod keys;
 mod man;
+mod measure;
 mod probe;
 mod quick;
 mod run;
@@ -38,6 +39,7 @@ pub fn main() -> ExitCode {
         Action::Serve(args) => run::serve(args, format),
         Action::Validate(args) => run::validate(args, format),
         Action::Probe(args) => probe::probe(args.json, format),
+        Action::Measure(args) => measure::measure(args, format),
         Action::Ctl(args) => ctl::ctl(args, format),
         Action::Complete(args) => complete::complete(args, format),
         Action::Man(args) => man::write(&args.folder, format),

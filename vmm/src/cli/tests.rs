@@ -52,8 +52,8 @@ fn flags_mean_what_the_file_says() {
             "kernel: {path: k, initramfs: i, cmdline: -q console=hvc0}",
         ),
         (
-            &["--kernel", "k", "--cpus", "8,sockets=2,cores=2,threads=2"],
-            "kernel: {path: k}\ncpus: {count: 8, topology: {sockets: 2, cores: 2, threads: 2}}",
+            &["--kernel", "k", "--cpus", "4,max=8,sockets=2,cores=2,threads=2"],
+            "kernel: {path: k}\ncpus: {count: 4, max: 8, topology: {sockets: 2, cores: 2, threads: 2}}",
         ),
         (
             &["--kernel", "k", "--memory", "2GiB,hugepages=2M,transparent-huge-pages=off,prefault,shared=on"],
@@ -166,8 +166,10 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
     ),
     (
         &["--kernel", "k", "--cpus", "4,cores=3,socket=1"],
-        &["--cpus 4,cores=3,socket=1: unknown key «socket» of --cpus; did you mean «sockets»? known: count, sockets, \
-               cores, threads"],
+        &[
+            "--cpus 4,cores=3,socket=1: unknown key «socket» of --cpus; did you mean «sockets»? known: count, max, sockets, \
+               cores, threads",
+        ],
     ),
     (
         &["--kernel", "k", "--memory", "1.5G,hugepages=4M,shared=maybe"],

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use api::{DeviceConfig, EventKind, HostFacts, Problem, Problems, VmConfig};
 
 use super::phase::Prepared;
+use super::vcpus;
 use crate::request::{Answer, Change, Refusal};
 
 /// Changes the configuration of a VM that does not run yet. The event that tells of it, where something changed.
@@ -28,11 +29,15 @@ pub(super) fn change_config(
             Ok((Answer::Done, Some(EventKind::DeviceRemoved { id, forced: false })))
         }
         Change::Vcpus(patch) => {
-            prepared.change(facts, |config| {
-                if config.cpus.count != patch.count {
-                    config.cpus = api::Cpus { count: patch.count, topology: None };
+            vcpus::check_count(&prepared.config.cpus, patch.count)?;
+            let changed = prepared.change(facts, |config| {
+                // A grouping is that of all that there may be.
+                if config.cpus.max.is_none() && config.cpus.count != patch.count {
+                    config.cpus.topology = None;
                 }
-            })?;
+                config.cpus.count = patch.count;
+            });
+            changed.map_err(|refusal| of_part(refusal, "cpus."))?;
             Ok((Answer::Done, Some(EventKind::ConfigChanged {})))
         }
         Change::Memory(patch) => {
@@ -40,6 +45,16 @@ pub(super) fn change_config(
             Ok((Answer::Done, Some(EventKind::ConfigChanged {})))
         }
     }
+}
+
+/// A request that is about a part of the configuration names its fields without that.
+fn of_part(refusal: Refusal, part: &str) -> Refusal {
+    let Refusal::Problems(Problems(problems)) = refusal else { return refusal };
+    let named = problems.into_iter().map(|problem| {
+        let field = problem.field.strip_prefix(part).unwrap_or(&problem.field).to_owned();
+        Problem { field, ..problem }
+    });
+    Refusal::Problems(Problems(named.collect()))
 }
 
 /// The fields of a device that can be changed while it runs.
@@ -82,8 +97,7 @@ fn fields(device: Option<&DeviceConfig>) -> serde_json::Map<String, serde_json::
 
 /// What can only be changed before the machine exists.
 pub(super) fn not_while_it_runs() -> Refusal {
-    let what = "the number of vCPUs and the size of memory cannot be changed while the VM runs";
-    Refusal::Unsupported(format!("{what}: it is not built yet"))
+    Refusal::Unsupported("the size of memory cannot be changed while the VM runs: it is not built yet".into())
 }
 
 /// Both configurations with those devices only that `shown` picks by their ids.

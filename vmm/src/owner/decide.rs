@@ -38,6 +38,7 @@ pub fn decide(lifecycle: &Lifecycle, event: Event) -> Verdict {
         Event::Vcpu(VcpuEnd::Crash(reason)) => Verdict::Stop(Outcome::Crashed { reason }),
         Event::BootTimeout(reason) => Verdict::Stop(Outcome::BootTimeout { reason }),
         Event::Slot { .. } | Event::DriverCame { .. } | Event::DeviceFails { .. } => Verdict::GoOn,
+        Event::ProcessorAnswered { .. } | Event::ProcessorEjected(_) => Verdict::GoOn,
         Event::Quit => Verdict::Stop(Outcome::Quit),
     }
 }

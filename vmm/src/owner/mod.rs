@@ -9,6 +9,7 @@ mod hotplug;
 mod phase;
 mod reports;
 mod troubles;
+mod vcpus;
 
 use std::mem;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub use reports::{Report, Reports};
 
 use self::hotplug::Hotplug;
 use self::troubles::Failing;
+use self::vcpus::Vcpus;
 use crate::board::Board;
 use crate::endpoints::Endpoints;
 use crate::inbox::{Event, Inbox};
@@ -77,6 +79,8 @@ pub struct Owner {
     closing: Option<Closing>,
     /// Devices that come and go.
     hotplug: Hotplug,
+    /// vCPUs, which may come and go.
+    vcpus: Vcpus,
     /// Devices that failed lately.
     failing: Failing,
     /// The signal that asked for the end.
@@ -108,6 +112,7 @@ impl Owner {
             phase: Phase::Empty,
             closing: None,
             hotplug: Hotplug::default(),
+            vcpus: Vcpus::default(),
             failing: Failing::default(),
             ending: None,
         })
@@ -158,6 +163,7 @@ impl Owner {
         let Phase::Ready(prepared) = mem::replace(&mut self.phase, Phase::Empty) else { return Ok(()) };
         match self.start(&prepared) {
             Ok((machine, endpoints)) => {
+                self.vcpus.boot(prepared.config.cpus.count);
                 self.phase = Phase::Running(Live { machine, endpoints, prepared });
                 self.show_machine();
                 self.enter(Reason::Request, |_| {});
@@ -217,8 +223,9 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let others = [self.hotplug_deadline(), self.failing.deadline(), self.manager.next_tick()];
-            let time = others.into_iter().chain([deadline]).flatten().min();
+            let jobs = [self.hotplug_deadline(), self.vcpus_deadline()];
+            let others = [deadline, self.failing.deadline(), self.manager.next_tick()];
+            let time = jobs.into_iter().chain(others).flatten().min();
             match self.reports.next(time)? {
                 Report::Event(event) => self.handle_event(event),
                 Report::Signal(signal) => self.handle_signal(signal),
@@ -230,6 +237,7 @@ impl Owner {
                     self.manager.tick();
                     self.mind_the_deadline();
                     self.mind_hotplug();
+                    self.mind_vcpus();
                     self.mind_failing();
                 }
             }
@@ -244,10 +252,10 @@ impl Owner {
     }
 
     fn show_machine(&mut self) {
-        let shown = self.phase.live().map(|live| {
-            let config = &live.prepared.config;
-            (live.machine.counters(), (config.cpus.count, config.memory.size.bytes()))
-        });
+        let shown = self
+            .phase
+            .live()
+            .map(|live| (live.machine.counters(), (self.vcpus.present(), live.prepared.config.memory.size.bytes())));
         match shown {
             Some((counters, present)) => self.board.set_machine(Some(counters), present),
             None => self.board.set_machine(None, (0, 0)),
@@ -263,6 +271,8 @@ impl Owner {
         match event {
             Event::Slot { port, shows } => self.slot_changed(port, shows),
             Event::DriverCame { port } => self.driver_came(port),
+            Event::ProcessorAnswered { number, insertion, status } => self.vcpu_answered(number, insertion, status),
+            Event::ProcessorEjected(number) => self.vcpu_ejected(number),
             Event::DeviceFails { ref id } => self.device_fails(id.clone()),
             Event::Platform(PlatformEvent::Panicked) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: false });
@@ -353,6 +363,7 @@ impl Owner {
         drop(endpoints);
         drop(prepared);
         self.hotplug.end_with_the_run(&self.board);
+        self.vcpus_end_with_the_run();
         if let Some(Closing { job, .. }) = self.closing.take() {
             // Who asked for force has what was asked for when the deadline destroys the VM.
             let by_force = outcome == Outcome::Destroyed && reason == Reason::Deadline;
@@ -381,6 +392,7 @@ impl Owner {
         self.hotplug_over_reset(&mut prepared, &mut endpoints);
         match self.make_again(&prepared, &endpoints, mode) {
             Ok(machine) => {
+                self.vcpus_over_reset(&prepared);
                 let live = Live { machine, endpoints, prepared };
                 self.phase = if mode == Mode::Run { Phase::Running(live) } else { Phase::Paused(live) };
                 self.show_machine();
@@ -391,6 +403,7 @@ impl Owner {
                 tracing::error!("{failure}");
                 endpoints.drain();
                 self.hotplug.end_with_the_run(&self.board);
+                self.vcpus_end_with_the_run();
                 let outcome = Outcome::Failed { reason: failure.to_string() };
                 self.phase = Phase::Stopped(outcome.clone());
                 self.show_machine();
@@ -435,6 +448,7 @@ impl Owner {
                 live.machine.resume();
                 self.phase = Phase::Running(live);
                 self.hotplug_resumed();
+                self.vcpus_resumed();
                 self.enter(reason, |_| {});
             }
             other => self.phase = other,
@@ -505,7 +519,7 @@ impl Owner {
         if job.state != JobState::Running {
             return Ok(());
         }
-        if self.cancel_hotplug(id) {
+        if self.cancel_hotplug(id) || self.cancel_resize(id) {
             return Ok(());
         }
         // The power button cannot be lifted again; only nobody waits any more.
@@ -542,7 +556,8 @@ impl Owner {
             Phase::Running(_) | Phase::Paused(_) => match change {
                 Change::PutDevice { device, descriptors } => self.plug(*device, descriptors),
                 Change::RemoveDevice { id, force } => self.unplug(&id, force),
-                Change::Vcpus(_) | Change::Memory(_) => Err(change::not_while_it_runs()),
+                Change::Vcpus(patch) => self.resize_vcpus(patch.count),
+                Change::Memory(_) => Err(change::not_while_it_runs()),
             },
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }

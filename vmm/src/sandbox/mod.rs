@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use seccompiler::sock_filter;
 
-pub use paths::{Access, Grant, grants};
+pub use paths::{Access, Grant, grants, restrict};
 pub use privileges::{allow_locked_memory, close_on_exec, close_unclaimed, forbid_core_dumps};
 pub use violation::{EXIT_CODE, report_as_json};
 

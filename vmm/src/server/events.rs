@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use hyper::body::Bytes;
@@ -21,6 +21,8 @@ pub struct EventStream {
     at: u64,
     /// When something is sent again, so that a reader who is gone is noticed.
     silence: Pin<Box<Sleep>>,
+    /// What the board wakes at the next event.
+    waits: Option<Waker>,
 }
 
 /// How long nothing is sent at the most.
@@ -34,7 +36,7 @@ impl EventStream {
     /// The events after number `after`.
     pub fn new(board: Arc<Board>, counters: Arc<ApiCounters>, after: u64) -> Self {
         counters.event_readers.add(1);
-        Self { board, counters, at: after, silence: Box::pin(sleep(Duration::ZERO)) }
+        Self { board, counters, at: after, silence: Box::pin(sleep(Duration::ZERO)), waits: None }
     }
 
     /// The next piece of the stream.
@@ -56,8 +58,13 @@ impl EventStream {
                 }
                 Poll::Ready(None) if text.is_empty() => return Poll::Ready(None),
                 Poll::Ready(None) => break,
-                Poll::Pending if text.is_empty() => return Poll::Pending,
-                Poll::Pending => break,
+                Poll::Pending => {
+                    self.waits = Some(cx.waker().clone());
+                    if text.is_empty() {
+                        return Poll::Pending;
+                    }
+                    break;
+                }
             }
         }
         Poll::Ready(Some(text.into()))
@@ -67,5 +74,9 @@ impl EventStream {
 impl Drop for EventStream {
     fn drop(&mut self) {
         self.counters.event_readers.sub(1);
+        // No event may come for days, and until then readers who come and go would add up.
+        if let Some(waker) = &self.waits {
+            self.board.forget(waker);
+        }
     }
 }

@@ -6,24 +6,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use api::routes::{Found, METRICS_TEXT, Operation, Verb, find};
+use api::routes::{Found, METRICS_TEXT, Operation, Route, Verb, find};
 use api::{BodyError, DeviceConfig, MemoryInfo, Pong, Vcpus, Version, VmConfig, parse_body};
 use hyper::body::{Body, Incoming};
 use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, LOCATION};
 use hyper::{Method, Request, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::connections::{Activity, Connection};
 use super::events::EventStream;
-use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, text, unusable};
+use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, json_text, text, unusable, unwritable};
 use super::{Context, console};
 use crate::request::{Answer, Asked, Change, Descriptors, Request as Ask};
 
 /// The most bytes of a request's body.
 const MAX_BODY: usize = api::MAX_CONFIG_BYTES;
+/// The most bytes of a body that is read at once with all others; of larger ones, only so many are.
+const SMALL_BODY: usize = 64 << 10;
+pub const LARGE_BODIES: usize = 4;
+/// The most readers of events: others must find a place, too.
+const MOST_READERS: u64 = 96;
 /// How long a client may take to send a body.
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// The longest request id that is taken from a client.
@@ -43,6 +49,8 @@ pub async fn answer(context: &Arc<Context>, connection: &Arc<Connection>, reques
     connection.does(Activity::Working);
     counters.in_flight.add(1);
     let done = InFlight { context, connection };
+    // A client that asks again as soon as it is answered must not be served before those who wait.
+    yield_now().await;
     let outcome = route(context, connection, request).await;
     // Descriptors that nobody claimed are closed with their request.
     drop(connection.received.take());
@@ -118,9 +126,9 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
         Found::OtherVerbs(verbs) => return Err(other_verbs(verb, &verbs)),
         Found::Nothing => return Err(Problem::new(StatusCode::NOT_FOUND, "there is no such path")),
     };
-    let body = match route.body {
-        Some(_) => read_json(connection, &mut request, route.verb, route.body_optional).await?,
-        None => String::new(),
+    let (body, _place) = match route.body {
+        Some(_) => read_json(context, connection, &mut request, route).await?,
+        None => (String::new(), None),
     };
     let headers = request.headers();
     match route.operation {
@@ -147,10 +155,10 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
         Operation::PatchDevice => patch_device(context, connection, headers, &id, &body).await,
         Operation::RemoveDevice => remove_device(context, headers, id, request.uri().query()).await,
         Operation::GetVcpus | Operation::GetMemory => part(context, route.operation),
-        Operation::PatchVcpus => {
-            change(context, headers, Change::Vcpus(parse(&body, "VcpusPatch")?)).await?;
-            part(context, Operation::GetVcpus)
-        }
+        Operation::PatchVcpus => match change(context, headers, Change::Vcpus(parse(&body, "VcpusPatch")?)).await? {
+            Answer::Job(job) => accepted(context, job),
+            _ => part(context, Operation::GetVcpus),
+        },
         Operation::PatchMemory => {
             change(context, headers, Change::Memory(parse(&body, "MemoryPatch")?)).await?;
             part(context, Operation::GetMemory)
@@ -221,8 +229,10 @@ fn status_of(answer: &Answer) -> StatusCode {
 }
 
 fn vm(context: &Context, status: StatusCode) -> Reply {
-    let (info, generation) = context.board.info();
-    tagged(json(status, &info), generation)
+    match context.board.info_json() {
+        Ok((text, generation)) => tagged(json_text(status, text), generation),
+        Err(error) => unwritable(&error),
+    }
 }
 
 async fn shutdown(context: &Context, body: &str) -> Outcome {
@@ -377,6 +387,10 @@ fn events(context: &Context, headers: &HeaderMap) -> Outcome {
             number.ok_or_else(|| bad_request("`Last-Event-ID` must be the number of an event"))?
         }
     };
+    if context.counters.event_readers.get() >= MOST_READERS {
+        let detail = format!("there are {MOST_READERS} readers of events already");
+        return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail));
+    }
     let stream = EventStream::new(context.board.clone(), context.counters.clone(), after);
     let mut reply = hyper::Response::new(ReplyBody::Events(stream));
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(api::routes::EVENT_STREAM));
@@ -418,32 +432,39 @@ fn parse<T: DeserializeOwned>(body: &str, type_name: &str) -> Result<T, Problem>
     })
 }
 
-/// Reads the body of a request, all of it.
-async fn read_json(
-    connection: &Connection,
-    request: &mut Request<Incoming>,
-    verb: Verb,
-    optional: bool,
-) -> Result<String, Problem> {
-    if let Some(media) = request.headers().get(CONTENT_TYPE) {
-        let media = media.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
-        let patch = verb == Verb::Patch && media.eq_ignore_ascii_case("application/merge-patch+json");
-        if !media.eq_ignore_ascii_case("application/json") && !patch {
-            let detail = format!("the body is of the type «{media}»; send application/json");
-            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
-        }
+/// Checks that a body is said to be JSON, if anything is said of it.
+fn check_type(headers: &HeaderMap, verb: Verb) -> Result<(), Problem> {
+    let Some(media) = headers.get(CONTENT_TYPE) else { return Ok(()) };
+    let media = media.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    let patch = verb == Verb::Patch && media.eq_ignore_ascii_case("application/merge-patch+json");
+    if media.eq_ignore_ascii_case("application/json") || patch {
+        return Ok(());
     }
-    connection.does(Activity::Reading);
-    let body = timeout(BODY_TIME, read_all(request.body_mut())).await;
-    connection.does(Activity::Working);
-    let bytes = body.map_err(|_| Problem::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time"))??;
-    if bytes.is_empty() && optional {
-        return Ok("{}".into());
-    }
-    String::from_utf8(bytes).map_err(|_| bad_request("the body is not text in UTF-8"))
+    let detail = format!("the body is of the type «{media}»; send application/json");
+    Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail))
 }
 
-async fn read_all(body: &mut Incoming) -> Result<Vec<u8>, Problem> {
+/// Reads the body of a request, and its place among large ones.
+async fn read_json<'a>(
+    context: &'a Context,
+    connection: &Connection,
+    request: &mut Request<Incoming>,
+    route: &Route,
+) -> Result<(String, Option<SemaphorePermit<'a>>), Problem> {
+    check_type(request.headers(), route.verb)?;
+    connection.does(Activity::Reading);
+    let read = timeout(BODY_TIME, read_text(&context.large_bodies, request.body_mut())).await;
+    connection.does(Activity::Working);
+    let late = |_| Problem::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time");
+    let (text, place) = read.map_err(late)??;
+    Ok((if text.is_empty() && route.body_optional { "{}".into() } else { text }, place))
+}
+
+/// Reads a body, all of it. A large one waits for a place, which it keeps.
+async fn read_text<'a>(
+    large: &'a Semaphore,
+    body: &mut Incoming,
+) -> Result<(String, Option<SemaphorePermit<'a>>), Problem> {
     let too_large = || {
         let detail = format!("the body is larger than {} KiB", MAX_BODY >> 10);
         Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
@@ -451,14 +472,18 @@ async fn read_all(body: &mut Incoming) -> Result<Vec<u8>, Problem> {
     if body.size_hint().lower() > u64::try_from(MAX_BODY).unwrap_or(u64::MAX) {
         return Err(too_large());
     }
-    let mut bytes = Vec::new();
+    let (mut bytes, mut place) = (Vec::new(), None);
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
         let frame = frame.map_err(|error| bad_request(format!("the body cannot be read: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
         if bytes.len() + data.len() > MAX_BODY {
             return Err(too_large());
         }
+        if bytes.len() + data.len() > SMALL_BODY && place.is_none() {
+            place = large.acquire().await.ok();
+        }
         bytes.extend_from_slice(&data);
     }
-    Ok(bytes)
+    let text = String::from_utf8(bytes).map_err(|_| bad_request("the body is not text in UTF-8"))?;
+    Ok((text, place))
 }

@@ -73,7 +73,7 @@ fn of_vm(page: &mut Page, board: &Board) {
         phases.sample(&[("phase", &phase)], u8::from(phase == info.phase));
     }
     let (vcpus, memory) = board.present();
-    page.gauge("halyard_vm_vcpus", "vCPUs of the running machine.").sample(&[], vcpus);
+    page.gauge("halyard_vm_vcpus", "vCPUs that the guest of the running machine has.").sample(&[], vcpus);
     page.gauge("halyard_vm_memory_bytes", "Memory of the running machine.").sample(&[], memory);
     page.counter("halyard_events_total", "Events since the start.").sample(&[], info.sequence);
     let jobs = board.jobs();
@@ -83,19 +83,22 @@ fn of_vm(page: &mut Page, board: &Board) {
 }
 
 fn of_vcpus(page: &mut Page, counters: &MachineCounters) {
-    let times: Vec<(u64, u64)> =
-        counters.vcpus.iter().map(|vcpu| thread_times(vcpu.thread.load(Ordering::Relaxed))).collect();
+    let times: Vec<(u8, (u64, u64))> = counters
+        .vcpus
+        .iter()
+        .map(|(number, vcpu)| (*number, thread_times(vcpu.thread.load(Ordering::Relaxed))))
+        .collect();
     let mut run = page.counter("halyard_vcpu_run_seconds_total", "Time that a vCPU's thread ran on a host processor.");
-    for (vcpu, (ran, _)) in times.iter().enumerate() {
-        run.sample(&[("vcpu", &vcpu)], seconds(*ran));
+    for (vcpu, (ran, _)) in &times {
+        run.sample(&[("vcpu", vcpu)], seconds(*ran));
     }
     let help = "Time that a vCPU's thread was ready to run but had no host processor.";
     let mut wait = page.counter("halyard_vcpu_steal_seconds_total", help);
-    for (vcpu, (_, waited)) in times.iter().enumerate() {
-        wait.sample(&[("vcpu", &vcpu)], seconds(*waited));
+    for (vcpu, (_, waited)) in &times {
+        wait.sample(&[("vcpu", vcpu)], seconds(*waited));
     }
     let mut exits = page.counter("halyard_vcpu_exits_total", "Exits of a vCPU to the monitor.");
-    for (vcpu, counters) in counters.vcpus.iter().enumerate() {
+    for (vcpu, counters) in &counters.vcpus {
         for (reason, count) in [
             ("pio-read", &counters.pio_reads),
             ("pio-write", &counters.pio_writes),
@@ -104,7 +107,7 @@ fn of_vcpus(page: &mut Page, counters: &MachineCounters) {
             ("end-of-interrupt", &counters.interrupt_ends),
             ("kick", &counters.kicks),
         ] {
-            exits.sample(&[("vcpu", &vcpu), ("reason", &reason)], get(count));
+            exits.sample(&[("vcpu", vcpu), ("reason", &reason)], get(count));
         }
     }
 }

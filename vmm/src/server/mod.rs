@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use api::HostReport;
 use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
@@ -88,6 +88,8 @@ struct Context {
     /// What the host can do, as it was found at the start.
     host: HostReport,
     memory: memory::Reader,
+    /// Places of large bodies.
+    large_bodies: Semaphore,
 }
 
 /// The running server. Dropping it ends it.
@@ -105,8 +107,8 @@ impl Server {
     pub fn start(listener: ApiListener, host: HostReport, board: Arc<Board>, inbox: Inbox) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (stop, stopped) = watch::channel(false);
-        let context =
-            Context { board: board.clone(), inbox, counters: Arc::default(), host, memory: memory::Reader::start()? };
+        let (large_bodies, memory) = (Semaphore::new(handlers::LARGE_BODIES), memory::Reader::start()?);
+        let context = Context { board: board.clone(), inbox, counters: Arc::default(), host, memory, large_bodies };
         let (listener, access, file) = listener.split();
         let listener = {
             let _guard = runtime.enter();

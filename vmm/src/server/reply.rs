@@ -111,12 +111,20 @@ pub fn unusable(problems: &api::Problems) -> Problem {
 /// A reply of JSON.
 pub fn json(status: StatusCode, value: &impl Serialize) -> Reply {
     match serde_json::to_vec(value) {
-        Ok(bytes) => with_type(status, "application/json", bytes.into()),
-        Err(error) => {
-            let detail = format!("the reply cannot be written: {error}");
-            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail).into_reply("")
-        }
+        Ok(bytes) => json_text(status, bytes.into()),
+        Err(error) => unwritable(&error),
     }
+}
+
+/// A reply of what is JSON already.
+pub fn json_text(status: StatusCode, bytes: Bytes) -> Reply {
+    with_type(status, "application/json", bytes)
+}
+
+/// The reply where there is none.
+pub fn unwritable(error: &serde_json::Error) -> Reply {
+    let detail = format!("the reply cannot be written: {error}");
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, detail).into_reply("")
 }
 
 /// A reply of text.

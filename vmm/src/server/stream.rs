@@ -104,8 +104,13 @@ impl Read for ClientStream {
             ready!(self.stream.poll_read_ready(cx))?;
             let piece = piece.get_mut(..room).unwrap_or_default();
             match self.stream.try_io(Interest::READABLE, || receive(&self.stream, piece, &self.received)) {
-                Ok(length) => {
+                Ok((length, whole)) => {
                     into.put_slice(piece.get(..length).unwrap_or_default());
+                    if whole && (1..room).contains(&length) {
+                        // There was no more: the next look would only find that out.
+                        let _ =
+                            self.stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+                    }
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -143,7 +148,8 @@ impl Write for ClientStream {
     }
 }
 
-fn receive(stream: &UnixStream, into: &mut [u8], received: &Received) -> io::Result<usize> {
+/// Bytes that came, and whether as many as were there: a message ends with the descriptors that came with it.
+fn receive(stream: &UnixStream, into: &mut [u8], received: &Received) -> io::Result<(usize, bool)> {
     let mut control = nix::cmsg_space!([RawFd; MAX_IN_MESSAGE]);
     let mut pieces = [IoSliceMut::new(into)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
@@ -155,10 +161,11 @@ fn receive(stream: &UnixStream, into: &mut [u8], received: &Received) -> io::Res
             came.extend(numbers.into_iter().map(own));
         }
     }
-    if cut || !came.is_empty() {
+    let whole = !cut && came.is_empty();
+    if !whole {
         received.add(came, cut);
     }
-    Ok(message.bytes)
+    Ok((message.bytes, whole))
 }
 
 #[expect(unsafe_code, reason = "the kernel hands descriptors over by number")]

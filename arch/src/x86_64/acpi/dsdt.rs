@@ -12,7 +12,7 @@ use hal::GpaRange;
 
 use super::super::layout;
 use super::super::platform::{HostBridge, Platform};
-use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID, processors};
 
 /// Bytes of the header of a description table.
 const HEADER_SIZE: u32 = 36;
@@ -41,7 +41,7 @@ pub(super) fn build(platform: &Platform) -> Sdt {
     let mut aml = Vec::new();
     sleep_states(&mut aml);
     let mut devices = Vec::new();
-    processors(platform.topology.vcpus(), &mut devices);
+    processors::devices(platform, &mut devices);
     // More bridges than names would not fit into the area of the tables.
     for (number, bridge) in (0u16..=0xfff).zip(&platform.host_bridges) {
         host_bridge(number, bridge, &mut devices);
@@ -54,7 +54,7 @@ pub(super) fn build(platform: &Platform) -> Sdt {
         panic_device(&mut devices);
     }
     power_button(&mut devices);
-    event_device(&mut devices);
+    event_device(platform.pluggable.is_some(), &mut devices);
     aml.extend(Scope::raw(Path::new("\\_SB_"), devices));
 
     let mut table = Sdt::new(*b"DSDT", HEADER_SIZE, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -63,7 +63,7 @@ pub(super) fn build(platform: &Platform) -> Sdt {
 }
 
 /// Objects in AML, as the children of another.
-struct Raw(Vec<u8>);
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -75,15 +75,6 @@ impl Aml for Raw {
 fn sleep_states(aml: &mut Vec<u8>) {
     let values = Package::new(vec![&layout::ACPI_SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
     Name::new(Path::new("\\_S5_"), &values).to_aml_bytes(aml);
-}
-
-/// A processor device for each vCPU, with the UID that it has in the MADT.
-fn processors(vcpus: u32, aml: &mut Vec<u8>) {
-    let hid = Name::new(Path::new("_HID"), &"ACPI0007");
-    for uid in 0..vcpus {
-        let name = format!("C{:03X}", uid & 0xfff);
-        Device::new(Path::new(&name), vec![&hid, &Name::new(Path::new("_UID"), &uid)]).to_aml_bytes(aml);
-    }
 }
 
 /// A PCI Express host bridge (PCI Firmware 3.3 §4.1.3): its buses and windows. Interrupts are message-signalled only,
@@ -205,9 +196,19 @@ fn power_button(aml: &mut Vec<u8>) {
 
 /// The generic event device (ACPI 6.5 §5.6.9): its interrupt makes the guest read which events have happened, and
 /// notify the devices that they are for.
-fn event_device(aml: &mut Vec<u8>) {
+fn event_device(pluggable_processors: bool, aml: &mut Vec<u8>) {
     let events = Local(0);
     let pressed = And::new(&ZERO, &events, &layout::GED_POWER_BUTTON);
+    let (register, button) = (Path::new("ESEL"), Path::new("\\_SB_.PWRB"));
+    let notify_button = Notify::new(&button, &NOTIFY_PRESSED);
+    let (store, if_pressed) = (Store::new(&events, &register), If::new(&pressed, vec![&notify_button]));
+    let asked = And::new(&ZERO, &events, &layout::GED_PROCESSORS);
+    let scan = processors::scan();
+    let if_asked = If::new(&asked, vec![&scan]);
+    let mut handler: Vec<&dyn Aml> = vec![&store, &if_pressed];
+    if pluggable_processors {
+        handler.push(&if_asked);
+    }
     Device::new(
         Path::new("GED_"),
         vec![
@@ -222,15 +223,7 @@ fn event_device(aml: &mut Vec<u8>) {
                 FieldUpdateRule::WriteAsZeroes,
                 vec![FieldEntry::Named(*b"ESEL", usize::from(layout::GED_PORT_SIZE) * 8)],
             ),
-            &Method::new(
-                Path::new("_EVT"),
-                1,
-                true,
-                vec![
-                    &Store::new(&events, &Path::new("ESEL")),
-                    &If::new(&pressed, vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &NOTIFY_PRESSED)]),
-                ],
-            ),
+            &Method::new(Path::new("_EVT"), 1, true, handler),
         ],
     )
     .to_aml_bytes(aml);

@@ -1,6 +1,7 @@
 //! The ACPI tables of a hardware-reduced platform: RSDP, XSDT, FADT, MADT, MCFG and DSDT (ACPI 6.5 §5.2).
 
 mod dsdt;
+mod processors;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -61,7 +62,7 @@ fn build(platform: &Platform, base: u64) -> Vec<u8> {
     let mut area = Area { base, bytes: vec![0; Rsdp::len()] };
     let dsdt = area.add(&dsdt::build(platform));
     let fadt = area.add(&tables::fadt(platform, dsdt));
-    let madt = area.add(&tables::madt(&platform.topology));
+    let madt = area.add(&tables::madt(platform));
     let mcfg = area.add(&tables::mcfg(&platform.host_bridges));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in [fadt, madt, mcfg] {

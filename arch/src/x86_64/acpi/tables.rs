@@ -5,7 +5,6 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
 
-use super::super::Topology;
 use super::super::layout;
 use super::super::platform::{HostBridge, Platform};
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
@@ -56,14 +55,17 @@ fn byte_port(port: u16) -> GAS {
 }
 
 /// The interrupt controllers (ACPI 6.5 §5.2.12): a local APIC for each vCPU, and the I/O APIC. A vCPU's processor UID
-/// is its number, counted from 0.
-pub(super) fn madt(topology: &Topology) -> MADT {
+/// is its number, counted from 0. One that may come later is "online capable".
+pub(super) fn madt(platform: &Platform) -> MADT {
     // Both addresses lie below 4 GiB.
     let low = |address: u64| u32::try_from(address).unwrap_or(u32::MAX);
     let local = LocalInterruptController::Address(low(layout::LAPIC.start));
     let mut table = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, local);
-    for (uid, id) in (0u8..).zip(topology.vcpu_ids()) {
-        table.add_structure(ProcessorLocalApic::new(uid, id.0, EnabledStatus::Enabled));
+    let present = platform.pluggable.unwrap_or(u32::MAX);
+    for (uid, id) in (0u8..).zip(platform.topology.vcpu_ids()) {
+        let there = u32::from(uid) < present;
+        let status = if there { EnabledStatus::Enabled } else { EnabledStatus::DisabledOnlineCapable };
+        table.add_structure(ProcessorLocalApic::new(uid, id.0, status));
     }
     table.add_structure(IoApic::new(IOAPIC_ID, low(layout::IOAPIC.start), 0));
     table

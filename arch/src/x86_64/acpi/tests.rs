@@ -66,7 +66,9 @@ fn every_table_is_found_from_the_rsdp_and_its_bytes_sum_to_zero() {
 #[test]
 fn tables_of_254_vcpus_fit_into_the_area() {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-    write(&memory, &platform(254)).unwrap();
+    for platform in [platform(254), pluggable_platform(1, 254)] {
+        write(&memory, &platform).unwrap();
+    }
     let mut signature = [0; 8];
     memory.read_slice(&mut signature, GuestAddress(layout::ACPI_TABLES.start)).unwrap();
     assert_eq!(&signature, b"RSD PTR ");
@@ -112,6 +114,32 @@ fn the_madt_names_every_vcpu_by_its_apic_id() {
     let expected: Vec<_> =
         (0u8..).zip([0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]).map(|(uid, id)| (uid, id, 1)).collect();
     assert_eq!(local, expected);
+}
+
+/// A platform whose first vCPUs are there when it boots, and others can come.
+fn pluggable_platform(present: u32, vcpus: u32) -> Platform {
+    Platform { pluggable: Some(present), ..platform(vcpus) }
+}
+
+#[test]
+fn processors_that_may_come_are_online_capable_and_those_that_stay_have_no_methods() {
+    let area = build(&pluggable_platform(2, 4), BASE);
+    let tables = walk(&area);
+    let madt = find(&tables, b"APIC");
+    let flags: Vec<u32> = madt[44..].chunks(8).take(4).map(|entry| u32_at(entry, 4)).collect();
+    assert_eq!(flags, [1, 1, 2, 2]);
+    let count = |table: &[u8], word: &[u8]| table.windows(word.len()).filter(|at| *at == word).count();
+    let dsdt = find(&tables, b"DSDT");
+    let counts = [b"_MAT", b"_STA", b"_EJ0", b"_OST", b"PSCN"].map(|name| count(dsdt, name));
+    // The panic device has an _STA, too; the method that scans is called once.
+    assert_eq!(counts, [3, 4, 3, 3, 2]);
+
+    let area = build(&platform(4), BASE);
+    let tables = walk(&area);
+    let dsdt = find(&tables, b"DSDT");
+    for name in [b"_MAT", b"_EJ0", b"_OST", b"PSCN", b"PREG"] {
+        assert_eq!(count(dsdt, name), 0);
+    }
 }
 
 #[test]
@@ -191,7 +219,7 @@ fn an_independent_compiler_reads_the_tables() {
         eprintln!("skipped: iasl is not installed (Debian package acpica-tools)");
         return;
     }
-    for platform in [platform(254), crowded_platform()] {
+    for platform in [platform(254), pluggable_platform(1, 254), crowded_platform()] {
         let area = build(&platform, BASE);
         let directory = tempfile::tempdir().unwrap();
         let mut dsdt = String::new();

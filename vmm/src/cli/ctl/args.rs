@@ -77,6 +77,10 @@ pub enum Verb {
         /// How many there shall be
         #[arg(value_name = "COUNT")]
         count: Option<u32>,
+
+        /// Do not wait where a running guest must answer first
+        #[arg(long)]
+        no_wait: bool,
     },
     /// Show the VM's memory, or change its size
     Memory {

@@ -173,6 +173,18 @@ impl Ctl {
         }
     }
 
+    pub(super) fn set_vcpus(&mut self, count: u32, no_wait: bool) -> Done {
+        let events = self.client.events(None)?;
+        match self.client.set_vcpus(count)? {
+            Some(job) if no_wait => self.answer(&job, show::job),
+            Some(job) => self.wait_for(job, events),
+            None => {
+                let vcpus = self.client.vcpus()?;
+                self.answer(&vcpus, show::vcpus)
+            }
+        }
+    }
+
     /// Waits for the job that a reply is, or shows it.
     fn follow(&mut self, body: &[u8], events: api::Events, no_wait: bool) -> Done {
         let job = understood(body)?;

@@ -62,6 +62,7 @@ pub fn detail(event: &EventKind) -> String {
             format!("{phase} ({}){outcome}", show::word(reason))
         }
         EventKind::ConfigChanged {} => String::new(),
+        EventKind::VcpusChanged { present } => format!("{present} present"),
         EventKind::DeviceAdded { id }
         | EventKind::DeviceChanged { id }
         | EventKind::DeviceRemoved { id, .. }

@@ -95,11 +95,9 @@ impl Ctl {
             Verb::Destroy => Ok(client.destroy()?),
             Verb::Shutdown(how) => self.shutdown(how),
             Verb::Devices(verb) => self.devices(verb, input),
-            Verb::Vcpus { count } => {
-                let vcpus = match count {
-                    Some(count) => client.set_vcpus(*count)?,
-                    None => client.vcpus()?,
-                };
+            Verb::Vcpus { count: Some(count), no_wait } => self.set_vcpus(*count, *no_wait),
+            Verb::Vcpus { count: None, .. } => {
+                let vcpus = client.vcpus()?;
                 self.answer(&vcpus, show::vcpus)
             }
             Verb::Memory { size } => {

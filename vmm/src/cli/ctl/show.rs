@@ -106,6 +106,7 @@ fn endpoint(endpoint: &Endpoint) -> String {
 /// The VM's processors.
 pub fn vcpus(vcpus: &Vcpus) -> String {
     let mut lines = vec![("configured", vcpus.config.count.to_string()), ("present", vcpus.present.to_string())];
+    lines.extend(vcpus.config.max.map(|max| ("at most", max.to_string())));
     lines.extend(vcpus.config.topology.map(|topology| {
         let (sockets, cores, threads) = (topology.sockets, topology.cores, topology.threads);
         ("topology", format!("{sockets} sockets of {cores} cores of {threads} threads"))

@@ -1,0 +1,90 @@
+//! What the TDX module makes of a launch: MRTD, and the events that firmware extends first (Intel TDX Module Base
+//! Architecture Specification, "Measurement and Attestation").
+
+use sha2::{Digest, Sha384};
+
+use super::super::layout::PAGE_SIZE;
+use super::plan::{LaunchPlan, LaunchRegion};
+use super::tdvf::SectionKind;
+
+/// A SHA-384.
+pub type Digest384 = [u8; 48];
+
+/// Bytes that are measured at once.
+const CHUNK: usize = 256;
+/// Bytes of what stands in front of them.
+const BLOCK: usize = 128;
+
+/// Something that firmware extends a register with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// The register's number: RTMR0 to 3.
+    pub register: u8,
+    /// Its type (TCG PC Client Platform Firmware Profile, §10.4.1).
+    pub kind: u32,
+    /// What it is of.
+    pub what: &'static str,
+    /// The SHA-384 that the register is extended with.
+    pub digest: Digest384,
+}
+
+/// EV_EFI_PLATFORM_FIRMWARE_BLOB2, and EV_EFI_HANDOFF_TABLES2.
+const FIRMWARE_BLOB: u32 = 0x8000_000a;
+const HANDOFF_TABLES: u32 = 0x8000_000b;
+
+/// MRTD: the measurement of what is added before a trust domain runs. As KVM calls the module, each page is added, and
+/// then its contents are measured, before the next one.
+pub fn mrtd(plan: &LaunchPlan) -> Digest384 {
+    let mut hash = Sha384::new();
+    plan.regions.iter().for_each(|region| add(&mut hash, region));
+    hash.finalize().into()
+}
+
+/// What firmware measures before all else, into RTMR0: the hand-off blocks, and its variables.
+pub fn first_events(plan: &LaunchPlan) -> Vec<Event> {
+    let mut events = vec![event(HANDOFF_TABLES, "the hand-off blocks", plan.measured_hand_off())];
+    let volumes = plan.regions.iter().filter(|region| region.kind == SectionKind::ConfigurationVolume);
+    events.extend(volumes.map(|volume| event(FIRMWARE_BLOB, "the configuration volume", &volume.contents)));
+    events
+}
+
+fn event(kind: u32, what: &'static str, measured: &[u8]) -> Event {
+    Event { register: 0, kind, what, digest: Sha384::digest(measured).into() }
+}
+
+/// TDH.MEM.PAGE.ADD of each page, and TDH.MR.EXTEND of what is measured.
+fn add(hash: &mut Sha384, region: &LaunchRegion) {
+    let pages = (region.memory.start..region.memory.start + region.memory.len).step_by(PAGE_BYTES);
+    let mut contents = &*region.contents;
+    for page in pages {
+        hash.update(block(b"MEM.PAGE.ADD", page));
+        let here;
+        (here, contents) = contents.split_at(contents.len().min(PAGE_BYTES));
+        if region.measured {
+            extend(hash, page, here);
+        }
+    }
+}
+
+/// Measures a page that begins with `contents` and goes on with zeros.
+fn extend(hash: &mut Sha384, page: u64, contents: &[u8]) {
+    let mut rest = contents;
+    for at in (page..page + PAGE_SIZE).step_by(CHUNK) {
+        hash.update(block(b"MR.EXTEND", at));
+        let here;
+        (here, rest) = rest.split_at(rest.len().min(CHUNK));
+        hash.update(here);
+        hash.update([0; CHUNK].split_at(here.len()).1);
+    }
+}
+
+const PAGE_BYTES: usize = 4096;
+
+/// A name of at most 16 bytes, an address, and zeros.
+fn block(name: &[u8], address: u64) -> [u8; BLOCK] {
+    let mut block = [0; BLOCK];
+    let (front, rest) = block.split_at_mut(16);
+    front.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
+    rest.iter_mut().zip(address.to_le_bytes()).for_each(|(to, from)| *to = from);
+    block
+}

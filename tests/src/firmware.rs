@@ -1,0 +1,93 @@
+//! Firmware for trust domains, as `scripts/install` unpacked it, and what the igvm crate makes of it. The reader of the
+//! file is another than Halyard's.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use igvm::IgvmDirectiveHeader;
+use igvm::measurement::generate_tdx_measurement;
+use igvm_defs::{IgvmPageDataFlags, IgvmPageDataType};
+
+use crate::cache;
+
+const PAGE: usize = 4096;
+
+/// Debian's firmware for trust domains.
+///
+/// # Errors
+/// It is not there.
+pub fn path() -> Result<PathBuf> {
+    let path = cache::folder()?.join("firmware/OVMF.inteltdx.ms.fd");
+    ensure!(path.exists(), "{} is not there: scripts/install unpacks it", path.display());
+    Ok(path)
+}
+
+/// Where the TDVF descriptor begins in a firmware file.
+///
+/// # Errors
+/// There is none.
+pub fn descriptor(file: &[u8]) -> Result<usize> {
+    // The signature, and 8 bytes behind it version 1.
+    let begins = |at: &usize| {
+        let rest = file.get(*at..).unwrap_or_default();
+        rest.starts_with(b"TDVF") && rest.get(8..12) == Some(&[1, 0, 0, 0])
+    };
+    (0..file.len()).rev().find(begins).context("the firmware has no TDVF descriptor")
+}
+
+/// A page that is added to a trust domain.
+pub struct Page {
+    /// Where it lies.
+    pub address: u64,
+    /// What it holds.
+    pub contents: Vec<u8>,
+    /// That is measured, too.
+    pub measured: bool,
+}
+
+/// All pages that a firmware says are to be added, in its order.
+///
+/// # Errors
+/// The file is not as it should be.
+pub fn pages(file: &[u8]) -> Result<Vec<Page>> {
+    let descriptor = descriptor(file)?;
+    let count = word(file, descriptor + 12)?;
+    let mut pages = Vec::new();
+    for at in (descriptor + 16..).step_by(32).take(usize::try_from(count)?) {
+        let (start, len) = (usize::try_from(word(file, at)?)?, usize::try_from(word(file, at + 4)?)?);
+        let address = u64::from(word(file, at + 8)?) | u64::from(word(file, at + 12)?) << 32;
+        let mut contents = file.get(start..start + len).context("a section's contents")?.to_vec();
+        contents.resize(usize::try_from(word(file, at + 16)?)?, 0);
+        let measured = word(file, at + 28)? & 1 != 0;
+        pages.extend((0..).zip(contents.chunks(PAGE)).map(|(number, page)| Page {
+            address: address + number * PAGE as u64,
+            contents: page.to_vec(),
+            measured,
+        }));
+    }
+    Ok(pages)
+}
+
+fn word(file: &[u8], at: usize) -> Result<u32> {
+    let bytes = file.get(at..).and_then(|rest| rest.first_chunk()).context("a field of the TDVF descriptor")?;
+    Ok(u32::from_le_bytes(*bytes))
+}
+
+/// MRTD as the igvm crate computes it, in hexadecimal digits.
+///
+/// # Errors
+/// The file is not as it should be.
+pub fn mrtd_by_igvm(file: &[u8]) -> Result<String> {
+    let pages: Vec<_> = pages(file)?
+        .into_iter()
+        .map(|page| IgvmDirectiveHeader::PageData {
+            gpa: page.address,
+            compatibility_mask: 1,
+            flags: IgvmPageDataFlags::new().with_unmeasured(!page.measured),
+            data_type: IgvmPageDataType::NORMAL,
+            data: page.contents,
+        })
+        .collect();
+    let digest = generate_tdx_measurement(&pages, 1)?;
+    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+}

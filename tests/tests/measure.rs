@@ -1,0 +1,171 @@
+//! What `halyard measure` foretells of a trust domain, beside what the igvm crate makes of the same pages, and what real
+//! programs and hardware gave.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use halyard_tests::firmware;
+use halyard_tests::tiny::{Run, run_halyard};
+use sha2::{Digest, Sha384};
+use tempfile::TempDir;
+
+fn measure(firmware: &Path, args: &[&str]) -> Run {
+    run_halyard(
+        ["measure".as_ref(), "--firmware".as_ref(), firmware.as_os_str()]
+            .into_iter()
+            .chain(args.iter().map(AsRef::as_ref)),
+    )
+}
+
+/// What `halyard measure` foretells, as JSON.
+fn foretold(firmware: &Path, args: &[&str]) -> serde_json::Value {
+    let run = measure(firmware, &[args, &["--json"]].concat()).expect_code(0);
+    serde_json::from_slice(&run.stdout).unwrap()
+}
+
+#[test]
+fn debians_firmware_is_measured_as_hardware_and_others_do() {
+    let path = firmware::path().unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let report = foretold(&path, &["--memory", "2G", "--events"]);
+    assert_eq!(report["mrtd"], firmware::mrtd_by_igvm(&bytes).unwrap());
+    // The list of a guest with 2 GiB is the same for each firmware with this layout: the digest is the first event behind a
+    // quote of real hardware.
+    let first = &report["events"][0];
+    assert_eq!(first["type"], "0x8000000b");
+    assert_eq!(
+        first["digest"],
+        "0b8772e5b0b41b83e6044a68397e02f49fb47066b4fbe4917ea2c45c64f323fdacbb37948f821ebaf8bc9c938ba8a749"
+    );
+    // MRTD does not depend on how much memory there is.
+    let more = foretold(&path, &["--memory", "6G"]);
+    assert_eq!((&more["mrtd"], more.get("events")), (&report["mrtd"], None));
+    // Version 2026.08+ds-2, as a replay of the calls of QEMU 11.1.3 measures it. A later one has another.
+    let digest = Command::new("sha256sum").arg(&path).output().unwrap();
+    if digest.stdout.starts_with(b"a265075b4147a096109e501e76196df1ec8a18659c26f7401492c597ec88f312") {
+        assert_eq!(
+            report["mrtd"],
+            "a7a1f751abc454f9cbab198ca8d2edb2821935df525c74182b5e776cb0929e8c59aefecce725b0d08a5e9d3d3183bd08"
+        );
+    }
+}
+
+/// Where a section of Debian's firmware is less than its memory, the rest is zeros; and all can be measured.
+#[test]
+fn each_change_of_a_firmware_shows_in_its_measurement() {
+    let bytes = fs::read(firmware::path().unwrap()).unwrap();
+    let descriptor = firmware::descriptor(&bytes).unwrap();
+    let folder = TempDir::new().unwrap();
+    let mut seen = vec![firmware::mrtd_by_igvm(&bytes).unwrap()];
+    // Of the first section: fewer bytes of the file, not measured; of the second: measured.
+    for (at, value) in [(16 + 4, 0x1234_u32), (16 + 28, 0), (48 + 28, 1)] {
+        let mut changed = bytes.clone();
+        changed[descriptor + at..descriptor + at + 4].copy_from_slice(&value.to_le_bytes());
+        let path = folder.path().join("firmware.fd");
+        fs::write(&path, &changed).unwrap();
+        let mrtd = firmware::mrtd_by_igvm(&changed).unwrap();
+        assert_eq!(foretold(&path, &[])["mrtd"], mrtd, "with {value:#x} at {at}");
+        assert!(!seen.contains(&mrtd), "with {value:#x} at {at} nothing has changed");
+        seen.push(mrtd);
+    }
+}
+
+/// A section that firmware uses from the start, as in Debian's: address, bytes.
+const USED: [(u64, u64); 4] = [(0x80_0000, 0x6000), (0x80_9000, 0x2000), (0x80_b000, 0x2000), (0x81_0000, 0x1_0000)];
+const GIB: u64 = 1 << 30;
+
+/// The hand-off blocks of a guest with RAM from 0 to `low` and `high` bytes from 4 GiB on, without those that end them.
+fn hand_off(low: u64, high: u64) -> Vec<u8> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    for (start, len) in USED {
+        ranges.extend([(7_u32, at, start - at), (0, start, len)]);
+        at = start + len;
+    }
+    ranges.extend([(7, at, low - at), (7, 4 * GIB, high)]);
+    ranges.retain(|(_, _, len)| *len > 0);
+    let end = 0x80_9000 + 56 + 48 * ranges.len() as u64 + 8;
+    let mut blocks = [1_u16, 56, 0, 0, 9, 0].iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    blocks.resize(48, 0);
+    blocks.extend_from_slice(&end.to_le_bytes());
+    for (kind, start, len) in ranges {
+        blocks.extend_from_slice(&[3, 0, 48, 0, 0, 0, 0, 0]);
+        blocks.extend_from_slice(&[0; 16]);
+        blocks.extend_from_slice(&[kind.to_le_bytes(), 7_u32.to_le_bytes()].concat());
+        blocks.extend_from_slice(&[start.to_le_bytes(), len.to_le_bytes()].concat());
+    }
+    blocks
+}
+
+/// The value of a field of a line, as in `start=0x1000`.
+fn field<'a>(line: &'a str, name: &str) -> &'a str {
+    line.split(' ')
+        .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+        .unwrap_or_else(|| panic!("{name} in {line}"))
+}
+
+/// What a real QEMU adds to a trust domain, behind the recorder (tests/recorder), in the same order, is what is foretold.
+/// Only where RAM lies, and so what the hand-off blocks say, differs: QEMU's hole begins at 2 GiB where there are more
+/// than 2.75 GiB of it, Halyard's at 3 GiB.
+#[test]
+fn pages_are_those_that_a_real_qemu_adds() {
+    let recorded = include_str!("../recorder/qemu.txt");
+    let firmware = firmware::path().unwrap();
+    let digest = Command::new("sha256sum").arg(&firmware).output().unwrap();
+    let digest = String::from_utf8_lossy(&digest.stdout).split(' ').next().unwrap().to_owned();
+    // Of another version only the memory beside its volumes can be compared.
+    let same = recorded.lines().nth(1).is_some_and(|line| line.ends_with(&digest));
+    let (mut launches, mut reports) = (0, BTreeMap::new());
+    for launch in recorded.split("== ").skip(1) {
+        let (title, lines) = launch.split_once('\n').unwrap();
+        let memory = title.split(' ').next().unwrap();
+        let gib: u64 = memory.trim_end_matches('G').parse().unwrap();
+        let (qemu, own) = (if gib < 3 { gib } else { 2 }, gib.min(3));
+        let told = lines.lines().find_map(|line| line.strip_prefix("  hob ")).unwrap();
+        let expected = hand_off(qemu * GIB, (gib - qemu) * GIB);
+        assert_eq!(told, hex(&expected) + "ffff080000000000", "{title}: what QEMU tells of memory");
+
+        let report = reports.entry(memory).or_insert_with(|| foretold(&firmware, &["--memory", memory, "--events"]));
+        assert_eq!(report["events"][0]["digest"], hex(&Sha384::digest(hand_off(own * GIB, (gib - own) * GIB))));
+        let added: Vec<&str> = lines.lines().filter(|line| line.starts_with("INIT_MEM_REGION ")).collect();
+        let pages = report["pages"].as_array().unwrap();
+        assert_eq!(pages.len(), added.len(), "{title}");
+        for (line, page) in added.into_iter().zip(pages) {
+            let place = [field(line, "start"), field(line, "pages"), field(line, "measured")];
+            let ours = [page["start"].as_str().unwrap(), &page["count"].to_string(), &page["measured"].to_string()];
+            assert_eq!(ours, place, "{title}");
+            let what = page["what"].as_str().unwrap();
+            if what == "temporary memory"
+                || what == "hand-off blocks" && qemu == own
+                || what.ends_with("volume") && same
+            {
+                assert_eq!(page["sha384"], field(line, "sha384"), "{title}: {what}");
+            }
+        }
+        launches += 1;
+    }
+    assert_eq!(launches, 12);
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let plain = folder.path().join("OVMF.fd");
+    fs::write(&plain, vec![0xff; 2 << 20]).unwrap();
+    for (firmware, args, message) in [
+        (&*plain, &[][..], "it is not for TDX: it has no table of GUIDs at its end; Debian's firmware for TDX"),
+        (Path::new("/dev/zero"), &[], "it is 67108865 bytes long"),
+        (Path::new("/nonexistent"), &[], "/nonexistent: No such file"),
+        (&*plain, &["--memory", "1"], "--memory 1: it must be a multiple of 4096 bytes"),
+        (&*plain, &["--memory", "much"], "--memory much: "),
+    ] {
+        let run = measure(firmware, args).expect_code(2);
+        assert!(run.stderr.contains(message), "{}", run.stderr);
+    }
+}
