@@ -19,6 +19,7 @@ use crate::vm::halyard;
 /// A `halyard serve`. Dropping it kills it.
 pub struct Service {
     process: Process,
+    socket: String,
     forward: Forward,
     /// Its client.
     pub client: api::Client,
@@ -71,12 +72,17 @@ impl Service {
         };
         client.set_timeout(Some(PATIENCE))?;
         let events = client.events(None)?;
-        Ok(Self { process, forward, client, events })
+        Ok(Self { process, socket: socket.to_owned(), forward, client, events })
     }
 
     /// The process.
     pub fn process(&self) -> &Process {
         &self.process
+    }
+
+    /// Its socket in its host.
+    pub fn socket(&self) -> &str {
+        &self.socket
     }
 
     /// Creates and boots a VM, and waits for its guest's user space.
