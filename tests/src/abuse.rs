@@ -17,7 +17,7 @@ use crate::contract;
 use crate::tiny::{Served, binary, config};
 
 /// How much more memory, in KiB, a monitor may have had at its peak for all abuse: 128 connections with a request of 16 KiB
-/// and a reply each, a few bodies of the largest size, and what the heap keeps of them.
+/// and a small body or a reply each, two bodies of the largest size, and what the heap keeps of them.
 const MEMORY_BOUND: u64 = 8 << 10;
 /// The longest time that a well-behaved client may wait for its reply; other work on the machine counts, too.
 const SERVED_WITHIN: Duration = Duration::from_secs(5);
