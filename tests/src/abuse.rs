@@ -467,7 +467,7 @@ pub fn try_all_under_load(examples: &str) -> Vec<String> {
         };
         events.map_while(Result::ok).filter(ended).count()
     });
-    let figures = contract::try_all(&served, &config, examples);
+    let (served, figures) = contract::try_all(served, &config, examples);
     // A VM from here on, whose guest overwrites each sector in turn.
     let mut client = served.client();
     client.destroy().expect("it can be destroyed");
