@@ -254,9 +254,6 @@ impl Client {
     pub fn memory(&mut self) -> Result<MemoryInfo> {
         self.get(Operation::GetMemory, "")
     }
-    pub fn set_memory(&mut self, patch: &MemoryPatch) -> Result<MemoryInfo> {
-        self.put(Operation::PatchMemory, "", patch)
-    }
     pub fn jobs(&mut self) -> Result<Vec<Job>> {
         self.get(Operation::ListJobs, "")
     }
@@ -321,6 +318,15 @@ impl Client {
         let query = if force { "?force=true" } else { "" };
         let path = path_of(Operation::RemoveDevice).replace("{id}", &encoded(id)) + query;
         job_of(&self.checked(Verb::Delete, &path, &Options::default())?)
+    }
+
+    /// Changes the size of memory. A job, where the guest must take it or let go of it first.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn set_memory(&mut self, patch: &MemoryPatch) -> Result<Option<Job>> {
+        let body = serde_json::to_vec(patch).map_err(|error| ClientError::Garbled(error.to_string()))?;
+        job_of(&self.call(Operation::PatchMemory, "", &Options { body: Some(&body), ..Options::default() })?)
     }
 
     /// Reads events on a connection of its own: those after number `after`, or those that happen from now on.

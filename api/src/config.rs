@@ -184,8 +184,15 @@ impl Default for Topology {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Memory {
-    /// How much the guest has.
+    /// How much the guest has when it boots.
     pub size: ByteSize,
+    /// How much it can have while it runs (`PATCH /api/v1/vm/memory`): `size` and a multiple of 128M, or of 1G with huge
+    /// pages of that size. The guest needs a driver for virtio-mem. Without it: `size`, and no more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max: Option<ByteSize>,
+    /// How long a guest that is to have more or less memory may take without any progress. At most 24h.
+    #[serde(skip_serializing_if = "Memory::is_usual_timeout")]
+    pub resize_timeout: TimeSpan,
     /// Take the memory from the host's reserved huge pages (hugetlbfs) of this size.
     pub hugepages: Hugepages,
     /// Let the host back the memory with transparent huge pages. Without meaning where `hugepages` is set.
@@ -206,6 +213,8 @@ impl Default for Memory {
     fn default() -> Self {
         Self {
             size: ByteSize::mib(512),
+            max: None,
+            resize_timeout: TimeSpan::from_millis(60_000),
             hugepages: Hugepages::Off,
             transparent_huge_pages: true,
             prefault: false,
@@ -213,6 +222,27 @@ impl Default for Memory {
             lock: false,
             share_kernel: false,
         }
+    }
+}
+
+impl Memory {
+    /// Bytes of memory that can be added while the guest runs.
+    pub fn pluggable(&self) -> u64 {
+        self.max.map_or(0, |max| max.bytes().saturating_sub(self.size.bytes()))
+    }
+
+    /// Bytes that are added or taken away at once: 2 MiB, or a larger huge page.
+    pub fn block(&self) -> u64 {
+        self.hugepages.bytes().unwrap_or(0).max(2 << 20)
+    }
+
+    /// What can be added is a multiple of this many bytes: Linux adds memory by 128 MiB.
+    pub fn step(&self) -> u64 {
+        self.block().max(128 << 20)
+    }
+
+    fn is_usual_timeout(time: &TimeSpan) -> bool {
+        *time == Self::default().resize_timeout
     }
 }
 

@@ -1,5 +1,7 @@
 //! What happens to a VM, numbered, and the jobs that take a while.
 
+use std::fmt;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -56,19 +58,36 @@ pub enum EventKind {
         /// The guest was using it and was not asked.
         forced: bool,
     },
-    /// A device could not be added or removed, or stopped working.
+    /// A device could not be added or removed; or it stopped working until the guest resets it, since the guest broke one of
+    /// its rules or the host failed. What repeats itself is told of once a second at the most.
     DeviceFailed {
         /// The device.
         id: String,
-        /// Why.
+        /// Why; the last time, where there were several.
         reason: String,
+        /// How often since the last such event of the device.
+        count: u64,
     },
-    /// A request of the guest to a disk failed on the host.
+    /// Requests of the guest to a disk failed on the host. There is at most one such event of a disk in a second.
     IoError {
         /// The disk.
         id: String,
-        /// What failed.
+        /// What the last of them was to do.
+        operation: IoOperation,
+        /// Where on the disk, in bytes.
+        offset: u64,
+        /// The operating system's error number, where it gave one: 5 is EIO, 28 ENOSPC.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        errno: Option<i32>,
+        /// The same in words.
         reason: String,
+        /// How many failed since the last such event of the disk.
+        count: u64,
+    },
+    /// The guest has as much memory as it was asked to have.
+    MemoryResized {
+        /// How much, in bytes.
+        present: u64,
     },
     /// The guest's kernel panicked.
     GuestPanic {
@@ -110,6 +129,34 @@ pub enum EventKind {
     },
 }
 
+/// What a request to a disk is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoOperation {
+    /// Read.
+    Read,
+    /// Write.
+    Write,
+    /// Make all that was written before durable.
+    Flush,
+    /// Forget what is there.
+    Discard,
+    /// Write zeroes.
+    WriteZeroes,
+}
+
+impl fmt::Display for IoOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write of zeroes",
+        })
+    }
+}
+
 impl EventKind {
     /// The event's `type`, as the API writes it.
     pub fn type_name(&self) -> &'static str {
@@ -122,6 +169,7 @@ impl EventKind {
             Self::DeviceRemoved { .. } => "device-removed",
             Self::DeviceFailed { .. } => "device-failed",
             Self::IoError { .. } => "io-error",
+            Self::MemoryResized { .. } => "memory-resized",
             Self::GuestPanic { .. } => "guest-panic",
             Self::Reset { .. } => "reset",
             Self::PowerButton { .. } => "power-button",
@@ -169,6 +217,9 @@ pub enum JobKind {
     AddDevice,
     /// It waits for the guest to let go of a device. Where that does not, or the job is cancelled, the device stays.
     RemoveDevice,
+    /// It waits for the guest to have as much memory as it is asked to have. Where that takes too long, the guest is still
+    /// asked; where the job is cancelled, it keeps what it has.
+    ResizeMemory,
     /// It waits for the guest to take vCPUs, or to let go of some. What the guest does not do, or has not done when the job
     /// is cancelled, is not wanted any more.
     ChangeVcpus,

@@ -39,7 +39,7 @@ pub use config::{
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Link, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, field_of, pointer};
-pub use event::{Event, EventKind, Job, JobKind, JobState};
+pub use event::{Event, EventKind, IoOperation, Job, JobKind, JobState};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};
 pub use openapi::{OPENAPI_JSON, SCHEMAS, openapi};
 pub use outcome::Outcome;

@@ -293,8 +293,15 @@ pub const ROUTES: &[Route] = &[
     Route {
         verb: Verb::Patch,
         body: Some("MemoryPatch"),
-        replies: &[json("The memory as it is now.", "MemoryInfo")],
-        problems: &[400, 404, 409, 412, 422, 501],
+        replies: &[
+            json("The memory as it is now.", "MemoryInfo"),
+            Success {
+                status: 202,
+                meaning: "A job waits for the guest to have as much.",
+                content: Content::Json("Job"),
+            },
+        ],
+        problems: &[400, 404, 409, 412, 422],
         ..get(Operation::PatchMemory, "patch_memory", "/api/v1/vm/memory", "Change the size of the VM's memory.")
     },
     Route {

@@ -36,6 +36,8 @@ const MIN_MTU: u16 = 68;
 const MAX_SHUTDOWN_TIMEOUT: TimeSpan = TimeSpan::from_millis(86_400_000);
 /// The longest time that a guest may be given to take a device or to let go of one: a day.
 const MAX_HOTPLUG_TIMEOUT: TimeSpan = MAX_SHUTDOWN_TIMEOUT;
+/// The longest time that a guest may take to have more or less memory, without any progress: a day.
+const MAX_RESIZE_TIMEOUT: TimeSpan = MAX_SHUTDOWN_TIMEOUT;
 /// The most hot-plug ports: 28 devices of eight functions of the root bus.
 const MAX_HOTPLUG_PORTS: u8 = 224;
 /// The id of the serial port, which is no device.
@@ -45,7 +47,9 @@ const SERIAL_ID: &str = "serial";
 /// for the machine to find out.
 pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
     let mut problems = validate_running(config, host);
-    let room = host.max_devices.saturating_sub(config.pci.devices_of_ports());
+    // Memory that comes and goes is a device, too.
+    let others = config.pci.devices_of_ports() + u32::from(config.memory.pluggable() > 0);
+    let room = host.max_devices.saturating_sub(others);
     if config.devices.len() > usize::try_from(room).unwrap_or(usize::MAX) {
         let why = if room < host.max_devices { " beside its hot-plug ports" } else { "" };
         problems.push(Problem::new(
@@ -64,6 +68,7 @@ pub fn validate_running(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
     kernel(&mut report, &config.kernel);
     cpus(&mut report, &config.cpus, host);
     memory(&mut report, &config.memory, host);
+    max_memory(&mut report, &config.memory, host);
     if !host.kinds.contains(&config.kind.name()) {
         let known: Vec<&str> = host.kinds.iter().map(|kind| kind.as_str()).collect();
         report.add(
@@ -244,6 +249,41 @@ fn memory(report: &mut Report, memory: &Memory, host: &HostFacts) {
                 "{} do not fit into this host's address space for guests ({} bits)",
                 memory.size, host.physical_address_bits
             ),
+            format!("at most {} fit beside the devices", ByteSize::new(host.max_memory)),
+        );
+    }
+}
+
+/// What memory can become while the guest runs.
+fn max_memory(report: &mut Report, memory: &Memory, host: &HostFacts) {
+    let field = "memory.resize_timeout";
+    let timeout = memory.resize_timeout;
+    if timeout > MAX_RESIZE_TIMEOUT {
+        report.add(field, format!("{timeout} is too long"), format!("{MAX_RESIZE_TIMEOUT} is the most"));
+    } else if timeout.duration().is_zero() {
+        report.add(field, "no guest answers in no time", "write 60s, or leave it out");
+    }
+    let Some(max) = memory.max else { return };
+    let (field, size, step) = ("memory.max", memory.size, memory.step());
+    let more = memory.pluggable();
+    if max < size {
+        report.add(
+            field,
+            format!("{max} are less than memory.size, {size}"),
+            "it is the most that the guest can have: memory.size at least",
+        );
+    } else if !more.is_multiple_of(step) {
+        let near = ByteSize::new(size.bytes() + more - more % step);
+        let next = ByteSize::new(near.bytes().saturating_add(step));
+        report.add(
+            field,
+            format!("{max} are not memory.size, {size}, and a multiple of {}", ByteSize::new(step)),
+            format!("{near} or {next} would be"),
+        );
+    } else if max.bytes() > host.max_memory {
+        report.add(
+            field,
+            format!("{max} do not fit into this host's address space for guests ({} bits)", host.physical_address_bits),
             format!("at most {} fit beside the devices", ByteSize::new(host.max_memory)),
         );
     }

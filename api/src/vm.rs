@@ -114,7 +114,8 @@ pub struct VcpusPatch {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryPatch {
-    /// How much memory.
+    /// How much memory. While the VM runs: `memory.size` to `memory.max` of its configuration, in steps of 2M (or of a
+    /// larger huge page).
     pub size: ByteSize,
 }
 
@@ -135,6 +136,8 @@ pub struct MemoryInfo {
     pub config: Memory,
     /// How many bytes the guest has now; 0 where no machine runs.
     pub present: u64,
+    /// How many bytes the guest is asked to have; 0 where no machine runs.
+    pub wanted: u64,
 }
 
 /// The program that answers.

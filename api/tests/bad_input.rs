@@ -403,12 +403,14 @@ fn disks_and_ids() {
     );
     assert_eq!(
         problems(&host, |vm| {
-            let odd = Disk { serial: Some("é".repeat(11)), queues: 0, ..Disk::new("x") };
+            let size = Some(ByteSize::new(513));
+            let odd = Disk { serial: Some("é".repeat(11)), queues: 0, size, ..Disk::new("x") };
             vm.devices = vec![DeviceConfig::Disk(odd)];
         }),
         [
             "devices[0].serial: it is 22 bytes long; at most 20 are possible",
             "devices[0].serial: «ééééééééééé» has other than printable ASCII characters; leave them out",
+            "devices[0].size: 513 bytes are not a whole number of sectors of 512; the next that is, is 1024",
             "devices[0].queues: 0 queues are not possible; 1 to 64 are",
         ]
     );

@@ -51,8 +51,11 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
         topology: topology.map(|[sockets, cores, threads]| Topology { sockets, cores, threads }),
     });
     let hugepages = prop_oneof![Just(Hugepages::Off), Just(Hugepages::Size2M), Just(Hugepages::Size1G)];
-    let memory = (any::<u64>(), any::<[bool; 5]>(), hugepages).prop_map(|(size, flags, hugepages)| Memory {
+    let sizes = any::<(u64, Option<u64>, u64)>();
+    let memory = (sizes, any::<[bool; 5]>(), hugepages).prop_map(|((size, max, time), flags, hugepages)| Memory {
         size: ByteSize::new(size),
+        max: max.map(ByteSize::new),
+        resize_timeout: TimeSpan::from_millis(time),
         hugepages,
         transparent_huge_pages: flags[0],
         prefault: flags[1],

@@ -27,6 +27,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -245,6 +246,17 @@ impl Fake {
     /// The guest physical addresses that are mapped, by slot.
     pub fn slots(&self) -> Vec<(SlotId, GpaRange)> {
         self.0.state().slots.iter().map(|((_, id), mapped)| (*id, mapped.slot.range())).collect()
+    }
+
+    /// Writes to a guest's memory, as the guest would, or reads it: `access` is given the region and where in it `gpa` is.
+    ///
+    /// # Panics
+    /// Where no memory is mapped there.
+    pub fn memory<T>(&self, gpa: u64, access: impl FnOnce(&GuestRegionMmap, MemoryRegionAddress) -> T) -> T {
+        let at = |slot: &Slot| slot.region.to_region_addr(GuestAddress(gpa)).map(|at| (slot.region.clone(), at));
+        let found = self.0.state().slots.values().find_map(|mapped| at(&mapped.slot));
+        let (region, at) = found.unwrap_or_else(|| panic!("no memory at {gpa:#x}"));
+        access(&region, at)
     }
 
     /// How much is alive.

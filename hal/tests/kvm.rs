@@ -608,6 +608,32 @@ fn a_reset_after_a_run_is_a_reset_from_power_on() {
 }
 
 #[test]
+fn a_vcpu_that_comes_late_or_again_has_the_time_of_the_others() {
+    let Some(kvm) = kvm() else { return };
+    let vm = kvm.create(&VmSpec { max_vcpus: 2, ..VmSpec::default() }).unwrap();
+    let mut first = vm.create_vcpu(VcpuId(0)).unwrap();
+    first.reset(&real_mode(&kvm)).unwrap();
+    // Long enough that a counter that begins with its vCPU would be behind.
+    std::thread::sleep(Duration::from_millis(200));
+    let mut late = vm.create_vcpu(VcpuId(1)).unwrap();
+    late.reset(&ResetState { entry: None, ..real_mode(&kvm) }).unwrap();
+    let mut between = || [time(&mut *first), time(&mut *late), time(&mut *first)];
+    assert!(between().is_sorted(), "{:?}", between());
+    // It stands in line for its start-up IPI until it is sent away.
+    late.kick().kick();
+    assert_eq!(late.run(&Recorder::new().0).unwrap(), Exit::Kicked);
+    late.reset(&ResetState { entry: None, ..real_mode(&kvm) }).unwrap();
+    let times = [time(&mut *first), time(&mut *late), time(&mut *first)];
+    assert!(times.is_sorted(), "{times:?}");
+}
+
+/// A vCPU's time stamp counter.
+fn time(vcpu: &mut dyn hal::Vcpu) -> u64 {
+    let state = vcpu.state().unwrap().save().unwrap();
+    state.msrs.iter().find(|msr| msr.index == 0x10).unwrap().value
+}
+
+#[test]
 fn the_clock_of_a_vm_can_be_set() {
     let Some(kvm) = kvm() else { return };
     let guest = idle(&kvm, true);

@@ -18,11 +18,12 @@ const GUEST_INIT: &str = include_str!("../../resources/guest/guest-init");
 /// loaded from memory: to unpack one module with the machine's tools takes a second there.
 const LAB_MODULES: [&str; 8] = ["virtio_pci", "9p", "9pnet_virtio", "overlay", "kvm-amd", "tun", "bridge", "vhost_net"];
 /// What a guest may be given, and needs to use it.
-const GUEST_MODULES: [&str; 9] = [
+const GUEST_MODULES: [&str; 10] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
     "virtio_net",
+    "virtio_mem",
     "virtio_rng",
     "button",
     "evdev",

@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use api::{Console, DeviceConfig, Disk, Endpoint, Rng, VmConfig};
+use api::{Console, DeviceConfig, Disk, Endpoint, Net, Rng, VmConfig};
 use halyard_tests::contract::{self, DESCRIPTION};
 use halyard_tests::python::{file, program};
 use halyard_tests::tiny::{Running, Served, guest, kvm};
@@ -22,6 +22,9 @@ fn config(served: &Served) -> VmConfig {
     let mut config = VmConfig::new(guest("power-button"));
     config.memory.size = "64M".parse().expect("a size");
     config.serial = Some(Endpoint::Api {});
+    // A guest that does not answer for vCPUs keeps nobody waiting for long.
+    config.cpus.max = Some(4);
+    config.pci.hotplug_timeout = "50ms".parse().expect("a time");
     config.devices = vec![
         DeviceConfig::Disk(Disk { id: "disk0".into(), ..Disk::new(disk) }),
         DeviceConfig::Console(console),
@@ -73,13 +76,17 @@ fn promtool_has_nothing_to_say_of_the_metrics() {
     if !kvm() {
         return;
     }
-    let served = Served::start("serve", ["--log-level", "warn"]);
+    // In a network of its own it may have a tap.
+    let served = Served::start_after("ip tuntap add tap0 mode tap", "serve", ["--log-level", "warn"]);
     let mut client = served.client();
     let promtool = halyard_tests::cache::folder().expect("a cache").join("bin/promtool");
     // Without a VM, and with one that has a device of each type.
     for booted in [false, true] {
         if booted {
-            client.create(&config(&served)).expect("a VM");
+            let mut config = config(&served);
+            let card = Net { id: "net0".into(), tap: Some("tap0".into()), ..Net::default() };
+            config.devices.push(DeviceConfig::Net(card));
+            client.create(&config).expect("a VM");
             client.boot().expect("a running VM");
         }
         let mut command = Command::new(&promtool);
@@ -99,6 +106,15 @@ fn promtool_has_nothing_to_say_of_the_metrics() {
     assert!(value("halyard_memory_guest_huge_bytes") <= resident);
     let overhead = value("halyard_memory_overhead_bytes");
     assert!((1e5..1e7).contains(&overhead), "{overhead}");
+    for name in ["packets", "bytes", "kicks", "dropped_packets"] {
+        for direction in ["rx", "tx"] {
+            value(&format!("halyard_net_{name}_total{{device=\"net0\",direction=\"{direction}\"}}"));
+        }
+    }
+    for device in ["disk0", "console0", "rng0", "net0"] {
+        value(&format!("halyard_device_faults_total{{device=\"{device}\"}}"));
+    }
+    value("halyard_disk_host_errors_total{device=\"disk0\"}");
     value("halyard_disk_kicks_total{device=\"disk0\"}");
     value("halyard_disk_request_seconds_total{device=\"disk0\",op=\"read\"}");
 }

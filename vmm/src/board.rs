@@ -35,6 +35,8 @@ struct State {
     counters: Option<Arc<MachineCounters>>,
     /// Vcpus and bytes of memory that the machine has.
     present: (u32, u64),
+    /// Bytes of memory that the guest is asked to have.
+    wanted_memory: u64,
 }
 
 impl Board {
@@ -61,6 +63,7 @@ impl Board {
             last_job: 0,
             counters: None,
             present: (0, 0),
+            wanted_memory: 0,
         }))
     }
 
@@ -91,6 +94,16 @@ impl Board {
     /// vCPUs and bytes of memory that a machine has now.
     pub fn present(&self) -> (u32, u64) {
         self.lock().present
+    }
+
+    /// Bytes of memory that the guest is asked to have.
+    pub fn wanted_memory(&self) -> u64 {
+        self.lock().wanted_memory
+    }
+
+    /// Sets the bytes of memory that the guest is asked to have.
+    pub fn want_memory(&self, bytes: u64) {
+        self.lock().wanted_memory = bytes;
     }
 
     /// The counters of the machine, where there is one.
@@ -208,10 +221,11 @@ impl Board {
         id
     }
 
-    /// A job has done this much of its work, in percent.
+    /// A job has come so far, in percent. That is told where it is news.
     pub fn advance_job(&self, id: u64, progress: u8) {
         let mut state = self.lock();
-        let Some(job) = state.jobs.iter_mut().find(|job| job.id == id) else { return };
+        let news = |job: &&mut Job| job.id == id && job.progress != Some(progress);
+        let Some(job) = state.jobs.iter_mut().find(news) else { return };
         job.progress = Some(progress);
         let job = job.clone();
         state.publish(EventKind::Job { job });
@@ -224,6 +238,7 @@ impl Board {
         job.state = how;
         job.ended_ms = Some(now_ms());
         job.error = error;
+        job.progress = job.progress.map(|progress| if how == JobState::Succeeded { 100 } else { progress });
         let job = job.clone();
         state.publish(EventKind::Job { job });
     }

@@ -4,18 +4,21 @@ use api::{Problem, Problems, VmConfig};
 use arch::payload::PayloadError;
 use arch::{BootError, BootSource, KernelError, LoadedKernel, Platform, Topology};
 use devices::virtio::rng::kernel_random;
-use hal::HostCaps;
+use hal::{GpaRange, HostCaps};
 
 use crate::Failure;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
 use crate::memory::{self, FirstPages, Ram};
+use crate::pluggable::PluggableMemory;
 use crate::trace::{Milestone, Trace};
 
 /// A guest ready to be given processors and devices.
 pub struct Loaded {
     /// Its memory.
     pub memory: Ram,
+    /// What can be plugged while it runs.
+    pub pluggable: Option<PluggableMemory>,
     /// What the platform shows.
     pub platform: Platform,
     /// Where the boot processor begins.
@@ -32,8 +35,10 @@ pub struct Loaded {
 pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) -> Result<Loaded, Failure> {
     let topology = topology(config)?;
     let ram = config.memory.size.bytes();
-    let mut platform = Platform::direct_boot(ram, caps.physical_address_bits, topology)
-        .map_err(|error| bad("memory.size", &error.to_string()))?;
+    let (pluggable, most) = pluggable(&config.memory)?;
+    let field = if pluggable.is_some() { "memory.max" } else { "memory.size" };
+    let mut platform = Platform::direct_boot(most, caps.physical_address_bits, topology)
+        .map_err(|error| bad(field, &error.to_string()))?;
     platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
     platform.pvpanic = config.platform.pvpanic;
     platform.pluggable = config.cpus.max.map(|_| config.cpus.count);
@@ -43,6 +48,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
 
     let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Taken);
     let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
     let mut image = image.wait();
@@ -72,7 +78,18 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     trace.mark(Milestone::Kernel);
     tell(&kernel, &image, config.memory.share_kernel);
     let first_pages = image.unpacked().and_then(|_| memory.first_pages(&config.memory));
-    Ok(Loaded { memory, platform, kernel, first_pages })
+    Ok(Loaded { memory, pluggable, platform, kernel, first_pages })
+}
+
+/// Where memory lies that can be plugged, if any can, and the RAM that would reach as far up as all of it does.
+fn pluggable(memory: &api::Memory) -> Result<(Option<GpaRange>, u64), Failure> {
+    let (ram, more) = (memory.size.bytes(), memory.pluggable());
+    if more == 0 {
+        return Ok((None, ram));
+    }
+    let range = arch::layout::pluggable_range(ram, more);
+    let range = range.ok_or_else(|| bad("memory.max", "it is larger than any address space"))?;
+    Ok((Some(range), arch::layout::ram_up_to(range)))
 }
 
 /// What is tried when an image could not be loaded: a kept kernel that is damaged is unpacked anew, and what was

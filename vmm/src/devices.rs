@@ -15,6 +15,7 @@ use crate::Failure;
 use crate::inputs::DeviceInput;
 use crate::machine::Parts;
 use crate::sandbox::{self, Thread};
+use crate::troubles::Troubles;
 
 /// A device, what it counts, and what can be changed of it while it runs.
 pub struct Created {
@@ -27,7 +28,8 @@ pub struct Created {
 }
 
 impl Created {
-    fn plain(device: impl VirtioDevice + 'static) -> Self {
+    /// A device that counts nothing, and of which nothing can be changed.
+    pub fn plain(device: impl VirtioDevice + 'static) -> Self {
         Self { device: Box::new(device), counters: DeviceCounters::None, control: DeviceControl::None }
     }
 }
@@ -54,11 +56,11 @@ pub enum DeviceCounters {
     None,
 }
 
-/// Makes the device that `config` describes, on what was opened for it.
+/// Makes the device that `config` describes, on what was opened for it. What goes wrong with its requests goes to `troubles`.
 ///
 /// # Errors
 /// [`Failure::Host`] where the host side of the device is not there or cannot be attached.
-pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> {
+pub fn create(config: &DeviceConfig, parts: &Parts, troubles: &Arc<Troubles>) -> Result<Created, Failure> {
     let missing = || Failure::Host(format!("{}: its host side was not opened", config.id()));
     Ok(match config {
         DeviceConfig::Disk(disk) => {
@@ -69,7 +71,9 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
                 options.serial.clone_from(serial);
             }
             let threads: Result<Vec<_>, _> = (0..disk.queues).map(|_| io_thread(&disk.id)).collect();
+            let troubles = troubles.clone();
             let device = Blk::new(opened.clone(), &options).on_threads(threads?);
+            let device = device.on_failure(move |failure| troubles.io(failure));
             let counters = DeviceCounters::Disk(device.counters());
             Created { device: Box::new(device), counters, control: DeviceControl::Disk(opened.clone()) }
         }
@@ -95,7 +99,10 @@ pub fn create(config: &DeviceConfig, parts: &Parts) -> Result<Created, Failure> 
 
 /// A thread for a device's queues. It is made here, and not when the guest's driver starts the queues: a thread that is
 /// made by a vCPU's has no more rights than that.
-fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
+///
+/// # Errors
+/// It cannot be made.
+pub fn io_thread(id: &str) -> std::io::Result<Arc<IoThread>> {
     let thread = IoThread::spawn_with(id, || sandbox::enter(Thread::Io))?;
     // Its loop makes a descriptor without the flag.
     sandbox::close_on_exec();

@@ -2,26 +2,35 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use api::{DeviceConfig, Problem};
 use devices::pci::{Indicator, PciSegment, RootPort};
+use devices::virtio::mem::{Mem, MemControl, MemOptions};
 use devices::virtio::transport::VirtioPci;
+use hal::GpaRange;
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
 use crate::Failure;
-use crate::devices::{Created, DeviceControl, DeviceCounters};
+use crate::devices::{Created, DeviceControl, DeviceCounters, io_thread};
 use crate::inbox::{Event, Inbox};
 use crate::machine::Parts;
+use crate::memory::Ram;
+use crate::pluggable::{PluggableMemory, PluggedMemory};
 use crate::seams::VmSeam;
+use crate::troubles::Troubles;
 
 /// How long a vCPU may be in the middle of one access to a device.
 const LONGEST_ACCESS: Duration = Duration::from_secs(10);
 /// How often it is looked whether it still is.
 const LOOK: Duration = Duration::from_micros(100);
+
+/// Stands in messages, and names the thread, of the device that memory is plugged by.
+const MEMORY_ID: &str = "memory";
 
 /// The devices of a machine, in their order.
 pub struct Functions {
@@ -29,6 +38,8 @@ pub struct Functions {
     seam: VmSeam,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     list: Vec<Function>,
+    /// Address space of memory that can be plugged.
+    reserved: Option<Arc<GuestRegionMmap>>,
 }
 
 struct Function {
@@ -38,6 +49,14 @@ struct Function {
     port: Option<u8>,
     counters: DeviceCounters,
     control: DeviceControl,
+    troubles: Arc<Troubles>,
+}
+
+/// A device that is not in its place yet.
+struct New {
+    id: String,
+    created: Created,
+    troubles: Arc<Troubles>,
 }
 
 /// Where a device goes.
@@ -51,10 +70,16 @@ pub enum Place {
     Plugged(u8),
 }
 
+/// The troubles of the device with this id, which the owner is told of.
+fn troubles_of(id: &str, inbox: &Inbox) -> Arc<Troubles> {
+    let (inbox, id) = (inbox.clone(), id.to_owned());
+    Arc::new(Troubles::new(move || inbox.post(Event::DeviceFails { id: id.clone() })))
+}
+
 impl Functions {
     /// None yet.
     pub fn new(pci: Arc<PciSegment>, seam: VmSeam, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
-        Self { pci, seam, memory, list: Vec::new() }
+        Self { pci, seam, memory, list: Vec::new(), reserved: None }
     }
 
     /// Makes a device and puts it in its place. While all `stand`, its queues do, too.
@@ -62,10 +87,35 @@ impl Functions {
     /// # Errors
     /// [`Failure::Host`]; nothing is left of it then.
     pub fn add(&mut self, device: &DeviceConfig, place: Place, parts: &Parts, stand: bool) -> Result<(), Failure> {
-        let id = device.id().to_owned();
-        let Created { device, counters, control } = crate::devices::create(device, parts)?;
+        let troubles = troubles_of(device.id(), parts.inbox);
+        let created = crate::devices::create(device, parts, &troubles)?;
+        self.put(New { id: device.id().to_owned(), created, troubles }, place, parts.inbox, stand)
+    }
+
+    /// Puts memory that can be plugged into its place on the root bus, behind a device of its own.
+    ///
+    /// # Errors
+    /// [`Failure::Host`].
+    pub fn add_memory(&mut self, memory: PluggableMemory, ram: &Ram, inbox: &Inbox) -> Result<MemControl, Failure> {
+        let GpaRange { start, len } = memory.range();
+        let id = MEMORY_ID.to_owned();
+        let options = MemOptions { id: id.clone(), start, len, block_size: memory.block() };
+        self.reserved = Some(memory.region().clone());
+        let plugged = PluggedMemory::new(memory, self.memory.clone(), ram.regions.clone(), inbox.clone());
+        let device = Mem::new(options, Box::new(plugged))?.on_thread(io_thread(MEMORY_ID)?);
+        let control = device.control();
+        let troubles = troubles_of(MEMORY_ID, inbox);
+        self.put(New { id, created: Created::plain(device), troubles }, Place::Root, inbox, false)?;
+        Ok(control)
+    }
+
+    /// Puts a device in its place.
+    fn put(&mut self, new: New, place: Place, inbox: &Inbox, stand: bool) -> Result<(), Failure> {
+        let New { id, created: Created { device, counters, control }, troubles } = new;
         let seam = Arc::new(self.seam.clone());
         let pci = Arc::new(VirtioPci::new(&id, device, self.memory.clone(), seam.clone(), seam)?);
+        let told = troubles.clone();
+        pci.on_broken(move |reason| told.broken(reason));
         if stand {
             pci.suspend();
         }
@@ -75,13 +125,13 @@ impl Functions {
                 None
             }
             Place::Port(port) | Place::Plugged(port) => {
-                let inbox: Inbox = parts.inbox.clone();
+                let inbox = inbox.clone();
                 pci.on_driver(move || inbox.post(Event::DriverCame { port }));
                 self.pci.plug(port, pci.clone(), matches!(place, Place::Port(_)))?;
                 Some(port)
             }
         };
-        self.list.push(Function { id, pci, port, counters, control });
+        self.list.push(Function { id, pci, port, counters, control, troubles });
         Ok(())
     }
 
@@ -161,6 +211,16 @@ impl Functions {
         self.list.iter().map(|function| (function.id.clone(), function.counters.clone())).collect()
     }
 
+    /// How often each device needed a reset, with its id.
+    pub fn faults(&self) -> Vec<(String, Arc<AtomicU64>)> {
+        self.list.iter().map(|function| (function.id.clone(), function.pci.fault_counter())).collect()
+    }
+
+    /// What goes wrong with a device.
+    pub fn troubles(&self, id: &str) -> Option<&Troubles> {
+        self.list.iter().find(|function| function.id == id).map(|function| &*function.troubles)
+    }
+
     /// Where guest memory lies in this process.
     pub fn host_memory(&self) -> Vec<Range<u64>> {
         let memory = self.memory.memory();
@@ -168,7 +228,10 @@ impl Functions {
             let start = u64::try_from(region.as_ptr().addr()).ok()?;
             Some(start..start.checked_add(region.len())?)
         };
-        memory.iter().filter_map(of_region).collect()
+        let reserved = self.reserved.as_deref();
+        let plugged =
+            |region: &&GuestRegionMmap| reserved.is_some_and(|all| all.to_region_addr(region.start_addr()).is_some());
+        memory.iter().filter(|region| !plugged(region)).chain(reserved).filter_map(of_region).collect()
     }
 
     /// Those that stay as long as the machine does, with their ids.

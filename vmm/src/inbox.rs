@@ -30,6 +30,8 @@ pub enum Event {
         /// The port.
         port: u8,
     },
+    /// The guest has another number of blocks of its pluggable memory plugged.
+    MemoryPlugged,
     /// The guest has answered a question about a vCPU.
     ProcessorAnswered {
         /// Its number.
@@ -41,6 +43,11 @@ pub enum Event {
     },
     /// The guest has let go of the vCPU with this number.
     ProcessorEjected(u8),
+    /// A device fails: [`crate::troubles::Troubles`] say how.
+    DeviceFails {
+        /// The device.
+        id: String,
+    },
     /// User space was not reached in time, for this reason.
     BootTimeout(String),
     /// The person at the terminal asked to quit.

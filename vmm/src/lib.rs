@@ -19,6 +19,7 @@ pub mod machine;
 pub mod memory;
 pub mod notify;
 pub mod owner;
+pub mod pluggable;
 pub mod processors;
 pub mod request;
 mod run;
@@ -26,6 +27,7 @@ pub mod sandbox;
 pub mod seams;
 pub mod server;
 pub mod trace;
+pub mod troubles;
 pub mod vcpu;
 
 pub use run::{Failure, Plan, carry_out, carry_out_on};

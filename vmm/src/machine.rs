@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use api::{DeviceConfig, Kind, Problem, VmConfig};
 use arch::{LoadedKernel, Platform, layout};
@@ -13,6 +14,7 @@ use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Serial};
 use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
+use devices::virtio::mem::MemControl;
 use hal::{GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -24,9 +26,11 @@ use crate::functions::{Functions, Place};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::memory::Ram;
+use crate::pluggable::PluggableMemory;
 use crate::processors::{Pluggable, VcpuMaker};
 use crate::seams::VmSeam;
 use crate::trace::{Attached, Milestone, Trace, View};
+use crate::troubles::Troubles;
 use crate::vcpu::{ExitBuses, Mode, VcpuCounters, VcpuThreads};
 
 /// What a machine is made from beside the loaded guest.
@@ -52,6 +56,8 @@ pub struct Machine {
     vcpus: Option<VcpuThreads>,
     watcher: Option<Attached>,
     functions: Functions,
+    /// Plugs memory, where some can be plugged.
+    memory: Option<MemControl>,
     /// The vCPUs that can come and go, where some can.
     pluggable: Option<Pluggable>,
     platform: PlatformDevices,
@@ -69,6 +75,8 @@ pub struct MachineCounters {
     pub vcpus: Vec<(u8, Arc<VcpuCounters>)>,
     /// Each device's, with its id.
     pub devices: Vec<(String, DeviceCounters)>,
+    /// How often each device needed a reset, with its id.
+    pub faults: Vec<(String, Arc<AtomicU64>)>,
     /// Where the guest's memory lies in this process.
     pub memory: Vec<Range<u64>>,
 }
@@ -89,10 +97,10 @@ impl Machine {
     /// # Errors
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
-        let Loaded { memory, platform, kernel, first_pages } = loaded;
+        let Loaded { memory, pluggable, platform, kernel, first_pages } = loaded;
         let count = at_boot(&platform)?;
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
-        let vm = create_vm(parts, &platform, &memory)?;
+        let vm = create_vm(parts, &platform, &memory, pluggable.as_ref())?;
         parts.trace.mark(Milestone::Vm);
         let seam = VmSeam(vm.clone());
         let pio = Arc::new(Bus::new());
@@ -112,12 +120,12 @@ impl Machine {
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
         pci.add(Arc::new(HostBridge::new()))?;
         let ecam = ecam_base..ecam_base + pci.ecam_len();
-        let guest_memory = memory.map.clone();
-        let memory = GuestMemoryAtomic::new(memory.map);
+        let shown = GuestMemoryAtomic::new(memory.map.clone());
         let mut machine = Self {
             vcpus: None,
             watcher: None,
-            functions: Functions::new(pci, seam, memory),
+            functions: Functions::new(pci, seam, shown),
+            memory: None,
             pluggable: None,
             platform: devices,
             mmio: mmio.clone(),
@@ -129,12 +137,14 @@ impl Machine {
             let place = parts.ports.get(device.id()).map_or(Place::Root, |port| Place::Port(*port));
             machine.functions.add(device, place, parts, false)?;
         }
+        let control = pluggable.map(|pluggable| machine.functions.add_memory(pluggable, &memory, parts.inbox));
+        machine.memory = control.transpose()?;
 
         let maker = VcpuMaker::new(parts.hypervisor.caps(), &*vm, platform.topology);
         let entry = |number| (number == 0).then(|| kernel.registers.clone());
         let vcpus = (0..count).map(|number| maker.create(&*vm, number, entry(number))).collect::<Result<_, _>>()?;
         parts.trace.mark(Milestone::Vcpus);
-        machine.watcher = machine.watch(parts, ecam, guest_memory, &kernel)?;
+        machine.watcher = machine.watch(parts, ecam, memory.map, &kernel)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         if mode == Mode::Stand {
             machine.functions.suspend();
@@ -208,6 +218,16 @@ impl Machine {
         self.functions.change(wanted)
     }
 
+    /// The ids of its devices.
+    pub fn device_ids(&self) -> Vec<String> {
+        self.functions.counters().into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// What goes wrong with a device.
+    pub fn troubles(&self, id: &str) -> Option<&Troubles> {
+        self.functions.troubles(id)
+    }
+
     /// A hot-plug port without a device.
     pub fn free_port(&self) -> Option<u8> {
         self.functions.free_port()
@@ -221,6 +241,18 @@ impl Machine {
     /// Whether the guest uses the device behind a hot-plug port.
     pub fn in_use(&self, port: u8) -> bool {
         self.functions.in_use(port)
+    }
+
+    /// Asks the guest to plug this many bytes of memory, in whole blocks.
+    pub fn request_memory(&self, bytes: u64) {
+        if let Some(memory) = &self.memory {
+            memory.request(bytes);
+        }
+    }
+
+    /// Bytes of memory that the guest has plugged.
+    pub fn plugged_memory(&self) -> u64 {
+        self.memory.as_ref().map_or(0, MemControl::plugged)
     }
 
     /// Gives the guest a vCPU, or asks it anew to take one that it has not let go of. To be followed by
@@ -271,6 +303,7 @@ impl Machine {
         Arc::new(MachineCounters {
             vcpus: self.vcpus.as_ref().map(VcpuThreads::counters).unwrap_or_default(),
             devices: self.functions.counters(),
+            faults: self.functions.faults(),
             memory: self.functions.host_memory(),
         })
     }
@@ -314,12 +347,17 @@ impl Drop for Machine {
     }
 }
 
-fn create_vm(parts: &Parts, platform: &Platform, memory: &Ram) -> Result<Arc<dyn Vm>, Failure> {
+fn create_vm(
+    parts: &Parts,
+    platform: &Platform,
+    memory: &Ram,
+    pluggable: Option<&PluggableMemory>,
+) -> Result<Arc<dyn Vm>, Failure> {
     // Those that may come included. Ids have gaps where a topology's counts are no powers of two.
     let max_vcpus = platform.topology.vcpu_ids().iter().map(|id| u32::from(id.0) + 1).max().unwrap_or(1);
     let spec = VmSpec { kind: kind(parts.config.kind), max_vcpus, ..VmSpec::default() };
     let vm: Arc<dyn Vm> = Arc::from(parts.hypervisor.create(&spec)?);
-    for region in &memory.regions {
+    for region in memory.regions.iter().chain(pluggable.map(PluggableMemory::region)) {
         vm.memory().map(Slot::new(region.clone()))?;
     }
     Ok(vm)

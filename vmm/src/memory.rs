@@ -64,11 +64,7 @@ pub struct Ram {
 pub fn create(ranges: &[GpaRange], config: &api::Memory) -> Result<Ram, Error> {
     let total: u64 = ranges.iter().map(|range| range.len).sum();
     let mib = total >> 20;
-    // Anonymous memory cannot be huge by request of one process alone: reserved pages come through the file.
-    let file = (config.shared || config.hugepages != Hugepages::Off)
-        .then(|| memory_file(total, config.hugepages))
-        .transpose()?
-        .map(Arc::new);
+    let file = file(total, config)?;
     let mut offset = 0;
     let mut regions = Vec::with_capacity(ranges.len());
     for range in ranges {
@@ -127,6 +123,18 @@ impl FirstPages {
             end = start;
         }
     }
+}
+
+/// The file that `total` bytes of memory are in, where they are not anonymous.
+///
+/// # Errors
+/// As [`create`].
+pub fn file(total: u64, config: &api::Memory) -> Result<Option<Arc<File>>, Error> {
+    // Anonymous memory cannot be huge by request of one process alone: reserved pages come through the file.
+    if !config.shared && config.hugepages == Hugepages::Off {
+        return Ok(None);
+    }
+    memory_file(total, config.hugepages).map(Arc::new).map(Some)
 }
 
 fn memory_file(total: u64, pages: Hugepages) -> Result<File, Error> {

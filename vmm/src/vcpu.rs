@@ -478,6 +478,46 @@ mod tests {
     }
 
     #[test]
+    fn vcpus_come_and_go_whether_the_others_run_or_stand() {
+        let fake = Fake::new();
+        let (mut threads, _inbox) = start(&fake, 3, Mode::Run);
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(0)) });
+        for round in 0..200 {
+            if round % 2 == 0 {
+                threads.pause().unwrap();
+            }
+            let vcpu = threads.take_out(1).unwrap();
+            assert!(threads.take_out(1).is_none() && !threads.has(1));
+            let before = runs(&fake);
+            threads.start(1).unwrap();
+            threads.seat(1, vcpu, &buses);
+            threads.pause().unwrap();
+            if round % 2 == 0 {
+                assert_eq!(runs(&fake), before, "it runs while all stand");
+            }
+            threads.resume();
+        }
+        assert_eq!(threads.counters().iter().map(|(number, _)| *number).collect::<Vec<_>>(), [0, 1, 2]);
+        threads.start(3).unwrap();
+        assert!(threads.take_out(3).is_none(), "it was never given one");
+        threads.pause().unwrap();
+    }
+
+    #[test]
+    fn a_vcpu_that_died_and_is_taken_out_is_not_counted() {
+        let fake = Fake::new();
+        fake.script(VcpuId(1), [Step::Crash("it broke".into())]);
+        let (mut threads, inbox) = start(&fake, 2, Mode::Run);
+        while inbox.take().is_none() {
+            std::thread::yield_now();
+        }
+        drop(threads.take_out(1).unwrap());
+        assert_eq!(threads.gate.lock().ended, 0);
+        threads.pause().unwrap();
+    }
+
+    #[test]
     fn orders_in_quick_succession_are_all_obeyed() {
         let fake = Fake::new();
         let (threads, _inbox) = start(&fake, 4, Mode::Run);

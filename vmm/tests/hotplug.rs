@@ -297,9 +297,11 @@ fn a_disk_that_runs_grows_and_nothing_else_of_it_changes() {
     for phase in [PhaseName::Running, PhaseName::Paused] {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(1 << 20).unwrap();
-        let disk = Disk { id: "a".into(), ..Disk::new(image.path()) };
+        let disk = Disk { id: "disk0".into(), ..Disk::new(image.path()) };
         let given = DeviceConfig::Disk(disk.clone());
-        let service = Service::start_in(phase, |config| config.devices.push(given.clone()));
+        // Its id is the one that it is given by default.
+        let service =
+            Service::start_in(phase, |config| config.devices.push(DeviceConfig::Disk(Disk::new(image.path()))));
         let put = |disk: Disk| put(&service, DeviceConfig::Disk(disk));
         let sized = |mib| Disk { size: Some(api::ByteSize::mib(mib)), ..disk.clone() };
         assert!(matches!(put(disk.clone()), Ok(Answer::Done)));
@@ -311,14 +313,14 @@ fn a_disk_that_runs_grows_and_nothing_else_of_it_changes() {
         assert_eq!(fields(put(sized(1))), ["size"], "it does not shrink");
         let other = Disk { readonly: true, serial: Some("x".into()), ..sized(2) };
         assert_eq!(fields(put(other)), ["readonly", "serial"]);
-        let other = DeviceConfig::Rng(Rng { id: "a".into() });
+        let other = DeviceConfig::Rng(Rng { id: "disk0".into() });
         assert!(fields(self::put(&service, other)).contains(&"type".to_owned()));
         // Without a size it is all of the file, whenever that is asked for.
         for length in [4, 5] {
             image.as_file().set_len(length << 20).unwrap();
             assert!(matches!(put(disk.clone()), Ok(Answer::Done)));
         }
-        let changed = || EventKind::DeviceChanged { id: "a".into() };
+        let changed = || EventKind::DeviceChanged { id: "disk0".into() };
         assert_eq!(told(&service), [changed(), changed(), changed()]);
         let change = Change::PutDevice { device: Box::new(given), descriptors: Descriptors::sent([]) };
         let expected = service.board.generation() - 1;

@@ -7,7 +7,8 @@
 //! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs; the address range of message-signalled interrupts
 //! 0xfeff_c000  pages that a hypervisor may need for itself
-//! 0x1_0000_0000  RAM that the hole from 0xc000_0000 pushed up, then the 64-bit MMIO window for BARs
+//! 0x1_0000_0000  RAM that the hole from 0xc000_0000 pushed up, then memory that is plugged while the guest runs, then the
+//!                64-bit MMIO window for BARs
 //! ```
 
 use hal::GpaRange;
@@ -103,6 +104,10 @@ pub const PROCESSORS_STATUS: u8 = 8;
 /// What the first of them reads as where nothing more is asked.
 pub const PROCESSORS_NONE: u32 = u32::MAX;
 
+/// Memory that is plugged while the guest runs begins at a multiple of this, in bytes: Linux adds memory by blocks that it
+/// chooses, of 128 MiB to 2 GiB, and leaves out what is no whole one.
+pub const PLUGGABLE_ALIGNMENT: u64 = 2 << 30;
+
 /// Memory does not fit into the guest's address space.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
@@ -126,6 +131,20 @@ pub fn ram_ranges(bytes: u64) -> Vec<GpaRange> {
     let low = bytes.min(HOLE_START);
     let ranges = [GpaRange { start: 0, len: low }, GpaRange { start: HOLE_END, len: bytes - low }];
     ranges.into_iter().filter(|range| range.len > 0).collect()
+}
+
+/// Where `bytes` of memory lie that is plugged while the guest runs: above `ram` bytes of RAM, at a multiple of
+/// [`PLUGGABLE_ALIGNMENT`]. `None` where the address space has no such range.
+pub fn pluggable_range(ram: u64, bytes: u64) -> Option<GpaRange> {
+    let ram_end = HOLE_END.checked_add(ram.saturating_sub(HOLE_START))?;
+    let start = ram_end.checked_next_multiple_of(PLUGGABLE_ALIGNMENT)?;
+    start.checked_add(bytes)?;
+    Some(GpaRange { start, len: bytes })
+}
+
+/// The RAM that would reach as far up as `range`, which lies above the hole, for [`mmio64_window`].
+pub fn ram_up_to(range: GpaRange) -> u64 {
+    range.start.saturating_add(range.len).saturating_sub(HOLE_END - HOLE_START)
 }
 
 /// The most RAM, in bytes, that fits beside the hole and the 64-bit MMIO window.
@@ -192,6 +211,18 @@ mod tests {
         assert_eq!(window(6 * GIB, 48), Ok((7 * GIB, (1 << 48) - 7 * GIB)));
         // RAM up to the last GiB leaves that one to the window.
         assert_eq!(window(62 * GIB, 36), Ok((63 * GIB, GIB)));
+    }
+
+    #[test]
+    fn pluggable_memory_lies_between_ram_and_the_64_bit_window() {
+        let range = |ram, bytes| pluggable_range(ram, bytes).map(|range| (range.start, range.len));
+        assert_eq!(range(GIB, 3 * GIB), Some((4 * GIB, 3 * GIB)));
+        assert_eq!(range(3 * GIB, GIB), Some((4 * GIB, GIB)));
+        assert_eq!(range(3 * GIB + 4096, 128 * MIB), Some((6 * GIB, 128 * MIB)));
+        assert_eq!(range(u64::MAX, GIB), None);
+        assert_eq!(range(GIB, u64::MAX - GIB), None);
+        let top = ram_up_to(pluggable_range(GIB, 3 * GIB).unwrap());
+        assert_eq!(mmio64_window(top, 40).unwrap().start, 7 * GIB);
     }
 
     #[test]

@@ -130,6 +130,11 @@ impl Request {
         self.operation
     }
 
+    /// Where on the disk, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// How much of the disk it is about, in bytes.
     pub fn len(&self) -> u64 {
         self.len

@@ -8,6 +8,7 @@ pub mod blk;
 pub mod chain;
 mod config;
 pub mod console;
+pub mod mem;
 pub mod net;
 pub mod queue;
 pub mod rng;

@@ -35,6 +35,10 @@ pub(super) struct KvmVcpu {
     thread: Option<ThreadId>,
 }
 
+/// Why KVM cannot carry out an access of the guest's: this process may not do it either.
+const NO_MEMORY: &str =
+    "the guest wrote to memory that it does not have, or the host has none for it (KVM_RUN: EFAULT)";
+
 /// What an exit means for the loop in [`Vcpu::run`].
 enum Step {
     /// It was answered: on with the guest.
@@ -83,6 +87,7 @@ impl KvmVcpu {
                 libc::EINTR if running.take_kick() => Ok(Step::Ends(Exit::Kicked)),
                 // EINTR: a signal that is no business of the guest. EAGAIN: the start-up IPI has come.
                 libc::EINTR | libc::EAGAIN => Ok(Step::Answered),
+                libc::EFAULT => Ok(Step::Crash(NO_MEMORY.into())),
                 _ => Err(failed("KVM_RUN")(error)),
             },
         }

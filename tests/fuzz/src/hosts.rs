@@ -2,6 +2,7 @@
 
 mod blk;
 mod console;
+mod mem;
 mod net;
 mod rng;
 
@@ -29,7 +30,7 @@ pub trait Host {
 }
 
 /// The kinds of hosts, by number.
-pub const KINDS: u8 = 6;
+pub const KINDS: u8 = 7;
 
 /// A host by the number of its kind.
 pub fn host(kind: u8) -> Box<dyn Host> {
@@ -39,7 +40,8 @@ pub fn host(kind: u8) -> Box<dyn Host> {
         2 => Box::new(net::Wire::new()),
         3 => Box::new(console::Terminal::new(&[""])),
         4 => Box::new(console::Terminal::new(&["", "agent", "log"])),
-        _ => Box::new(rng::Entropy),
+        5 => Box::new(rng::Entropy),
+        _ => Box::<mem::Memory>::default(),
     }
 }
 

@@ -6,7 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::Bus;
 use devices::ioapic::{IoApic, PINS};
-use devices::legacy::{AcpiRegisters, DebugExit, I8042, PlatformEvent, PlatformEvents, PvPanic, Serial, SerialPeer};
+use devices::legacy::{
+    AcpiRegisters, DebugExit, I8042, PlatformEvent, PlatformEvents, ProcessorObserver, Processors, PvPanic, Serial,
+    SerialPeer,
+};
 use devices::virtio::testing::FakeInterrupts;
 
 use crate::input::{Step, pattern, width};
@@ -16,6 +19,10 @@ const DEBUG_EXIT: u64 = 0xf4;
 const I8042_PORT: u64 = 0x60;
 const PVPANIC: u64 = 0x505;
 const ACPI: u64 = 0x600;
+const PROCESSORS: u64 = 0x6f8;
+/// Processors that may be there, and the offset of the first one's status.
+const MOST_PROCESSORS: u8 = 8;
+const PROCESSOR_STATUS: u64 = 8;
 const IOAPIC: u64 = 0xfec0_0000;
 
 /// Registers of the serial port.
@@ -53,8 +60,10 @@ pub mod ops {
     pub const SAVE: u8 = 9;
     /// The machine is reset.
     pub const RESET: u8 = 10;
+    /// Processors come and go: number, what is asked.
+    pub const PROCESSOR: u8 = 11;
     /// How many there are.
-    pub const COUNT: u8 = 11;
+    pub const COUNT: u8 = 12;
 }
 
 #[derive(Default)]
@@ -62,6 +71,18 @@ struct Asked(AtomicU32);
 
 impl PlatformEvents for Asked {
     fn event(&self, _event: PlatformEvent) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl ProcessorObserver for Asked {
+    fn answered(&self, number: u8, _insertion: bool, _status: u16) {
+        assert!(number < MOST_PROCESSORS, "an answer for processor {number}");
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn ejected(&self, number: u8) {
+        assert!((1..MOST_PROCESSORS).contains(&number), "processor {number} is ejected");
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -96,6 +117,7 @@ pub struct Platform {
     interrupts: FakeInterrupts,
     ioapic: Arc<IoApic>,
     acpi: Arc<AcpiRegisters>,
+    processors: Arc<Processors>,
     serial: Arc<Serial>,
     typed: Typed,
     /// What the guest is to read next, while it has not looped its own output back.
@@ -118,22 +140,24 @@ impl Platform {
         let lines: Vec<_> = lines.by_ref().collect();
         let serial = Arc::new(Serial::new(lines[usize::from(COM1_PIN)].clone(), Box::new(typed.clone())));
         let acpi = Arc::new(AcpiRegisters::new(asked.clone(), lines[9].clone()));
+        let processors = Arc::new(Processors::new(MOST_PROCESSORS, 2, asked.clone()));
         let ioapic = Arc::new(ioapic);
         ports.insert(COM1, Serial::LEN, serial.clone()).expect("the serial port");
         ports.insert(DEBUG_EXIT, DebugExit::LEN, Arc::new(DebugExit::new(asked.clone()))).expect("debug exit");
         ports.insert(I8042_PORT, I8042::LEN, Arc::new(I8042::new(asked.clone()))).expect("the keyboard controller");
         ports.insert(PVPANIC, PvPanic::LEN, Arc::new(PvPanic::new(asked.clone()))).expect("the panic device");
         ports.insert(ACPI, AcpiRegisters::LEN, acpi.clone()).expect("power management");
+        ports.insert(PROCESSORS, processors.len_of_range(), processors.clone()).expect("the processors");
         mmio.insert(IOAPIC, IoApic::LEN, ioapic.clone()).expect("the I/O APIC");
         let expected = Some(VecDeque::new());
-        Self { ports, mmio, asked, writes: 0, interrupts, ioapic, acpi, serial, typed, expected }
+        Self { ports, mmio, asked, writes: 0, interrupts, ioapic, acpi, processors, serial, typed, expected }
     }
 
     /// Does a step, and looks whether interrupts go where they may.
     pub fn step(&mut self, step: Step) {
         let Step { a, b, c, d, .. } = step;
         let wide = (u64::from(d) | u64::from(!d) << 32).to_le_bytes();
-        let port = [COM1, DEBUG_EXIT, I8042_PORT, PVPANIC, ACPI, COM1][usize::from(a) % 6] + u64::from(b & 0xf);
+        let port = [COM1, DEBUG_EXIT, I8042_PORT, PVPANIC, ACPI, COM1, PROCESSORS][usize::from(a) % 7] + u64::from(b & 0xf);
         match step.op % ops::COUNT {
             ops::OUT => self.write(port, &wide[..width(c)]),
             ops::IN => self.read(port, width(c)),
@@ -157,6 +181,7 @@ impl Platform {
             ops::END => self.ioapic.end_of_interrupt(a),
             ops::BUTTON => self.acpi.press_power_button().expect("an event"),
             ops::SAVE => self.save(),
+            ops::PROCESSOR => self.plug(a % (MOST_PROCESSORS + 1), b),
             _ => {
                 self.ioapic.reset();
                 self.acpi.reset();
@@ -169,6 +194,21 @@ impl Platform {
             self.interrupts.take(pin);
         }
         assert!(self.asked.0.load(Ordering::Relaxed) <= self.writes, "more was asked of the machine than written");
+    }
+
+    /// Asks the guest something about a processor, and looks whether the first one is still there.
+    fn plug(&self, number: u8, what: u8) {
+        match what % 4 {
+            0 => self.processors.insert(number),
+            1 => self.processors.ask_to_eject(number),
+            2 => drop(self.processors.take_back(number)),
+            _ if number > 0 => self.processors.remove(number),
+            _ => {}
+        }
+        self.acpi.show_processors().expect("an event");
+        let mut there = [0];
+        self.ports.read(PROCESSORS + PROCESSOR_STATUS, &mut there);
+        assert_eq!(there, [0xf], "the first processor is gone");
     }
 
     fn write(&mut self, port: u64, data: &[u8]) {

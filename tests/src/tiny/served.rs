@@ -25,10 +25,30 @@ impl Served {
     /// Where it does not become so.
     #[track_caller]
     pub fn start<A: Into<OsString>>(command: &str, args: impl IntoIterator<Item = A>) -> Self {
+        Self::start_as(halyard(), command, args)
+    }
+
+    /// The same where `sh` does `line` first, with mounts and a network of its own, as their root.
+    ///
+    /// # Panics
+    /// As [`Served::start`].
+    #[track_caller]
+    pub fn start_after<A: Into<OsString>>(line: &str, command: &str, args: impl IntoIterator<Item = A>) -> Self {
+        let mut started = std::process::Command::new("unshare");
+        started.args(["--map-root-user", "--mount", "--net", "sh", "-ec", &format!("{line}\nexec \"$0\" \"$@\"")]);
+        started.arg(halyard().get_program());
+        Self::start_as(started, command, args)
+    }
+
+    #[track_caller]
+    fn start_as<A: Into<OsString>>(
+        mut started: std::process::Command,
+        command: &str,
+        args: impl IntoIterator<Item = A>,
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let manager = UnixDatagram::bind(folder.path().join("notify")).expect("a socket");
         manager.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-        let mut started = halyard();
         started.env("NOTIFY_SOCKET", folder.path().join("notify"));
         started.arg(command).arg("--api-socket").arg(folder.path().join("api"));
         started.args(args.into_iter().map(Into::into)).current_dir(folder.path());

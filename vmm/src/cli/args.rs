@@ -164,7 +164,7 @@ pub struct MeasureArgs {
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: String,
 
-    /// List what the firmware extends RTMR0 with first, too
+    /// List what MRTD is made of, and what the firmware extends RTMR0 with first
     #[arg(long)]
     pub events: bool,
 
@@ -263,7 +263,8 @@ pub struct RunArgs {
 
     /// How much memory, in bytes or with K, M, G or T in steps of 1024 [default: 512M]
     ///
-    /// Further keys: hugepages=off|2M|1G takes it from the host's reserved huge pages, transparent_huge_pages=on|off
+    /// Further keys: max=SIZE lets a guest with a driver for virtio-mem have up to as much while it runs (halyard ctl
+    /// memory), and resize_timeout=TIME (default 60s) is how long it may take without progress; hugepages=off|2M|1G takes it from the host's reserved huge pages, transparent_huge_pages=on|off
     /// (default on) lets the host use transparent ones, prefault=on|off (default off) populates all of it at the
     /// start, shared=on|off (default off) makes it a memfd that other processes can map,
     /// lock=on|off (default off) keeps it from being swapped out; share_kernel=on|off (default off): guests of one kernel

@@ -315,12 +315,26 @@ impl Flags {
     fn memory(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--memory {}", brief(text));
         self.origin("memory", "--memory", text);
-        let known = ["size", "hugepages", "transparent_huge_pages", "prefault", "shared", "lock", "share_kernel"];
+        let known = [
+            "size",
+            "max",
+            "resize_timeout",
+            "hugepages",
+            "transparent_huge_pages",
+            "prefault",
+            "shared",
+            "lock",
+            "share_kernel",
+        ];
         let sizes = [("off", Hugepages::Off), ("2M", Hugepages::Size2M), ("1G", Hugepages::Size1G)];
         let memory = &mut config.memory;
         for Pair { key, value } in self.list(&at, text, Some("size"), &known) {
             match key.as_str() {
                 "size" => memory.size = self.unit(&at, &key, value).unwrap_or(memory.size),
+                "max" => memory.max = self.unit(&at, &key, value).or(memory.max),
+                "resize_timeout" => {
+                    memory.resize_timeout = self.unit(&at, &key, value).unwrap_or(memory.resize_timeout)
+                }
                 "hugepages" => {
                     let word =
                         self.given(&at, &key, value).and_then(|word| self.word(&format!("{at}: {key}"), &word, &sizes));

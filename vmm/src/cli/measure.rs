@@ -8,8 +8,8 @@ use std::process::ExitCode;
 
 use api::ByteSize;
 use arch::layout;
-use arch::tdx::LaunchPlan;
 use arch::tdx::measure::{self, Event};
+use arch::tdx::{LaunchPlan, LaunchRegion};
 use serde::Serialize;
 
 use super::args::MeasureArgs;
@@ -24,9 +24,37 @@ const TOO_LONG: u64 = (64 << 20) + 1;
 struct Report {
     /// 96 hexadecimal digits.
     mrtd: String,
+    /// What MRTD is made of.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pages: Vec<ReportedPages>,
     /// What firmware extends the registers with first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     events: Vec<ReportedEvent>,
+}
+
+#[derive(Debug, Serialize)]
+struct ReportedPages {
+    /// The address of the first, as in "0xffc84000".
+    start: String,
+    /// How many of 4096 bytes.
+    count: u64,
+    what: &'static str,
+    /// Their contents are measured, and not their addresses alone.
+    measured: bool,
+    /// Of their contents.
+    sha384: String,
+}
+
+impl From<&LaunchRegion<'_>> for ReportedPages {
+    fn from(region: &LaunchRegion) -> Self {
+        Self {
+            start: format!("{:#x}", region.memory.start),
+            count: region.memory.len / layout::PAGE_SIZE,
+            what: region.kind.name(),
+            measured: region.measured,
+            sha384: hex(&region.digest()),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -82,8 +110,12 @@ fn report(args: &MeasureArgs) -> Result<Report, (&'static str, String)> {
     let file = read(&args.firmware).map_err(|error| bad_firmware(error.to_string()))?;
     let ram = layout::ram_ranges(memory.bytes());
     let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad_firmware(error.to_string()))?;
-    let events = if args.events { measure::first_events(&plan) } else { Vec::new() };
-    Ok(Report { mrtd: hex(&measure::mrtd(&plan)), events: events.into_iter().map(Into::into).collect() })
+    let mut report = Report { mrtd: hex(&measure::mrtd(&plan)), pages: Vec::new(), events: Vec::new() };
+    if args.events {
+        report.pages = plan.regions.iter().map(Into::into).collect();
+        report.events = measure::first_events(&plan).into_iter().map(Into::into).collect();
+    }
+    Ok(report)
 }
 
 /// Reads a file that may be firmware; no more of it than shows that it is too long.
@@ -98,8 +130,12 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 
 fn text(report: &Report) -> String {
     let mut text = format!("MRTD {}\n", report.mrtd);
+    // Writing to a text never fails.
+    for ReportedPages { start, count, what, measured, sha384 } in &report.pages {
+        let how = if *measured { "measured" } else { "added" };
+        let _ = writeln!(text, "mrtd  {start:>10} {sha384} {count} pages {how}: {what}");
+    }
     for ReportedEvent { register, kind, what, digest } in &report.events {
-        // Writing to a text never fails.
         let _ = writeln!(text, "{register} {kind} {digest} {what}");
     }
     text

@@ -66,36 +66,33 @@ fn changeable(device: &DeviceConfig) -> &'static [&'static str] {
     }
 }
 
-/// Whether a device that the machine has can become `wanted`; `removable` where it can be removed from it.
+/// Whether a device that the machine has can become `wanted`. What was left open may also be named as it was filled in.
 ///
 /// # Errors
 /// [`Refusal::Problems`], with each field that cannot be changed.
-pub(super) fn allowed_while_it_runs(
-    given: &DeviceConfig,
-    wanted: &DeviceConfig,
-    removable: bool,
-) -> Result<(), Refusal> {
-    let fields = |device| match serde_json::to_value(device) {
-        Ok(serde_json::Value::Object(fields)) => fields,
-        _ => serde_json::Map::new(),
-    };
-    let (old, new) = (fields(given), fields(wanted));
-    let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
-    let fixed = names.into_iter().filter(|name| old.get(*name) != new.get(*name));
-    let remedy = match removable {
+pub(super) fn allowed_while_it_runs(prepared: &Prepared, wanted: &DeviceConfig) -> Result<(), Refusal> {
+    let id = wanted.id();
+    let filled = prepared.config.devices.iter().find(|device| device.id() == id);
+    let (given, filled, new) = (fields(prepared.given_device(id)), fields(filled), fields(Some(wanted)));
+    let names: BTreeSet<&String> = given.keys().chain(new.keys()).collect();
+    let is_as_before = |name: &str| [&given, &filled].iter().any(|old| old.get(name) == new.get(name));
+    let remedy = match prepared.ports.contains_key(id) {
         true => "remove the device and add it anew",
         false => "it can be changed before the VM boots",
     };
-    let problems: Vec<Problem> = fixed
-        .filter(|name| !changeable(given).contains(&name.as_str()))
+    let problems: Vec<Problem> = names
+        .into_iter()
+        .filter(|name| !is_as_before(name) && !changeable(wanted).contains(&name.as_str()))
         .map(|name| Problem::new(name.as_str(), "cannot be changed while the VM runs", remedy))
         .collect();
     if problems.is_empty() { Ok(()) } else { Err(Refusal::Problems(Problems(problems))) }
 }
 
-/// What can only be changed before the machine exists.
-pub(super) fn not_while_it_runs() -> Refusal {
-    Refusal::Unsupported("the size of memory cannot be changed while the VM runs: it is not built yet".into())
+fn fields(device: Option<&DeviceConfig>) -> serde_json::Map<String, serde_json::Value> {
+    match serde_json::to_value(device) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    }
 }
 
 /// Both configurations with those devices only that `shown` picks by their ids.

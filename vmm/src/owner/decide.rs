@@ -37,7 +37,9 @@ pub fn decide(lifecycle: &Lifecycle, event: Event) -> Verdict {
         Event::Vcpu(VcpuEnd::TripleFault) => Verdict::Stop(Outcome::Crashed { reason: "a triple fault".into() }),
         Event::Vcpu(VcpuEnd::Crash(reason)) => Verdict::Stop(Outcome::Crashed { reason }),
         Event::BootTimeout(reason) => Verdict::Stop(Outcome::BootTimeout { reason }),
-        Event::Slot { .. } | Event::DriverCame { .. } => Verdict::GoOn,
+        Event::Slot { .. } | Event::DriverCame { .. } | Event::DeviceFails { .. } | Event::MemoryPlugged => {
+            Verdict::GoOn
+        }
         Event::ProcessorAnswered { .. } | Event::ProcessorEjected(_) => Verdict::GoOn,
         Event::Quit => Verdict::Stop(Outcome::Quit),
     }

@@ -128,12 +128,9 @@ impl Owner {
     fn change_running(&mut self, wanted: &DeviceConfig) -> Result<Answer, Refusal> {
         let id = wanted.id().to_owned();
         let Some(Live { machine, prepared, .. }) = self.phase.live() else { return Err(no_device(&id)) };
-        let given = prepared.given_device(&id).ok_or_else(|| no_device(&id))?;
-        let is_new = given != wanted;
-        change::allowed_while_it_runs(given, wanted, prepared.ports.contains_key(&id))?;
+        change::allowed_while_it_runs(prepared, wanted)?;
         let changed = machine.change_device(wanted).map_err(|problem| Refusal::Problems(Problems(vec![problem])))?;
-        prepared.set_changeable(wanted);
-        if changed || is_new {
+        if prepared.set_changeable(wanted) || changed {
             self.show_change(EventKind::DeviceChanged { id });
         }
         Ok(Answer::Done)
@@ -300,7 +297,7 @@ impl Owner {
                 }
                 if let Some(error) = &error {
                     tracing::warn!("«{id}»: {}", error.detail);
-                    self.board.publish(EventKind::DeviceFailed { id, reason: error.detail.clone() });
+                    self.board.publish(EventKind::DeviceFailed { id, reason: error.detail.clone(), count: 1 });
                 }
                 self.board.end_job(job, how, error);
             }

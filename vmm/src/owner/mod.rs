@@ -6,8 +6,10 @@
 mod change;
 mod decide;
 mod hotplug;
+mod memory;
 mod phase;
 mod reports;
+mod troubles;
 mod vcpus;
 
 use std::mem;
@@ -25,6 +27,8 @@ pub use phase::{Live, Phase, Prepared, RequestKind, admit};
 pub use reports::{Report, Reports};
 
 use self::hotplug::Hotplug;
+use self::memory::Memory;
+use self::troubles::Failing;
 use self::vcpus::Vcpus;
 use crate::board::Board;
 use crate::endpoints::Endpoints;
@@ -77,8 +81,12 @@ pub struct Owner {
     closing: Option<Closing>,
     /// Devices that come and go.
     hotplug: Hotplug,
+    /// Memory that comes and goes.
+    memory: Memory,
     /// vCPUs, which may come and go.
     vcpus: Vcpus,
+    /// Devices that failed lately.
+    failing: Failing,
     /// The signal that asked for the end.
     ending: Option<Signal>,
 }
@@ -108,7 +116,9 @@ impl Owner {
             phase: Phase::Empty,
             closing: None,
             hotplug: Hotplug::default(),
+            memory: Memory::default(),
             vcpus: Vcpus::default(),
+            failing: Failing::default(),
             ending: None,
         })
     }
@@ -218,8 +228,9 @@ impl Owner {
                 _ => {}
             }
             let deadline = self.closing.as_ref().map(|closing| closing.deadline);
-            let times = [deadline, self.hotplug_deadline(), self.vcpus_deadline(), self.manager.next_tick()];
-            let time = times.into_iter().flatten().min();
+            let jobs = [self.hotplug_deadline(), self.memory_deadline(), self.vcpus_deadline()];
+            let others = [deadline, self.failing.deadline(), self.manager.next_tick()];
+            let time = jobs.into_iter().chain(others).flatten().min();
             match self.reports.next(time)? {
                 Report::Event(event) => self.handle_event(event),
                 Report::Signal(signal) => self.handle_signal(signal),
@@ -231,7 +242,9 @@ impl Owner {
                     self.manager.tick();
                     self.mind_the_deadline();
                     self.mind_hotplug();
+                    self.mind_memory();
                     self.mind_vcpus();
+                    self.mind_failing();
                 }
             }
         }
@@ -245,13 +258,19 @@ impl Owner {
     }
 
     fn show_machine(&mut self) {
-        let shown = self
-            .phase
-            .live()
-            .map(|live| (live.machine.counters(), (self.vcpus.present(), live.prepared.config.memory.size.bytes())));
+        let shown = self.phase.live().map(|live| {
+            let (size, plugged) = (live.prepared.config.memory.size.bytes(), live.machine.plugged_memory());
+            (live.machine.counters(), (self.vcpus.present(), size + plugged), size)
+        });
         match shown {
-            Some((counters, present)) => self.board.set_machine(Some(counters), present),
-            None => self.board.set_machine(None, (0, 0)),
+            Some((counters, present, size)) => {
+                self.board.set_machine(Some(counters), present);
+                self.board.want_memory(size + self.wanted_memory());
+            }
+            None => {
+                self.board.set_machine(None, (0, 0));
+                self.board.want_memory(0);
+            }
         }
     }
 
@@ -264,8 +283,10 @@ impl Owner {
         match event {
             Event::Slot { port, shows } => self.slot_changed(port, shows),
             Event::DriverCame { port } => self.driver_came(port),
+            Event::MemoryPlugged => self.memory_plugged(),
             Event::ProcessorAnswered { number, insertion, status } => self.vcpu_answered(number, insertion, status),
             Event::ProcessorEjected(number) => self.vcpu_ejected(number),
+            Event::DeviceFails { ref id } => self.device_fails(id.clone()),
             Event::Platform(PlatformEvent::Panicked) => {
                 self.board.publish(EventKind::GuestPanic { crash_kernel: false });
             }
@@ -337,6 +358,7 @@ impl Owner {
 
     /// Ends the VM's run.
     fn stop(&mut self, outcome: Outcome, reason: Reason) {
+        self.end_failing();
         let live = match mem::replace(&mut self.phase, Phase::Empty) {
             Phase::Running(live) | Phase::Paused(live) => live,
             other => {
@@ -354,6 +376,7 @@ impl Owner {
         drop(endpoints);
         drop(prepared);
         self.hotplug.end_with_the_run(&self.board);
+        self.memory.end_with_the_run(&self.board);
         self.vcpus_end_with_the_run();
         if let Some(Closing { job, .. }) = self.closing.take() {
             // Who asked for force has what was asked for when the deadline destroys the VM.
@@ -368,6 +391,7 @@ impl Owner {
 
     /// Makes the machine anew: it boots again, or stands at its first instruction where it stood before.
     fn restart(&mut self, reason: Reason) {
+        self.end_failing();
         let (live, mode) = match mem::replace(&mut self.phase, Phase::Empty) {
             Phase::Running(live) => (live, Mode::Run),
             Phase::Paused(live) => (live, Mode::Stand),
@@ -387,12 +411,14 @@ impl Owner {
                 self.phase = if mode == Mode::Run { Phase::Running(live) } else { Phase::Paused(live) };
                 self.show_machine();
                 self.board.publish(EventKind::Reset { reason });
+                self.memory_after_reset();
                 tracing::info!("the guest boots again");
             }
             Err(failure) => {
                 tracing::error!("{failure}");
                 endpoints.drain();
                 self.hotplug.end_with_the_run(&self.board);
+                self.memory.end_with_the_run(&self.board);
                 self.vcpus_end_with_the_run();
                 let outcome = Outcome::Failed { reason: failure.to_string() };
                 self.phase = Phase::Stopped(outcome.clone());
@@ -438,6 +464,7 @@ impl Owner {
                 live.machine.resume();
                 self.phase = Phase::Running(live);
                 self.hotplug_resumed();
+                self.memory_resumed();
                 self.vcpus_resumed();
                 self.enter(reason, |_| {});
             }
@@ -509,7 +536,7 @@ impl Owner {
         if job.state != JobState::Running {
             return Ok(());
         }
-        if self.cancel_hotplug(id) || self.cancel_resize(id) {
+        if self.cancel_hotplug(id) || self.cancel_resize(id) || self.cancel_memory(id) {
             return Ok(());
         }
         // The power button cannot be lifted again; only nobody waits any more.
@@ -547,7 +574,7 @@ impl Owner {
                 Change::PutDevice { device, descriptors } => self.plug(*device, descriptors),
                 Change::RemoveDevice { id, force } => self.unplug(&id, force),
                 Change::Vcpus(patch) => self.resize_vcpus(patch.count),
-                Change::Memory(_) => Err(change::not_while_it_runs()),
+                Change::Memory(patch) => self.resize_memory(patch.size),
             },
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }

@@ -240,16 +240,22 @@ impl Prepared {
         }
     }
 
-    /// Takes over from a device's new configuration what can be changed while it runs.
-    pub fn set_changeable(&mut self, wanted: &DeviceConfig) {
-        let Some(at) = self.config.devices.iter().position(|device| device.id() == wanted.id()) else { return };
+    /// Takes over from a device's new configuration what can be changed while it runs. Whether that is another now.
+    pub fn set_changeable(&mut self, wanted: &DeviceConfig) -> bool {
+        let Some(at) = self.config.devices.iter().position(|device| device.id() == wanted.id()) else { return false };
+        let mut changed = false;
         for device in [self.config.devices.get_mut(at), self.given.devices.get_mut(at)].into_iter().flatten() {
             match (device, wanted) {
-                (DeviceConfig::Disk(device), DeviceConfig::Disk(wanted)) => device.size = wanted.size,
-                (DeviceConfig::Net(device), DeviceConfig::Net(wanted)) => device.link = wanted.link,
+                (DeviceConfig::Disk(device), DeviceConfig::Disk(wanted)) => {
+                    changed |= std::mem::replace(&mut device.size, wanted.size) != wanted.size;
+                }
+                (DeviceConfig::Net(device), DeviceConfig::Net(wanted)) => {
+                    changed |= std::mem::replace(&mut device.link, wanted.link) != wanted.link;
+                }
                 _ => {}
             }
         }
+        changed
     }
 
     /// Removes a device.

@@ -71,7 +71,7 @@ pub struct Connections(Arc<Shared>);
 
 struct Shared {
     context: Arc<Context>,
-    access: Option<Access>,
+    access: Access,
     stopped: watch::Receiver<bool>,
     started: Instant,
     open: Mutex<Vec<Open>>,
@@ -86,7 +86,7 @@ struct Open {
 
 impl Connections {
     /// None yet.
-    pub fn new(context: Arc<Context>, access: Option<Access>, stopped: watch::Receiver<bool>) -> Self {
+    pub fn new(context: Arc<Context>, access: Access, stopped: watch::Receiver<bool>) -> Self {
         let started = Instant::now();
         Self(Arc::new(Shared { context, access, stopped, started, open: Mutex::default(), gone: Notify::new() }))
     }
@@ -107,7 +107,7 @@ impl Connections {
                 return;
             }
         };
-        if self.0.access.is_some_and(|access| !access.admits(uid)) {
+        if !self.0.access.admits(uid) {
             tracing::warn!(pid, uid, "API: a client of another user is refused");
             counters.refused.add(1);
             refuse(&stream, StatusCode::FORBIDDEN);

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use super::connections::{Activity, Connection};
 use super::events::EventStream;
 use super::reply::{Problem, Reply, ReplyBody, empty, fixed, json, json_text, text, unusable, unwritable};
-use super::{Context, console, metrics};
+use super::{Context, console};
 use crate::request::{Answer, Asked, Change, Descriptors, Request as Ask};
 
 /// The most bytes of a request's body.
@@ -136,7 +136,7 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
         Operation::GetVersion => Ok(json(StatusCode::OK, &version())),
         Operation::GetHost => Ok(json(StatusCode::OK, &context.host)),
         Operation::GetOpenapi => Ok(fixed("application/json", api::OPENAPI_JSON)),
-        Operation::GetMetrics => Ok(text(METRICS_TEXT, metrics::text(&context.board, &context.counters))),
+        Operation::GetMetrics => Ok(metrics(context).await),
         Operation::CreateVm => create(context, connection, &body).await,
         Operation::GetVm => Ok(vm(context, StatusCode::OK)),
         Operation::DestroyVm => done(context, Ask::Destroy).await,
@@ -159,10 +159,10 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
             Answer::Job(job) => accepted(context, job),
             _ => part(context, Operation::GetVcpus),
         },
-        Operation::PatchMemory => {
-            change(context, headers, Change::Memory(parse(&body, "MemoryPatch")?)).await?;
-            part(context, Operation::GetMemory)
-        }
+        Operation::PatchMemory => match change(context, headers, Change::Memory(parse(&body, "MemoryPatch")?)).await? {
+            Answer::Job(job) => accepted(context, job),
+            _ => part(context, Operation::GetMemory),
+        },
         Operation::OpenConsole => open_console(context, request, id).await,
         Operation::ListJobs => Ok(json(StatusCode::OK, &context.board.jobs())),
         Operation::GetJob => {
@@ -185,6 +185,10 @@ fn other_verbs(verb: &str, verbs: &[Verb]) -> Problem {
     let allowed = names.join(", ");
     let detail = format!("{verb} is not possible here; {allowed} are");
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail).with_header(ALLOW, &allowed)
+}
+
+async fn metrics(context: &Context) -> Reply {
+    text(METRICS_TEXT, super::metrics::text(&context.board, &context.counters, &context.memory).await)
 }
 
 fn no_job(id: &str) -> Problem {
@@ -359,7 +363,10 @@ fn part(context: &Context, operation: Operation) -> Outcome {
     let config = info.running.ok_or_else(|| Problem::new(StatusCode::NOT_FOUND, "there is no VM"))?;
     let reply = match operation {
         Operation::GetVcpus => json(StatusCode::OK, &Vcpus { config: config.cpus, present: vcpus }),
-        _ => json(StatusCode::OK, &MemoryInfo { config: config.memory, present: memory }),
+        _ => {
+            let wanted = context.board.wanted_memory();
+            json(StatusCode::OK, &MemoryInfo { config: config.memory, present: memory, wanted })
+        }
     };
     Ok(tagged(reply, generation))
 }

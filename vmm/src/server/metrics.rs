@@ -6,19 +6,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use api::{JobState, PhaseName};
 
 use super::ApiCounters;
-use super::memory::{Resident, resident};
+use super::memory::{Reader, Resident};
 use crate::board::Board;
 use crate::devices::DeviceCounters;
 use crate::machine::MachineCounters;
 
 /// All metrics as they are now.
-pub fn text(board: &Board, api: &ApiCounters) -> String {
+pub async fn text(board: &Board, api: &ApiCounters, memory: &Reader) -> String {
     let mut page = Page::default();
     of_vm(&mut page, board);
     if let Some(counters) = board.counters() {
         of_vcpus(&mut page, &counters);
         of_devices(&mut page, &counters);
-        of_memory(&mut page, &counters);
+        if let Some(resident) = memory.resident(counters.memory.clone()).await {
+            of_memory(&mut page, resident);
+        }
     }
     of_api(&mut page, board, api);
     of_process(&mut page);
@@ -73,6 +75,8 @@ fn of_vm(page: &mut Page, board: &Board) {
     let (vcpus, memory) = board.present();
     page.gauge("halyard_vm_vcpus", "vCPUs that the guest of the running machine has.").sample(&[], vcpus);
     page.gauge("halyard_vm_memory_bytes", "Memory of the running machine.").sample(&[], memory);
+    page.gauge("halyard_vm_memory_wanted_bytes", "Memory that the guest is asked to have.")
+        .sample(&[], board.wanted_memory());
     page.counter("halyard_events_total", "Events since the start.").sample(&[], info.sequence);
     let jobs = board.jobs();
     let running = jobs.iter().filter(|job| job.state == JobState::Running).count();
@@ -149,14 +153,19 @@ fn of_devices(page: &mut Page, counters: &MachineCounters) {
         disks().for_each(|(id, disk)| kicks.sample(&[("device", id)], get(&disk.kicks)));
         let mut errors = page.counter("halyard_disk_errors_total", "Requests of the guest that failed.");
         disks().for_each(|(id, disk)| errors.sample(&[("device", id)], get(&disk.errors)));
+        let mut errors = page.counter("halyard_disk_host_errors_total", "Those of them that failed on the host.");
+        disks().for_each(|(id, disk)| errors.sample(&[("device", id)], get(&disk.host_errors)));
+    }
+    if !counters.faults.is_empty() {
+        let help = "Times that a device needed a reset: the guest broke a rule, or the host failed.";
+        let mut faults = page.counter("halyard_device_faults_total", help);
+        counters.faults.iter().for_each(|(id, count)| faults.sample(&[("device", id)], get(count)));
     }
     of_networks(page, counters);
 }
 
-/// The kernel goes through the process's memory for these, so that nobody else pays for them.
-fn of_memory(page: &mut Page, counters: &MachineCounters) {
-    let Ok(smaps) = std::fs::read_to_string("/proc/self/smaps") else { return };
-    let Resident { guest, guest_huge, overhead } = resident(&smaps, &counters.memory);
+fn of_memory(page: &mut Page, resident: Resident) {
+    let Resident { guest, guest_huge, overhead } = resident;
     page.gauge("halyard_memory_guest_resident_bytes", "The guest's memory that the host has given it.")
         .sample(&[], guest);
     page.gauge("halyard_memory_guest_huge_bytes", "The guest's memory that is in huge pages.").sample(&[], guest_huge);
@@ -244,4 +253,33 @@ fn seconds(nanoseconds: u64) -> impl Display {
 
 fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use devices::virtio::blk::BlkCounters;
+
+    #[test]
+    fn what_fails_is_counted_by_device() {
+        let disk = BlkCounters::default();
+        disk.errors.store(5, Ordering::Relaxed);
+        disk.host_errors.store(3, Ordering::Relaxed);
+        let counters = MachineCounters {
+            devices: vec![("d".into(), DeviceCounters::Disk(Arc::new(disk)))],
+            faults: vec![("d".into(), Arc::new(AtomicU64::new(7)))],
+            ..MachineCounters::default()
+        };
+        let mut page = Page::default();
+        of_devices(&mut page, &counters);
+        for line in [
+            "halyard_disk_errors_total{device=\"d\"} 5\n",
+            "halyard_disk_host_errors_total{device=\"d\"} 3\n",
+            "halyard_device_faults_total{device=\"d\"} 7\n",
+        ] {
+            assert!(page.text.contains(line), "{line} is missing in\n{}", page.text);
+        }
+    }
 }

@@ -87,6 +87,7 @@ struct Context {
     counters: Arc<ApiCounters>,
     /// What the host can do, as it was found at the start.
     host: HostReport,
+    memory: memory::Reader,
     /// Places of large bodies.
     large_bodies: Semaphore,
 }
@@ -106,8 +107,8 @@ impl Server {
     pub fn start(listener: ApiListener, host: HostReport, board: Arc<Board>, inbox: Inbox) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (stop, stopped) = watch::channel(false);
-        let large_bodies = Semaphore::new(handlers::LARGE_BODIES);
-        let context = Context { board: board.clone(), inbox, counters: Arc::default(), host, large_bodies };
+        let (large_bodies, memory) = (Semaphore::new(handlers::LARGE_BODIES), memory::Reader::start()?);
+        let context = Context { board: board.clone(), inbox, counters: Arc::default(), host, memory, large_bodies };
         let (listener, access, file) = listener.split();
         let listener = {
             let _guard = runtime.enter();
@@ -133,12 +134,7 @@ impl Drop for Server {
     }
 }
 
-async fn serve(
-    listener: UnixListener,
-    access: Option<Access>,
-    context: Arc<Context>,
-    mut stopped: watch::Receiver<bool>,
-) {
+async fn serve(listener: UnixListener, access: Access, context: Arc<Context>, mut stopped: watch::Receiver<bool>) {
     let connections = Connections::new(context, access, stopped.clone());
     loop {
         let accepted = {

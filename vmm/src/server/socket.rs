@@ -51,6 +51,25 @@ impl Default for Access {
 }
 
 impl Access {
+    /// Who may connect to a socket that somebody else made: the mode of its file says so, where there is one to be seen at its
+    /// address. An abstract address has none, so that anybody can connect, and a file may lie in another root directory:
+    /// there it is for root, this process's user, and who listened at it first (unix(7), SO_PEERCRED).
+    ///
+    /// # Errors
+    /// The socket has no such user.
+    fn of(listener: &UnixListener) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        let file =
+            address.as_pathname().filter(|path| path.is_absolute()).and_then(|path| fs::symlink_metadata(path).ok());
+        Ok(match file.filter(|file| file.file_type().is_socket()) {
+            Some(file) => Self { mode: file.mode() & 0o777, uid: Some(file.uid()), gid: Some(file.gid()) },
+            None => {
+                let maker = getsockopt(&listener.as_fd(), sockopt::PeerCredentials)?;
+                Self { uid: Some(maker.uid()), ..Self::default() }
+            }
+        })
+    }
+
     /// Whether a peer of this user may be served. The file's mode decided already who can connect; with a mode for the
     /// owner alone, the kernel's word is asked for once more.
     pub fn admits(&self, uid: u32) -> bool {
@@ -71,7 +90,7 @@ pub struct SocketError {
 #[derive(Debug)]
 pub struct ApiListener {
     pub(super) listener: UnixListener,
-    pub(super) access: Option<Access>,
+    pub(super) access: Access,
     file: Option<SocketFile>,
 }
 
@@ -95,13 +114,14 @@ impl ApiSocket {
                 let listener = make(path, access).map_err(|error| failed(reason(&error)))?;
                 let inode = fs::symlink_metadata(path).map_err(|error| failed(error.to_string()))?.ino();
                 let file = Some(SocketFile { path: path.clone(), inode });
-                Ok(ApiListener { listener, access: Some(*access), file })
+                Ok(ApiListener { listener, access: *access, file })
             }
             Self::Fd(number) => {
                 let failed = |problem: String| SocketError { at: format!("descriptor {number}"), problem };
                 let fd = Descriptors::Inherited.take(*number).map_err(|error| failed(error.to_string()))?;
                 let listener = inherited(fd).map_err(|error| failed(error.to_string()))?;
-                Ok(ApiListener { listener, access: None, file: None })
+                let access = Access::of(&listener).map_err(|error| failed(error.to_string()))?;
+                Ok(ApiListener { listener, access, file: None })
             }
         }
     }
@@ -125,7 +145,7 @@ impl Drop for SocketFile {
 
 impl ApiListener {
     /// Parts with the file, so that it lives as long as its holder wants.
-    pub(super) fn split(self) -> (UnixListener, Option<Access>, impl Send) {
+    pub(super) fn split(self) -> (UnixListener, Access, impl Send) {
         (self.listener, self.access, self.file)
     }
 }
@@ -224,6 +244,36 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         let missing = at(&folder.path().join("a/b"), 0o600).listen().unwrap_err().to_string();
         assert!(missing.ends_with("its directory does not exist"), "{missing}");
+    }
+
+    fn inherited_access(listener: UnixListener) -> Access {
+        // As if the process had been started with it.
+        nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+        let listener = ApiSocket::Fd(std::os::fd::IntoRawFd::into_raw_fd(listener)).listen().unwrap();
+        listener.access
+    }
+
+    #[test]
+    fn an_inherited_socket_is_for_whom_its_file_says_or_for_its_maker() {
+        let own = Uid::effective().as_raw();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        for (mode, others) in [(0o600, false), (0o700, false), (0o660, true), (0o777, true)] {
+            let listener = UnixListener::bind(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            let access = inherited_access(listener);
+            assert!(access.admits(own) && access.admits(0) && access.admits(4321) == others, "{mode:o}");
+            fs::remove_file(&path).unwrap();
+        }
+        // Where the file is not to be seen, and where there is none.
+        let listener = UnixListener::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let name = format!("halyard-test-{}", std::process::id());
+        let address = <std::os::unix::net::SocketAddr as std::os::linux::net::SocketAddrExt>::from_abstract_name(name);
+        for listener in [listener, UnixListener::bind_addr(&address.unwrap()).unwrap()] {
+            let access = inherited_access(listener);
+            assert!(access.admits(own) && access.admits(0) && !access.admits(4321));
+        }
     }
 
     #[test]

@@ -3,9 +3,12 @@
 use std::borrow::Cow;
 
 use hal::GpaRange;
+use sha2::{Digest, Sha384};
 
 use super::hob::{self, HobError};
 use super::tdvf::{SectionKind, Tdvf, TdvfError};
+
+static ZEROS: [u8; 4096] = [0; 4096];
 
 /// Why a firmware cannot be launched.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -29,6 +32,21 @@ pub struct LaunchRegion<'a> {
     pub contents: Cow<'a, [u8]>,
     /// The contents are measured, and not the addresses alone.
     pub measured: bool,
+}
+
+impl LaunchRegion<'_> {
+    /// The SHA-384 of all that the pages hold.
+    pub fn digest(&self) -> [u8; 48] {
+        let mut hash = Sha384::new();
+        hash.update(&*self.contents);
+        let mut left = self.memory.len.saturating_sub(self.contents.len() as u64);
+        while left > 0 {
+            let zeros = usize::try_from(left).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
+            hash.update(ZEROS.split_at(zeros).0);
+            left -= zeros as u64;
+        }
+        hash.finalize().into()
+    }
 }
 
 /// What is added to a trust domain before it runs.

@@ -70,6 +70,18 @@ pub enum SectionKind {
     Temporary,
 }
 
+impl SectionKind {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BootVolume => "boot volume",
+            Self::ConfigurationVolume => "configuration volume",
+            Self::HandOff => "hand-off blocks",
+            Self::Temporary => "temporary memory",
+        }
+    }
+}
+
 /// A part of a trust domain's first memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Section {

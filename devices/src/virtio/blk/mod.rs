@@ -8,8 +8,8 @@ mod request;
 mod tests;
 mod worker;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -22,7 +22,7 @@ use super::config::read_from_config;
 use super::{
     DeviceInfo, Error, QueueState, Result, Resumed, RunningQueue, StateSink, StateSource, VirtioDevice, saved,
 };
-use crate::disk::{DiskBackend, MAX_WRITE_ZEROES, RawDisk, SECTOR, Topology};
+use crate::disk::{DiskBackend, MAX_WRITE_ZEROES, Operation, RawDisk, SECTOR, Topology};
 use crate::io_thread::{IoThread, Running};
 use on_thread::run_on;
 use worker::BlkWorker;
@@ -111,6 +111,8 @@ pub struct BlkCounters {
     pub discards: AtomicU64,
     /// Requests that failed, whoever's fault it was.
     pub errors: AtomicU64,
+    /// Those of them that failed on the host.
+    pub host_errors: AtomicU64,
     /// Nanoseconds that reads took, from queue to completion, all added up.
     pub read_nanoseconds: AtomicU64,
     /// The same of writes.
@@ -123,8 +125,21 @@ pub struct BlkCounters {
     pub kicks: AtomicU64,
 }
 
-/// What the device and its workers share.
+/// A request that failed on the host.
 #[derive(Debug)]
+pub struct IoFailure {
+    /// What was asked for.
+    pub operation: Operation,
+    /// Where on the disk, in bytes.
+    pub offset: u64,
+    /// Why it failed.
+    pub error: std::io::Error,
+}
+
+/// Told of each request that fails on the host, on the disk's thread: it must not wait.
+type OnFailure = dyn Fn(IoFailure) + Send + Sync;
+
+/// What the device and its workers share.
 struct Shared {
     id: String,
     serial: [u8; SERIAL_LEN],
@@ -132,6 +147,7 @@ struct Shared {
     /// Writes may stay in the host's cache until a flush.
     writeback: AtomicBool,
     counters: Arc<BlkCounters>,
+    on_failure: OnceLock<Box<OnFailure>>,
 }
 
 /// Makes the backend of a queue, with its depth.
@@ -172,6 +188,7 @@ impl Blk {
                 disk,
                 writeback: AtomicBool::new(true),
                 counters: Arc::default(),
+                on_failure: OnceLock::new(),
             }),
             make_backend,
             queue_size: options.queue_size.clamp(4, 1024).next_power_of_two(),
@@ -185,6 +202,14 @@ impl Blk {
         for (slot, thread) in self.queues.iter_mut().zip(threads) {
             slot.thread = Some(thread);
         }
+        self
+    }
+
+    /// Calls `tell` of each request that fails on the host, on the disk's thread: it must not wait.
+    #[must_use]
+    pub fn on_failure(self, tell: impl Fn(IoFailure) + Send + Sync + 'static) -> Self {
+        // Nobody has set it before.
+        let _ = self.shared.on_failure.set(Box::new(tell));
         self
     }
 

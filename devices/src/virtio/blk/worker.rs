@@ -9,7 +9,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vmm_sys_util::epoll::EventSet;
 
 use super::request::{Bounds, HEADER_LEN, Parsed, Status, parse};
-use super::{MAX_DISCARD, SERIAL_LEN, Shared};
+use super::{IoFailure, MAX_DISCARD, SERIAL_LEN, Shared};
 use crate::disk::{Completion, DiskBackend, Operation, Request};
 use crate::virtio::{Chain, Fault, QueueState, RunningQueue, Served};
 
@@ -153,7 +153,10 @@ impl Service {
                 flushes = true;
                 continue;
             }
-            let status = self.account(&request, &result);
+            let status = match result {
+                Ok(()) => self.account(&request),
+                Err(error) => self.failed(&request, error),
+            };
             end(queue, request.into_chain(), status)?;
         }
         if flushes && let Err(e) = self.backend.commit() {
@@ -167,15 +170,21 @@ impl Service {
         matches!(operation, Operation::Discard | Operation::WriteZeroes { .. }) && !self.writeback()
     }
 
-    fn account(&self, request: &Request, result: &std::io::Result<()>) -> Status {
+    fn failed(&self, request: &Request, error: std::io::Error) -> Status {
         let counters = &self.shared.counters;
-        if let Err(e) = result {
-            if counters.errors.load(Ordering::Relaxed) == 0 {
-                tracing::warn!("disk {}: {e} (further errors are counted)", self.shared.id);
-            }
-            count(&counters.errors, 1);
-            return Status::IoError;
+        if counters.host_errors.load(Ordering::Relaxed) == 0 {
+            tracing::warn!("disk {}: {error} (further errors are counted)", self.shared.id);
         }
+        count(&counters.errors, 1);
+        count(&counters.host_errors, 1);
+        if let Some(tell) = self.shared.on_failure.get() {
+            tell(IoFailure { operation: request.operation(), offset: request.offset(), error });
+        }
+        Status::IoError
+    }
+
+    fn account(&self, request: &Request) -> Status {
+        let counters = &self.shared.counters;
         let time = match request.operation() {
             Operation::Read => {
                 count(&counters.reads, 1);

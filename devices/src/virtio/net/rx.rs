@@ -94,13 +94,19 @@ impl RxWorker {
 
     /// Gives unused buffers back to the ring. A frame that waited for buffers is lost, as on a wire.
     pub(super) fn stop(mut self) -> QueueState {
-        while let Some(chain) = self.buffers.chains.pop_back() {
-            self.queue.put_back(chain);
-        }
+        self.give_back();
         if self.waiting_frame > 0 {
             count(&self.wire.counters.rx_dropped, 1);
         }
         self.queue.into_state()
+    }
+
+    /// Gives unused buffers back to the ring. They hold the memory map that they were found in, and memory cannot be
+    /// unplugged while somebody does: they are not kept while the worker waits.
+    fn give_back(&mut self) {
+        while let Some(chain) = self.buffers.take_last() {
+            self.queue.put_back(chain);
+        }
     }
 
     fn serve(&mut self, ops: &mut EventOps) {
@@ -111,6 +117,7 @@ impl RxWorker {
                 false
             }
         };
+        self.give_back();
         self.arm(ops, armed);
     }
 
@@ -318,6 +325,12 @@ impl RxBuffers {
 
     fn take(&mut self) -> Option<Chain> {
         let chain = self.chains.pop_front()?;
+        self.capacity -= room_of(&chain);
+        Some(chain)
+    }
+
+    fn take_last(&mut self) -> Option<Chain> {
+        let chain = self.chains.pop_back()?;
         self.capacity -= room_of(&chain);
         Some(chain)
     }

@@ -10,7 +10,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -120,9 +120,16 @@ impl Core {
         &self.info
     }
 
-    /// How often the driver broke a rule, or the device could not go on.
-    pub fn faults(&self) -> u64 {
-        self.shared.faults.load(Ordering::Relaxed)
+    /// Counts how often the driver broke a rule, or the device could not go on.
+    pub fn faults(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.shared.faults)
+    }
+
+    /// Calls `tell` with the reason each time that the device is marked as one that needs a reset, on whatever thread finds
+    /// that: it must not wait. To be called once.
+    pub fn on_broken(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        // Nobody has set it before.
+        let _ = self.shared.on_broken.set(Box::new(tell));
     }
 
     /// The number of queues.

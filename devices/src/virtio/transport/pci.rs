@@ -9,7 +9,7 @@
 //! ```
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -203,7 +203,17 @@ impl VirtioPci {
 
     /// How often the driver broke a rule, or the device could not go on.
     pub fn faults(&self) -> u64 {
+        self.fault_counter().load(Ordering::Relaxed)
+    }
+
+    /// What [`VirtioPci::faults`] reads.
+    pub fn fault_counter(&self) -> Arc<AtomicU64> {
         self.lock().core.faults()
+    }
+
+    /// Calls `tell` with the reason each time that the device is marked as one that needs a reset: see [`Core::on_broken`].
+    pub fn on_broken(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        self.lock().core.on_broken(tell);
     }
 
     /// Whether a driver runs the device: from DRIVER_OK until a reset.
@@ -560,6 +570,7 @@ fn class(device_type: u16) -> u32 {
         1 => 0x02_00_00,
         2 | 8 => 0x01_00_00,
         3 | 19 => 0x07_80_00,
+        24 => 0x05_80_00,
         26 => 0x01_80_00,
         _ => 0xff_00_00,
     }

@@ -1,7 +1,7 @@
 //! What a device's threads tell the driver, without a lock: interrupts, and that a reset is needed.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::super::QueueEvents;
 
@@ -13,6 +13,9 @@ pub trait Signals: Send + Sync {
     fn config(&self);
 }
 
+/// Takes the reason for a reset.
+pub(super) type OnBroken = dyn Fn(&str) + Send + Sync;
+
 /// What queues in service share with the registers.
 pub(super) struct Shared {
     /// Stands in messages.
@@ -22,7 +25,9 @@ pub(super) struct Shared {
     pub(super) generation: AtomicU8,
     pub(super) needs_reset: AtomicBool,
     /// Counts reasons for a reset.
-    pub(super) faults: AtomicU64,
+    pub(super) faults: Arc<AtomicU64>,
+    /// Told each time that the device is marked as one that needs a reset.
+    pub(super) on_broken: OnceLock<Box<OnBroken>>,
 }
 
 impl Shared {
@@ -32,7 +37,8 @@ impl Shared {
             signals,
             generation: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
-            faults: AtomicU64::new(0),
+            faults: Arc::default(),
+            on_broken: OnceLock::new(),
         }
     }
 
@@ -49,7 +55,10 @@ impl Shared {
             // A guest that keeps at it shall not fill the log.
             tracing::debug!(device = self.name, "needs a reset: {reason}");
         }
-        self.needs_reset.store(true, Ordering::Release);
+        let marked = !self.needs_reset.swap(true, Ordering::AcqRel);
+        if let (true, Some(tell)) = (marked, self.on_broken.get()) {
+            tell(reason);
+        }
         self.signals.config();
     }
 }

@@ -87,6 +87,9 @@ pub enum Verb {
         /// How much there shall be, as in 2G
         #[arg(value_name = "SIZE")]
         size: Option<ByteSize>,
+        /// Do not wait for a guest that runs to have as much
+        #[arg(long, requires = "size")]
+        no_wait: bool,
     },
     /// List, show, cancel and wait for jobs
     #[command(subcommand)]

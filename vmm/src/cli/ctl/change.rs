@@ -173,6 +173,18 @@ impl Ctl {
         }
     }
 
+    pub(super) fn set_memory(&mut self, size: api::ByteSize, no_wait: bool) -> Done {
+        let events = self.client.events(None)?;
+        match self.client.set_memory(&api::MemoryPatch { size })? {
+            Some(job) if no_wait => self.answer(&job, show::job),
+            Some(job) => self.wait_for(job, events),
+            None => {
+                let memory = self.client.memory()?;
+                self.answer(&memory, show::memory)
+            }
+        }
+    }
+
     pub(super) fn set_vcpus(&mut self, count: u32, no_wait: bool) -> Done {
         let events = self.client.events(None)?;
         match self.client.set_vcpus(count)? {

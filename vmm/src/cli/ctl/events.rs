@@ -49,6 +49,11 @@ impl Ctl {
     }
 }
 
+/// How often something happened, where it was more than once.
+fn times(count: u64) -> String {
+    if count > 1 { format!(" ({count} times)") } else { String::new() }
+}
+
 /// What an event tells, beside its kind.
 pub fn detail(event: &EventKind) -> String {
     match event {
@@ -63,7 +68,11 @@ pub fn detail(event: &EventKind) -> String {
         | EventKind::DeviceRemoved { id, .. }
         | EventKind::ConsoleOpened { id }
         | EventKind::ConsoleClosed { id } => id.clone(),
-        EventKind::DeviceFailed { id, reason } | EventKind::IoError { id, reason } => format!("{id}: {reason}"),
+        EventKind::DeviceFailed { id, reason, count } => format!("{id}: {reason}{}", times(*count)),
+        EventKind::IoError { id, operation, offset, reason, count, .. } => {
+            format!("{id}: {operation} at {offset}: {reason}{}", times(*count))
+        }
+        EventKind::MemoryResized { present } => api::ByteSize::new(*present).to_string(),
         EventKind::GuestPanic { crash_kernel: true } => "its crash kernel is at work".to_owned(),
         EventKind::GuestPanic { crash_kernel: false } => String::new(),
         EventKind::Reset { reason } | EventKind::PowerButton { reason } => show::word(reason),

@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use api::{Client, MemoryPatch, PhaseName, Shutdown, VmConfig, VmInfo, to_yaml};
+use api::{Client, PhaseName, Shutdown, VmConfig, VmInfo, to_yaml};
 use serde::Serialize;
 
 use self::args::{ConfigArgs, CtlArgs, DevicesVerb, JobsVerb, Output, ShutdownArgs, Verb};
@@ -100,11 +100,9 @@ impl Ctl {
                 let vcpus = client.vcpus()?;
                 self.answer(&vcpus, show::vcpus)
             }
-            Verb::Memory { size } => {
-                let memory = match size {
-                    Some(size) => client.set_memory(&MemoryPatch { size: *size })?,
-                    None => client.memory()?,
-                };
+            Verb::Memory { size: Some(size), no_wait } => self.set_memory(*size, *no_wait),
+            Verb::Memory { size: None, .. } => {
+                let memory = client.memory()?;
                 self.answer(&memory, show::memory)
             }
             Verb::Jobs(verb) => self.jobs(verb),

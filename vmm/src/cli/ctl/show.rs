@@ -118,14 +118,17 @@ pub fn vcpus(vcpus: &Vcpus) -> String {
 pub fn memory(memory: &MemoryInfo) -> String {
     let config = &memory.config;
     let on = |on: bool| if on { "on" } else { "off" }.to_owned();
-    facts([
-        ("configured", config.size.to_string()),
+    let mut lines = vec![("configured", config.size.to_string())];
+    lines.extend(config.max.map(|max| ("at most", max.to_string())));
+    lines.extend([
         ("present", api::ByteSize::new(memory.present).to_string()),
+        ("wanted", api::ByteSize::new(memory.wanted).to_string()),
         ("huge pages", word(&config.hugepages)),
         ("transparent huge pages", on(config.transparent_huge_pages)),
         ("shared", on(config.shared)),
         ("locked", on(config.lock)),
-    ])
+    ]);
+    facts(lines)
 }
 
 /// A list of jobs.
