@@ -31,9 +31,9 @@ pub enum BodyError {
 pub fn parse_body<T: DeserializeOwned>(text: &str, type_name: &str) -> Result<T, BodyError> {
     let (tree, mut problems) =
         json::read(text).map_err(|error| BodyError::Syntax(format!("the body cannot be read as JSON: {error}")))?;
-    let refused = match serde_json::from_value(tree.to_json()) {
-        Ok(value) if problems.is_empty() => return Ok(value),
-        parsed => parsed.err(),
+    let parsed = match serde_json::from_value(tree.to_json()) {
+        Ok(value) if problems.is_empty() && !tree.has_odd_list() => return Ok(value),
+        parsed => parsed,
     };
     let description: Value = serde_json::from_str(OPENAPI_JSON).unwrap_or_default();
     let schema = description.pointer(&format!("{SCHEMAS}/{type_name}")).unwrap_or(&Value::Null);
@@ -42,8 +42,11 @@ pub fn parse_body<T: DeserializeOwned>(text: &str, type_name: &str) -> Result<T,
     let apart = |problem: &Problem| !unusable.iter().any(|field| diagnose::depends(problem, field));
     problems.extend(usable.map(|usable| rules(usable, type_name)).unwrap_or_default().into_iter().filter(apart));
     if problems.is_empty() {
-        // The schema allows what serde does not. Better said in serde's words than not at all.
-        problems.extend(refused.map(|error| Problem::new("", error.to_string(), "")));
+        match parsed {
+            Ok(value) => return Ok(value),
+            // The schema allows what serde does not. Better said in serde's words than not at all.
+            Err(error) => problems.push(Problem::new("", error.to_string(), "")),
+        }
     }
     problems.truncate(MAX_PROBLEMS);
     Err(BodyError::Problems(Problems(problems)))
@@ -106,6 +109,14 @@ mod tests {
         let told = problems::<VmConfig>(r#"{"kernel": {"path": "k"}, "memory": {"hugepages": "4M"}}"#, "VmConfig");
         assert!(told[0].starts_with("memory.hugepages: «4M» is not possible here"), "{told:?}");
         assert_eq!(problems::<VcpusPatch>("[]", "VcpusPatch").len(), 1);
+        // serde would take these.
+        assert_eq!(problems::<VcpusPatch>("[2]", "VcpusPatch").len(), 1);
+        assert_eq!(problems::<Shutdown>("[]", "Shutdown").len(), 1);
+        for text in [r#"{"kernel": ["k"]}"#, r#"{"kernel": {"path": "k"}, "platform": []}"#, r#"[{"path": "k"}]"#] {
+            assert!(!problems::<VmConfig>(text, "VmConfig").is_empty(), "{text}");
+        }
+        let device = r#"{"kernel": {"path": "k"}, "devices": [["disk", "d"]]}"#;
+        assert!(!problems::<VmConfig>(device, "VmConfig").is_empty());
         assert_eq!(problems::<VcpusPatch>("null", "VcpusPatch").len(), 1);
         assert_eq!(problems::<Shutdown>(r#"{"force": 1, "force": true}"#, "Shutdown").len(), 2);
     }

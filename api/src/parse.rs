@@ -78,9 +78,13 @@ impl ConfigText {
             return Err(bounded(problems));
         };
         match serde_json::from_value(tree.to_json()) {
-            Ok(config) if problems.is_empty() => Ok(config),
+            Ok(config) if problems.is_empty() && !tree.has_odd_list() => Ok(config),
             parsed => {
-                problems.extend(diagnose(&tree, parsed.err()));
+                let (config, error) = parsed.map_or_else(|error| (None, Some(error)), |config| (Some(config), None));
+                problems.extend(diagnose(&tree, error));
+                if let (Some(config), true) = (config, problems.is_empty()) {
+                    return Ok(config);
+                }
                 self.locate(&mut problems);
                 problems.sort_by_key(|problem| problem.position.map(|at| (at.line, at.column)));
                 Err(bounded(problems))

@@ -67,6 +67,19 @@ impl Node {
         }
     }
 
+    /// Whether a list stands anywhere but as devices. serde takes one for any struct, its fields in their order, and only
+    /// the schema says whether it may be.
+    pub(crate) fn has_odd_list(&self) -> bool {
+        match &self.shape {
+            Shape::Scalar { .. } => false,
+            Shape::List(_) => true,
+            Shape::Map(entries) => entries.iter().any(|entry| match &entry.value.shape {
+                Shape::List(items) if entry.key == "devices" => items.iter().any(Node::has_odd_list),
+                _ => entry.value.has_odd_list(),
+            }),
+        }
+    }
+
     /// Where the field with this path stands, as in `devices[1].path`, or else the nearest field around it.
     pub(crate) fn locate(&self, field: &str) -> Position {
         let mut node = self;

@@ -17,7 +17,7 @@ use crate::contract;
 use crate::tiny::{Served, binary, config};
 
 /// How much more memory, in KiB, a monitor may have had at its peak for all abuse: 128 connections with a request of 16 KiB
-/// and a reply each, a few bodies of the largest size, and what the heap keeps of them.
+/// and a small body or a reply each, two bodies of the largest size, and what the heap keeps of them.
 const MEMORY_BOUND: u64 = 8 << 10;
 /// The longest time that a well-behaved client may wait for its reply; other work on the machine counts, too.
 const SERVED_WITHIN: Duration = Duration::from_secs(5);
@@ -467,7 +467,7 @@ pub fn try_all_under_load(examples: &str) -> Vec<String> {
         };
         events.map_while(Result::ok).filter(ended).count()
     });
-    let figures = contract::try_all(&served, &config, examples);
+    let (served, figures) = contract::try_all(served, &config, examples);
     // A VM from here on, whose guest overwrites each sector in turn.
     let mut client = served.client();
     client.destroy().expect("it can be destroyed");

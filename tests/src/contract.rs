@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use api::VmConfig;
+use nix::sys::signal::Signal;
 
 use crate::python::{file, port_to, program};
 use crate::tiny::{Running, Served};
@@ -13,11 +14,11 @@ const PATIENCE: Duration = Duration::from_secs(3600);
 pub const DESCRIPTION: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../resources/openapi.json");
 
 /// Has schemathesis try so many examples for each operation in all its phases, with a guest of this configuration that
-/// runs but for what it has just been asked. Its lines with figures.
+/// runs but for what it has just been asked. The monitor, and schemathesis' lines with figures.
 ///
 /// # Panics
 /// Where it finds something, or leaves a phase out.
-pub fn try_all(served: &Served, config: &VmConfig, examples: &str) -> Vec<String> {
+pub fn try_all(served: Served, config: &VmConfig, examples: &str) -> (Served, Vec<String>) {
     let vm = served.path("vm.json");
     std::fs::write(&vm, serde_json::to_vec(config).expect("JSON")).expect("a file");
     let port = port_to(&served.path("api")).unwrap_or_else(|error| panic!("{error:#}"));
@@ -27,10 +28,16 @@ pub fn try_all(served: &Served, config: &VmConfig, examples: &str) -> Vec<String
     command.args(["--max-examples", examples, "--seed", "1", "--generation-database", "none", "--no-color"]);
     command.arg(DESCRIPTION).current_dir(served.path(""));
     let run = Running::start(command, PATIENCE).finish();
-    assert_eq!(run.code(), Some(0), "schemathesis found something in halyard {}\n{run}", served.pid());
+    if run.code() != Some(0) {
+        let pid = served.pid();
+        // Where it is gone, its last words say why.
+        served.signal(Signal::SIGTERM);
+        panic!("schemathesis found something\n{run}\n--- halyard {pid}\n{}", served.finish());
+    }
     let phases = ["Coverage", "Fuzzing", "Stateful"].map(|phase| run.output().contains(&format!("✅ {phase}")));
     assert_eq!(phases, [true; 3], "each phase ran\n{run}");
     let output = run.output();
     let figures = output.lines().filter(|line| line.contains("generated") || line.contains("Tested"));
-    figures.map(|line| line.trim().to_owned()).collect()
+    let figures = figures.map(|line| line.trim().to_owned()).collect();
+    (served, figures)
 }

@@ -122,6 +122,16 @@ fn a_vm_lives_from_its_creation_to_its_end() {
 }
 
 #[test]
+fn a_kernel_whose_symbols_are_looked_for_may_have_a_relative_path() {
+    let served = serve!();
+    fs::copy(guest("commands"), served.path("kernel-1")).unwrap();
+    let mut config = VmConfig { kernel: VmConfig::new("kernel-1").kernel, ..config("commands") };
+    config.lifecycle.boot_timeout = Some(TimeSpan::from_millis(20_000));
+    served.client().create(&config).unwrap();
+    served.client().destroy().unwrap();
+}
+
+#[test]
 fn events_tell_everything_in_order() {
     let served = serve!();
     let mut client = served.client();

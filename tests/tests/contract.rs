@@ -43,7 +43,9 @@ fn what_the_description_says_of_the_api_is_so() {
     }
     let examples = std::env::var("CONTRACT_EXAMPLES").unwrap_or_else(|_| EXAMPLES.into());
     let served = Served::start("serve", ["--log-level", "warn"]);
-    for line in contract::try_all(&served, &config(&served), &examples) {
+    let config = config(&served);
+    let (served, figures) = contract::try_all(served, &config, &examples);
+    for line in figures {
         println!("{line}");
     }
     served.signal(Signal::SIGTERM);

@@ -26,8 +26,8 @@ use crate::request::{Answer, Asked, Change, Descriptors, Request as Ask};
 /// The most bytes of a request's body.
 const MAX_BODY: usize = api::MAX_CONFIG_BYTES;
 /// The most bytes of a body that is read at once with all others; of larger ones, only so many are.
-const SMALL_BODY: usize = 64 << 10;
-pub const LARGE_BODIES: usize = 4;
+const SMALL_BODY: usize = 32 << 10;
+pub const LARGE_BODIES: usize = 2;
 /// The most readers of events: others must find a place, too.
 const MOST_READERS: u64 = 96;
 /// How long a client may take to send a body.
