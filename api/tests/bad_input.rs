@@ -6,7 +6,7 @@ use std::path::Path;
 
 use api::{
     ByteSize, ConfigText, Console, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, KernelCache, Kind, KindName,
-    MAX_CONFIG_BYTES, MacAddr, Net, Rng, Topology, VmConfig, parse, validate,
+    MAX_CONFIG_BYTES, MacAddr, Net, Rng, TimeSpan, Topology, VmConfig, parse, validate,
 };
 
 /// The messages that a text gets, with line and column.
@@ -336,6 +336,44 @@ fn memory() {
         }),
         ["memory.size: 1536M is not a multiple of the 1G that huge pages have; 1G would be one"]
     );
+}
+
+#[test]
+fn memory_that_may_come() {
+    let host = small_host();
+    let with = |size: u32, max: u64, hugepages| {
+        problems(&host, |vm| {
+            (vm.memory.size, vm.memory.max) = (ByteSize::mib(size), Some(ByteSize::new(max << 20)));
+            vm.memory.hugepages = hugepages;
+        })
+    };
+    assert_eq!(with(1024, 4096, Hugepages::Off), [""; 0]);
+    assert_eq!(with(1024, 1024, Hugepages::Off), [""; 0]);
+    assert_eq!(with(100, 228, Hugepages::Off), [""; 0], "what may come is a multiple, not the whole");
+    assert_eq!(with(1024, 3072, Hugepages::Size1G), [""; 0]);
+    assert_eq!(
+        with(1024, 512, Hugepages::Off),
+        [
+            "memory.max: 512M are less than memory.size, 1G; it is the most that the guest can have: memory.size at least"
+        ]
+    );
+    assert_eq!(
+        with(1024, 1100, Hugepages::Off),
+        ["memory.max: 1100M are not memory.size, 1G, and a multiple of 128M; 1G or 1152M would be"]
+    );
+    assert_eq!(
+        with(1024, 1536, Hugepages::Size1G),
+        ["memory.max: 1536M are not memory.size, 1G, and a multiple of 1G; 1G or 2G would be"]
+    );
+    assert_eq!(
+        with(1024, 1 << 20, Hugepages::Off),
+        [
+            "memory.max: 1T do not fit into this host's address space for guests (40 bits); at most 1020G fit beside the devices"
+        ]
+    );
+    let timed = |time| problems(&host, |vm| vm.memory.resize_timeout = TimeSpan::from_millis(time));
+    assert_eq!(timed(0), ["memory.resize_timeout: no guest answers in no time; write 60s, or leave it out"]);
+    assert_eq!(timed(86_400_001).len(), 1);
 }
 
 #[test]

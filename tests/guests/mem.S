@@ -1,5 +1,5 @@
-# Plugs a block of memory by virtio-mem, uses it, unplugs it, and reads where it was. Where the command line begins with
-# "w" it then writes there, which ends the run or is for nothing; where it begins with "d", a device is told to.
+# Plugs a block of memory by virtio-mem, uses it, unplugs it, and reads where it was. By the command line's first letter:
+# "p" leaves it plugged; "w" writes to it then, which ends the run or is for nothing; "d" has a device write there.
     .include "prelude.inc"
     .include "virtio.inc"
 
@@ -55,7 +55,13 @@ main:
     PRINT_HEX WINDOW
     PRINT_HEX WINDOW + 0x1ffffc
     PRINT "\n"
-    ASK UNPLUG
+    mov start_info, %eax
+    mov 24(%eax), %eax                  # the command line
+    cmpb $'p', (%eax)
+    jne 2f
+1:  hlt                                 # it stays plugged
+    jmp 1b
+2:  ASK UNPLUG
     PRINT "unplug "
     PRINT_HEX ANSWER
     PRINT " then "

@@ -193,6 +193,32 @@ fn a_write_to_memory_that_is_not_plugged_is_for_nothing() {
 }
 
 #[test]
+fn ctl_waits_for_memory_and_shows_it() {
+    if !tiny::kvm() {
+        return;
+    }
+    let kernel = tiny::guest("mem").display().to_string();
+    let arguments = ["--kernel", &kernel, "--memory", "64M,max=192M", "--cmdline", "p", "--debug-exit"];
+    let served = Served::start("run", arguments);
+    let socket = served.path("api").display().to_string();
+    let ctl = |words: &[&str]| tiny::run_halyard(["ctl", "--socket", &socket].iter().chain(words));
+    let grown = ctl(&["memory", "66M"]).expect_code(0);
+    assert!(grown.output().contains("resize-memory") && grown.output().contains("succeeded"), "{grown}");
+    let shown = ctl(&["memory"]).expect_code(0).output();
+    for line in ["at most                 192M", "present                 66M", "wanted                  66M"] {
+        assert!(shown.contains(line), "{shown}");
+    }
+    let refused = ctl(&["memory", "65M"]).expect_messages(&["a multiple of 2M"]);
+    assert_ne!(refused.code(), Some(0), "{refused}");
+    let metrics = ctl(&["metrics"]).expect_code(0).output();
+    for line in ["halyard_vm_memory_bytes 69206016\n", "halyard_vm_memory_wanted_bytes 69206016\n"] {
+        assert!(metrics.contains(line), "{metrics}");
+    }
+    ctl(&["destroy"]).expect_code(0);
+    served.finish().expect_code(7);
+}
+
+#[test]
 fn a_device_does_not_use_memory_that_is_not_plugged() {
     let Some(run) = plugs("d", "64M,max=192M") else { return };
     let run = run.expect_code(debug_exit(0));

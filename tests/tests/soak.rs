@@ -37,6 +37,8 @@ const TINY_GROWTH: f64 = 48.0;
 const PLUGS: usize = 500;
 const PLUGS_AT_ONCE: usize = 10;
 const PLUGS_SETTLED: usize = 20;
+/// How often memory grows and shrinks; each time the guest fills more than it booted with.
+const MEMORY_ROUNDS: usize = 6;
 /// How long each kind of abuse of the API lasts, connections that come at once with it, and how often clients are killed.
 const ABUSE: Duration = Duration::from_secs(20);
 /// How much longer than beside another monitor with the same abuse a vCPU may stand still.
@@ -515,5 +517,46 @@ fn soak_disks_come_and_go_under_load() -> Result<()> {
     last.check_since(&settled, GROWTH)?;
     service.finish()?;
     story.tell(&format!("{done} disks came and went; {settled:?} after the first, {last:?} after the last"));
+    Ok(())
+}
+
+#[test]
+fn soak_memory_comes_and_goes_under_load() -> Result<()> {
+    let story = Story::begin("memory");
+    let host = &Lent::take()?;
+    let busy = image(host, "64M")?;
+    let mut service = Service::start(host, &[])?;
+    let mut config = service::guest(Kernel::Debian6_12Cloud)?;
+    config.kernel.cmdline = Some("console=ttyS0 quiet panic=-1 memhp_default_state=online_movable".into());
+    (config.memory.size, config.memory.max) = (api::ByteSize::mib(1024), Some(api::ByteSize::mib(4096)));
+    config.memory.resize_timeout = api::TimeSpan::from_millis(600_000);
+    config.devices.insert(0, api::DeviceConfig::Disk(api::Disk::new(&busy)));
+    let guest = service.boot(&config)?;
+    let load = guest.spawn("while dd if=/dev/zero of=/dev/vda bs=64k count=64 conv=fsync 2>/dev/null; do :; done")?;
+    let run = |line: &str| guest.run(Cmd::shell(line).patience(PATIENCE))?.ok();
+    run("mkdir -p /big && head -c 16777216 /dev/urandom >/piece")?;
+    let mut settled = None;
+    for round in 0..MEMORY_ROUNDS {
+        let resize = |service: &mut Service, mib: u32| {
+            let job = service.client.set_memory(&api::MemoryPatch { size: api::ByteSize::mib(mib) });
+            service.success_of(job?).with_context(|| format!("{mib} MiB in round {round}"))
+        };
+        resize(&mut service, 4096)?;
+        run("mount -t tmpfs -o size=3g none /big && for i in $(seq 80); do cat /piece; done >/big/file")?;
+        run(
+            "for i in $(seq 0 79); do dd if=/big/file bs=16M skip=$i count=1 2>/dev/null | cmp - /piece || exit 1; done",
+        )?;
+        run("umount /big && echo 3 >/proc/sys/vm/drop_caches")?;
+        resize(&mut service, 1024)?;
+        if round == 1 {
+            settled = Some(Census::in_host(host, service.process().pid())?);
+        }
+    }
+    let last = Census::in_host(host, service.process().pid())?;
+    ensure!(load.status().is_none(), "the busy disk goes on: {}", load.last_words());
+    let settled = settled.context("too few rounds to tell")?;
+    last.check_since(&settled, GROWTH)?;
+    service.finish()?;
+    story.tell(&format!("{MEMORY_ROUNDS} times 1 to 4 to 1 GiB; {settled:?} after two, {last:?} after the last"));
     Ok(())
 }

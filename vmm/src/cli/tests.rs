@@ -61,6 +61,10 @@ fn flags_mean_what_the_file_says() {
              shared: true}",
         ),
         (
+            &["--kernel", "k", "--memory", "1G,max=4G,resize-timeout=90s"],
+            "kernel: {path: k}\nmemory: {size: 1G, max: 4G, resize_timeout: 90s}",
+        ),
+        (
             &["--kernel", "k", "--disk", "a,,b.img,readonly,id=root", "--disk", "direct=on,serial=S1,queues=2,path=c"],
             "kernel: {path: k}\ndevices: [{type: disk, path: 'a,b.img', readonly: true, id: root}, {type: disk, path: \
              c, direct: true, serial: S1, queues: 2}]",
