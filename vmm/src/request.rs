@@ -128,9 +128,6 @@ pub enum Refusal {
         /// What the client expects.
         expected: u64,
     },
-    /// This is not built yet.
-    #[error("{0}")]
-    Unsupported(String),
     /// The host failed.
     #[error("{0}")]
     Host(String),

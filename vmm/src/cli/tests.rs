@@ -43,70 +43,72 @@ fn the_command_line_is_well_formed() {
     command().debug_assert();
 }
 
+/// Flags, and a file that says the same.
+const SAME: [(&[&str], &str); 12] = [
+    (&["--kernel", "k"], "kernel: {path: k}"),
+    (
+        &["--kernel=k", "--initramfs", "i", "--cmdline", "-q console=hvc0"],
+        "kernel: {path: k, initramfs: i, cmdline: -q console=hvc0}",
+    ),
+    (
+        &["--kernel", "k", "--cpus", "4,max=8,sockets=2,cores=2,threads=2"],
+        "kernel: {path: k}\ncpus: {count: 4, max: 8, topology: {sockets: 2, cores: 2, threads: 2}}",
+    ),
+    (
+        &["--kernel", "k", "--memory", "2GiB,hugepages=2M,transparent-huge-pages=off,prefault,shared=on"],
+        "kernel: {path: k}\nmemory: {size: 2G, hugepages: 2M, transparent_huge_pages: false, prefault: true, \
+         shared: true}",
+    ),
+    (
+        &["--kernel", "k", "--memory", "1G,max=4G,resize-timeout=90s"],
+        "kernel: {path: k}\nmemory: {size: 1G, max: 4G, resize_timeout: 90s}",
+    ),
+    (
+        &["--kernel", "k", "--disk", "a,,b.img,readonly,id=root", "--disk", "direct=on,serial=S1,queues=2,path=c"],
+        "kernel: {path: k}\ndevices: [{type: disk, path: 'a,b.img', readonly: true, id: root}, {type: disk, path: \
+         c, direct: true, serial: S1, queues: 2}]",
+    ),
+    (
+        &["--kernel", "k", "--net", "tap0,mac=52:54:00:12:34:56,mtu=9000", "--net", "fd=7,mac=52:54:00:12:34:57"],
+        "kernel: {path: k}\ndevices: [{type: net, tap: tap0, mac: 52:54:00:12:34:56, mtu: 9000}, {type: net, fd: 7, \
+         mac: 52:54:00:12:34:57}]",
+    ),
+    (
+        &[
+            "--kernel",
+            "k",
+            "--serial",
+            "file=a,,b=c.log",
+            "--console",
+            "stdio",
+            "--console",
+            "socket=s,name=agent,id=a",
+        ],
+        "kernel: {path: k}\nserial: {type: file, path: 'a,b=c.log'}\ndevices: [{type: console, endpoint: {type: \
+         stdio}}, {type: console, id: a, name: agent, endpoint: {type: socket, path: s}}]",
+    ),
+    (
+        &["--kernel", "k", "--rng", "--serial", "off", "--console", "pty"],
+        "kernel: {path: k}\nserial: {type: off}\ndevices: [{type: console, endpoint: {type: pty}}, {type: rng}]",
+    ),
+    (
+        &["--kernel", "k", "--rng=id=r", "--kind", "software-protected", "--debug-exit"],
+        "kernel: {path: k}\nkind: {type: software-protected}\nplatform: {debug_exit: true}\ndevices: [{type: rng, \
+         id: r}]",
+    ),
+    (
+        &["--kernel", "k", "--on-reset", "exit", "--on-panic", "ignore", "--pvpanic", "off"],
+        "kernel: {path: k}\nlifecycle: {on_reset: exit, on_panic: ignore}\nplatform: {pvpanic: false}",
+    ),
+    (
+        &["--kernel", "k", "--boot-timeout", "90s,until=told", "--system-map", "m"],
+        "kernel: {path: k, system_map: m}\nlifecycle: {boot_timeout: 90s, boot_until: told}",
+    ),
+];
+
 #[test]
 fn flags_mean_what_the_file_says() {
-    let cases: [(&[&str], &str); 12] = [
-        (&["--kernel", "k"], "kernel: {path: k}"),
-        (
-            &["--kernel=k", "--initramfs", "i", "--cmdline", "-q console=hvc0"],
-            "kernel: {path: k, initramfs: i, cmdline: -q console=hvc0}",
-        ),
-        (
-            &["--kernel", "k", "--cpus", "4,max=8,sockets=2,cores=2,threads=2"],
-            "kernel: {path: k}\ncpus: {count: 4, max: 8, topology: {sockets: 2, cores: 2, threads: 2}}",
-        ),
-        (
-            &["--kernel", "k", "--memory", "2GiB,hugepages=2M,transparent-huge-pages=off,prefault,shared=on"],
-            "kernel: {path: k}\nmemory: {size: 2G, hugepages: 2M, transparent_huge_pages: false, prefault: true, \
-             shared: true}",
-        ),
-        (
-            &["--kernel", "k", "--memory", "1G,max=4G,resize-timeout=90s"],
-            "kernel: {path: k}\nmemory: {size: 1G, max: 4G, resize_timeout: 90s}",
-        ),
-        (
-            &["--kernel", "k", "--disk", "a,,b.img,readonly,id=root", "--disk", "direct=on,serial=S1,queues=2,path=c"],
-            "kernel: {path: k}\ndevices: [{type: disk, path: 'a,b.img', readonly: true, id: root}, {type: disk, path: \
-             c, direct: true, serial: S1, queues: 2}]",
-        ),
-        (
-            &["--kernel", "k", "--net", "tap0,mac=52:54:00:12:34:56,mtu=9000", "--net", "fd=7,mac=52:54:00:12:34:57"],
-            "kernel: {path: k}\ndevices: [{type: net, tap: tap0, mac: 52:54:00:12:34:56, mtu: 9000}, {type: net, fd: 7, \
-             mac: 52:54:00:12:34:57}]",
-        ),
-        (
-            &[
-                "--kernel",
-                "k",
-                "--serial",
-                "file=a,,b=c.log",
-                "--console",
-                "stdio",
-                "--console",
-                "socket=s,name=agent,id=a",
-            ],
-            "kernel: {path: k}\nserial: {type: file, path: 'a,b=c.log'}\ndevices: [{type: console, endpoint: {type: \
-             stdio}}, {type: console, id: a, name: agent, endpoint: {type: socket, path: s}}]",
-        ),
-        (
-            &["--kernel", "k", "--rng", "--serial", "off", "--console", "pty"],
-            "kernel: {path: k}\nserial: {type: off}\ndevices: [{type: console, endpoint: {type: pty}}, {type: rng}]",
-        ),
-        (
-            &["--kernel", "k", "--rng=id=r", "--kind", "software-protected", "--debug-exit"],
-            "kernel: {path: k}\nkind: {type: software-protected}\nplatform: {debug_exit: true}\ndevices: [{type: rng, \
-             id: r}]",
-        ),
-        (
-            &["--kernel", "k", "--on-reset", "exit", "--on-panic", "ignore", "--pvpanic", "off"],
-            "kernel: {path: k}\nlifecycle: {on_reset: exit, on_panic: ignore}\nplatform: {pvpanic: false}",
-        ),
-        (
-            &["--kernel", "k", "--boot-timeout", "90s,until=told", "--system-map", "m"],
-            "kernel: {path: k, system_map: m}\nlifecycle: {boot_timeout: 90s, boot_until: told}",
-        ),
-    ];
-    for (line, yaml) in cases {
+    for (line, yaml) in SAME {
         assert_eq!(config(line), from_yaml(yaml), "{line:?}");
     }
 }

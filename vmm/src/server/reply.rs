@@ -91,7 +91,6 @@ impl From<Refusal> for Problem {
             Refusal::Missing(_) => StatusCode::NOT_FOUND,
             Refusal::Problems(problems) => return unusable(problems),
             Refusal::Changed { .. } => StatusCode::PRECONDITION_FAILED,
-            Refusal::Unsupported(_) => StatusCode::NOT_IMPLEMENTED,
             Refusal::Host(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, refusal.to_string())

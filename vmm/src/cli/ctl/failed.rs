@@ -118,7 +118,7 @@ impl From<ProblemDocument> for Failed {
         let code = match document.status {
             400 | 413 | 415 | 422 => BAD_INPUT,
             404 => MISSING,
-            409 | 412 | 501 => REFUSED,
+            409 | 412 => REFUSED,
             _ => HOST_FAILED,
         };
         let told: Vec<_> = problems(&document).into_iter().map(|one| (one.field.clone(), one.to_string())).collect();
