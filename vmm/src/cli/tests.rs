@@ -45,7 +45,7 @@ fn the_command_line_is_well_formed() {
 
 #[test]
 fn flags_mean_what_the_file_says() {
-    let cases: [(&[&str], &str); 11] = [
+    let cases: [(&[&str], &str); 12] = [
         (&["--kernel", "k"], "kernel: {path: k}"),
         (
             &["--kernel=k", "--initramfs", "i", "--cmdline", "-q console=hvc0"],
