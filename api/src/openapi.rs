@@ -235,7 +235,6 @@ fn meaning(status: u16) -> &'static str {
         422 => "The configuration, or what it names on the host, cannot be used: every problem is listed.",
         426 => "The connection must be upgraded.",
         501 => "This cannot be done yet.",
-        503 => "Others must go first.",
         _ => "The request failed.",
     }
 }
