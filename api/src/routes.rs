@@ -345,7 +345,7 @@ pub const ROUTES: &[Route] = &[
                       stream goes on for ever.",
             content: Content::Text(EVENT_STREAM),
         }],
-        problems: &[400, 503],
+        problems: &[400],
         ..get(Operation::ReadEvents, "read_events", "/api/v1/events", "Read events as they happen.")
     },
     Route {

@@ -167,50 +167,67 @@ impl RawClient {
 }
 
 /// Microseconds of requests of so many clients at once, in order: from when a request was written until its reply could be
-/// read. All clients are one thread, as on a machine where they are not to take the processors from what they measure.
+/// read.
 fn from_all(socket: &Path, clients: usize, pause: Duration, length: usize) -> Result<Vec<f64>> {
     let requests = if clients == 1 { REQUESTS_ALONE } else { REQUESTS };
-    let mut connections = (0..clients).map(|_| RawClient::open(socket)).collect::<Result<Vec<_>>>()?;
-    let epoll = Epoll::new(EpollCreateFlags::empty())?;
-    let mut waiting = Vec::new();
-    for (number, client) in (0..).zip(&connections) {
-        epoll.add(&client.stream, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
-        // Clients with a pause do not all come at the same time.
-        waiting.push((Instant::now() + pause * u32::try_from(number)? / u32::try_from(clients)?, number));
-    }
-    let mut times = Vec::with_capacity(requests * clients);
-    let mut events = [EpollEvent::empty(); CLIENTS];
-    while times.len() < requests * clients {
-        let now = Instant::now();
-        let due = waiting.extract_if(.., |(at, _)| *at <= now).map(|(_, number)| number).collect::<Vec<u64>>();
-        for number in due {
-            client_of(&mut connections, number)?.begin()?;
+    let connections = (0..clients).map(|_| RawClient::open(socket)).collect::<Result<Vec<_>>>()?;
+    let times = if pause.is_zero() {
+        back_to_back(connections, requests, length)
+    } else {
+        with_pauses(connections, requests, pause, length)
+    };
+    let mut times = times?;
+    times.sort_by(f64::total_cmp);
+    Ok(times)
+}
+
+/// Clients that rest most of the time: each is a thread.
+fn with_pauses(clients: Vec<RawClient>, requests: usize, pause: Duration, length: usize) -> Result<Vec<f64>> {
+    let ask = |mut client: RawClient| {
+        move || {
+            let mut times = Vec::with_capacity(requests);
+            for _ in 0..requests {
+                client.begin()?;
+                while !client.read_more(length)? {}
+                times.push(client.asked.elapsed().as_secs_f64() * 1e6);
+                thread::sleep(pause);
+            }
+            Ok(times)
         }
-        let next = waiting.iter().map(|(at, _)| at.saturating_duration_since(Instant::now())).min();
-        // Rounded up, so that nobody's rest is spent turning around.
-        let timeout = next.map(|time| EpollTimeout::try_from(time + Duration::from_micros(999))).transpose()?;
-        let count = epoll.wait(&mut events, timeout.unwrap_or(EpollTimeout::NONE))?;
+    };
+    let times: Result<Vec<Vec<f64>>> = thread::scope(|scope| {
+        let threads: Vec<_> = clients.into_iter().map(|client| scope.spawn(ask(client))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| anyhow::bail!("a client panicked"))).collect()
+    });
+    Ok(times?.concat())
+}
+
+/// Clients that ask again at once: they are one thread, so that they do not take the processors from what they measure.
+fn back_to_back(mut clients: Vec<RawClient>, requests: usize, length: usize) -> Result<Vec<f64>> {
+    let epoll = Epoll::new(EpollCreateFlags::empty())?;
+    for (number, client) in (0..).zip(&mut clients) {
+        epoll.add(&client.stream, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
+        client.begin()?;
+    }
+    let all = requests * clients.len();
+    let mut times = Vec::with_capacity(all);
+    let mut events = [EpollEvent::empty(); CLIENTS];
+    while times.len() < all {
+        let count = epoll.wait(&mut events, EpollTimeout::NONE)?;
         let came = Instant::now();
         for event in &events[..count] {
-            let client = client_of(&mut connections, event.data())?;
+            let client = clients.get_mut(usize::try_from(event.data())?).context("a client of this number")?;
             if !client.read_more(length)? {
                 continue;
             }
             times.push(came.duration_since(client.asked).as_secs_f64() * 1e6);
             client.answered += 1;
-            if client.answered < requests && pause.is_zero() {
+            if client.answered < requests {
                 client.begin()?;
-            } else if client.answered < requests {
-                waiting.push((came + pause, event.data()));
             }
         }
     }
-    times.sort_by(f64::total_cmp);
     Ok(times)
-}
-
-fn client_of(clients: &mut [RawClient], number: u64) -> Result<&mut RawClient> {
-    clients.get_mut(usize::try_from(number)?).context("a client of this number")
 }
 
 /// The value below which this share of sorted ones lies.

@@ -28,8 +28,6 @@ const MAX_BODY: usize = api::MAX_CONFIG_BYTES;
 /// The most bytes of a body that is read at once with all others; of larger ones, only so many are.
 const SMALL_BODY: usize = 32 << 10;
 pub const LARGE_BODIES: usize = 2;
-/// The most readers of events: others must find a place, too.
-const MOST_READERS: u64 = 96;
 /// How long a client may take to send a body.
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// The longest request id that is taken from a client.
@@ -390,10 +388,6 @@ fn events(context: &Context, headers: &HeaderMap) -> Outcome {
             number.ok_or_else(|| bad_request("`Last-Event-ID` must be the number of an event"))?
         }
     };
-    if context.counters.event_readers.get() >= MOST_READERS {
-        let detail = format!("there are {MOST_READERS} readers of events already");
-        return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail));
-    }
     let stream = EventStream::new(context.board.clone(), context.counters.clone(), after);
     let mut reply = hyper::Response::new(ReplyBody::Events(stream));
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(api::routes::EVENT_STREAM));
