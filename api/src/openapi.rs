@@ -234,7 +234,6 @@ fn meaning(status: u16) -> &'static str {
         412 => "The configuration is another than `If-Match` names.",
         422 => "The configuration, or what it names on the host, cannot be used: every problem is listed.",
         426 => "The connection must be upgraded.",
-        503 => "Others must go first.",
         _ => "The request failed.",
     }
 }
