@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -191,6 +191,12 @@ impl Victim {
         victim
     }
 
+    /// What its descriptors are of.
+    fn open(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.served.pid())).expect("a process");
+        entries.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok()).collect()
+    }
+
     fn work(&mut self) -> Work {
         work(&mut self.serial)
     }
@@ -328,7 +334,8 @@ impl Things {
     fn wait_for(&self, victim: &Victim) {
         let until = Instant::now() + PATIENCE;
         while Self::of(victim) != *self {
-            assert!(Instant::now() < until, "{:?} are left behind of {self:?}", Self::of(victim));
+            let (now, open) = (Self::of(victim), victim.open());
+            assert!(Instant::now() < until, "{now:?} are left behind of {self:?}: {open:?}");
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -495,6 +502,8 @@ pub fn try_all_under_load(examples: &str) -> Vec<String> {
 pub fn kill_clients(rounds: usize) {
     let mut victim = Victim::start();
     let mut client = victim.served.client();
+    // Not before the monitor has taken the connection.
+    last_job(&mut client);
     let idle = Things::of(&victim);
     let socket = victim.served.path("api");
     let program = |words: &[&str]| {
