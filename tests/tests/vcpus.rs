@@ -86,6 +86,7 @@ fn ctl(served: &Served, args: &[&str]) -> Run {
 }
 
 #[test]
+#[ignore = "it hangs at times where KVM has no hardware, and why is not known yet: README, Not yet"]
 fn a_tiny_guest_is_given_vcpus_and_gives_them_back() {
     let served = serve!();
     let mut config = tiny::config("plug");
