@@ -137,6 +137,13 @@ impl KvmVcpu {
         Ok(())
     }
 
+    /// Lets other vCPUs' start-up IPIs find this one. KVM makes its map of local APICs before a new vCPU is in its VM, and
+    /// again when a local APIC is written: it drops an INIT that comes in between.
+    fn make_reachable(&self) -> Result<()> {
+        let lapic = self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        self.fd.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))
+    }
+
     /// Undoes everything that the guest did to this vCPU. KVM has no call for it, so the state at power-on is taken
     /// from a new vCPU of the same number in a VM made for this moment.
     fn power_on(&mut self) -> Result<()> {
@@ -178,7 +185,7 @@ impl Vcpu for KvmVcpu {
         state::set_msrs(&self.fd, &at.msrs)?;
         match &at.entry {
             Some(entry) => self.set_boot_registers(entry),
-            None => Ok(()),
+            None => self.make_reachable(),
         }
     }
 
