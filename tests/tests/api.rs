@@ -1,7 +1,7 @@
 //! The API over its real socket, with tiny guests behind it.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown as Ends;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
@@ -474,6 +474,29 @@ fn a_slow_reader_of_events_is_told_once_of_what_it_lost() {
         }
     }
     assert_eq!(gaps, 1, "what was lost is told once");
+}
+
+#[test]
+fn readers_of_events_make_room_when_they_go_and_not_when_they_only_send_no_more() {
+    let served = serve!();
+    let mut client = served.client();
+    client.create(&config("commands")).unwrap();
+    let mut quiet = UnixStream::connect(served.path("api")).unwrap();
+    quiet.write_all(b"GET /api/v1/events HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    quiet.shutdown(Ends::Write).unwrap();
+    // Far more than there is room for, were they not noticed as they go.
+    for _ in 0..1000 {
+        let mut reader = UnixStream::connect(served.path("api")).unwrap();
+        reader.write_all(b"GET /api/v1/events HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        // Nothing is left unread, which would break the connection.
+        let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
+        assert_eq!(lines.next().unwrap(), "HTTP/1.1 200 OK");
+        assert!(lines.any(|line| line == ":") && lines.nth(1).is_some());
+    }
+    client.set_vcpus(2).unwrap();
+    quiet.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut lines = BufReader::new(quiet).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line == "event: config-changed"));
 }
 
 #[test]

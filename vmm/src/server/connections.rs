@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,6 +51,8 @@ pub struct Connection {
     pub uid: u32,
     /// Descriptors that came and were not claimed.
     pub received: Received,
+    /// Its socket once more, on which it is seen that the client is gone.
+    pub socket: OwnedFd,
     activity: AtomicU8,
     /// When it last did something, in milliseconds of the server's time.
     since: AtomicU64,
@@ -120,15 +123,24 @@ impl Connections {
                 return;
             }
         }
-        tracing::debug!(pid, uid, "API: a client has connected");
-        self.start(stream, pid, uid);
+        match stream.as_fd().try_clone_to_owned() {
+            Ok(socket) => {
+                tracing::debug!(pid, uid, "API: a client has connected");
+                self.start(stream, socket, pid, uid);
+            }
+            Err(error) => {
+                tracing::warn!("API: a client cannot be served: {error}");
+                counters.refused.add(1);
+                refuse(&stream, StatusCode::SERVICE_UNAVAILABLE);
+            }
+        }
     }
 
-    fn start(&self, stream: UnixStream, pid: i32, uid: u32) {
+    fn start(&self, stream: UnixStream, socket: OwnedFd, pid: i32, uid: u32) {
         let counters = &self.0.context.counters;
         let (stream, received) = ClientStream::new(stream);
         let (activity, since) = (AtomicU8::new(Activity::Idle as u8), AtomicU64::new(0));
-        let connection = Arc::new(Connection { pid, uid, received, activity, since, started: self.0.started });
+        let connection = Arc::new(Connection { pid, uid, received, socket, activity, since, started: self.0.started });
         connection.does(Activity::Idle);
         counters.connections.add(1);
         let id = counters.accepted.get();
@@ -189,8 +201,8 @@ fn refuse(stream: &UnixStream, status: StatusCode) {
 async fn converse(stream: ClientStream, service: Answers, mut stopped: watch::Receiver<bool>) {
     let mut protocol = http1::Builder::new();
     protocol.timer(Timers).header_read_timeout(IDLE).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
-    // A client that has sent its request may close its side: the request is answered all the same. Readers of events who
-    // are gone are noticed by the comments that are sent to them.
+    // A client that has sent its request may close its side: the request is answered all the same. It is for streams that
+    // never end to see that their reader is gone.
     protocol.half_close(true);
     let mut connection = pin!(protocol.serve_connection(stream, service).with_upgrades());
     let mut stop = pin!(stopped.changed());

@@ -2,15 +2,20 @@
 
 use std::fmt::Write;
 use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use hyper::body::Bytes;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::ApiCounters;
+use super::connections::Connection;
 use crate::board::Board;
 
 /// A reader's place in the events.
@@ -19,8 +24,10 @@ pub struct EventStream {
     counters: Arc<ApiCounters>,
     /// The number of the last event that was sent.
     at: u64,
-    /// When something is sent again, so that a reader who is gone is noticed.
+    /// When something is sent again, so that the reader sees that the monitor is there.
     silence: Pin<Box<Sleep>>,
+    /// Ends when the reader is gone. That it only sends no more does not count.
+    gone: Pin<Box<dyn Future<Output = ()> + Send>>,
     /// What the board wakes at the next event.
     waits: Option<Waker>,
 }
@@ -33,14 +40,25 @@ const COMMENT: &str = ":\n\n";
 const AT_ONCE: usize = 32;
 
 impl EventStream {
-    /// The events after number `after`.
-    pub fn new(board: Arc<Board>, counters: Arc<ApiCounters>, after: u64) -> Self {
+    /// The events after number `after`, for the client of this connection.
+    ///
+    /// # Errors
+    /// The connection cannot be watched.
+    pub fn new(board: Arc<Board>, counters: Arc<ApiCounters>, after: u64, reader: Arc<Connection>) -> io::Result<Self> {
+        // Urgent data means nothing here: what is always told besides is that the other end is closed (EPOLLHUP).
+        #[expect(unsafe_code, reason = "tokio cannot see that the descriptor stays what it is")]
+        // SAFETY: a connection keeps its descriptor, and always names this one.
+        let socket = unsafe { AsyncFd::register_with_interest(Reader(reader), Interest::PRIORITY) }?;
         counters.event_readers.add(1);
-        Self { board, counters, at: after, silence: Box::pin(sleep(Duration::ZERO)), waits: None }
+        let (gone, silence) = (Box::pin(closed(socket)), Box::pin(sleep(Duration::ZERO)));
+        Ok(Self { board, counters, at: after, silence, gone, waits: None })
     }
 
     /// The next piece of the stream.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if self.gone.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
         let mut text = String::new();
         // The first comment comes at once, and with it the head of the reply: the reader misses nothing from here.
         while self.silence.as_mut().poll(cx).is_ready() {
@@ -68,6 +86,25 @@ impl EventStream {
             }
         }
         Poll::Ready(Some(text.into()))
+    }
+}
+
+/// A reader's socket.
+struct Reader(Arc<Connection>);
+
+impl AsRawFd for Reader {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.socket.as_raw_fd()
+    }
+}
+
+/// Waits until the other end of a socket is closed both ways.
+async fn closed(socket: AsyncFd<Reader>) {
+    while let Ok(mut guard) = socket.ready(Interest::PRIORITY).await {
+        if guard.ready().is_read_closed() {
+            return;
+        }
+        guard.clear_ready();
     }
 }
 

@@ -116,7 +116,7 @@ fn request_id(headers: &HeaderMap) -> String {
     }
 }
 
-async fn route(context: &Arc<Context>, connection: &Connection, mut request: Request<Incoming>) -> Outcome {
+async fn route(context: &Arc<Context>, connection: &Arc<Connection>, mut request: Request<Incoming>) -> Outcome {
     let path = request.uri().path().to_owned();
     let verb = if request.method() == Method::HEAD { "GET" } else { request.method().as_str() };
     let (route, id) = match find(verb, &path) {
@@ -171,7 +171,7 @@ async fn route(context: &Arc<Context>, connection: &Connection, mut request: Req
             let number = id.parse().map_err(|_| no_job(&id))?;
             done(context, Ask::CancelJob(number)).await
         }
-        Operation::ReadEvents => events(context, headers),
+        Operation::ReadEvents => events(context, connection, headers),
     }
 }
 
@@ -380,7 +380,7 @@ async fn open_console(context: &Context, mut request: Request<Incoming>, id: Str
     }
 }
 
-fn events(context: &Context, headers: &HeaderMap) -> Outcome {
+fn events(context: &Context, connection: &Arc<Connection>, headers: &HeaderMap) -> Outcome {
     let after = match headers.get(LAST_EVENT_ID) {
         None => context.board.sequence(),
         Some(value) => {
@@ -388,7 +388,10 @@ fn events(context: &Context, headers: &HeaderMap) -> Outcome {
             number.ok_or_else(|| bad_request("`Last-Event-ID` must be the number of an event"))?
         }
     };
-    let stream = EventStream::new(context.board.clone(), context.counters.clone(), after);
+    let stream = EventStream::new(context.board.clone(), context.counters.clone(), after, connection.clone());
+    let stream = stream.map_err(|error| {
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, format!("the connection cannot be watched: {error}"))
+    })?;
     let mut reply = hyper::Response::new(ReplyBody::Events(stream));
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(api::routes::EVENT_STREAM));
     Ok(reply)
