@@ -1,5 +1,7 @@
 //! vCPUs that come and go on a scripted hypervisor: what the owner makes of the guest's answers, and of none.
 
+use std::time::{Duration, Instant};
+
 use api::{Cpus, EventKind, Job, JobState, PhaseName, TimeSpan};
 use arch::layout;
 use hal::VcpuId;
@@ -185,6 +187,20 @@ fn a_guest_that_does_not_answer_keeps_what_it_had() {
 }
 
 #[test]
+fn a_guest_that_is_busy_for_ever_has_no_more_time_than_others() {
+    let service = start_in(PhaseName::Running, 1, 2, 500);
+    let growing = job(resize(&service, 2));
+    let began = Instant::now();
+    while service.board.job(growing).unwrap().state == JobState::Running {
+        assert!(began.elapsed() < Duration::from_secs(20), "the job goes on");
+        answer(&service, 1, 1, 0x80);
+        read(&service, NEXT, 4);
+    }
+    assert_eq!(service.board.job(growing).unwrap().error.unwrap().status, 504);
+    service.end();
+}
+
+#[test]
 fn what_a_guest_is_at_work_on_when_nobody_waits_any_more_is_asked_back() {
     let service = start_in(PhaseName::Running, 1, 3, LONG);
     let growing = job(resize(&service, 3));
@@ -264,7 +280,7 @@ fn the_configuration_is_changed_before_the_boot() {
 fn what_is_asked_while_the_machine_stands_waits_for_it() {
     let service = start_in(PhaseName::Paused, 1, 3, 100);
     let growing = job(resize(&service, 3));
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    std::thread::sleep(Duration::from_millis(200));
     assert_eq!(service.board.job(growing).unwrap().state, JobState::Running, "its time has not begun");
     let runs = |service: &Service| service.fake.calls().iter().filter(|call| matches!(call, Call::Run(_))).count();
     let before = runs(&service);

@@ -200,16 +200,17 @@ impl Owner {
         let resize =
             self.vcpus.resize.as_mut().filter(|resize| resize.wish == wish && resize.waiting.contains(&number));
         let Some(resize) = resize else { return self.vcpu_answered_late(number, wish, status) };
-        resize.deadline = deadline;
         match (wish, status) {
+            // It says more when it is done, or lets go of it. That it is busy gives it no more time: it could say so for ever.
+            (Wish::Add, INSERTING) | (Wish::Remove, EJECTING | SUCCESS) => {}
             (Wish::Add, SUCCESS) => {
+                resize.deadline = deadline;
                 self.vcpus.taken.insert(number);
                 self.show_vcpus();
                 self.vcpu_done(number);
             }
-            // It says more when it is done, or lets go of it.
-            (Wish::Add, INSERTING) | (Wish::Remove, EJECTING | SUCCESS) => {}
             _ => {
+                resize.deadline = deadline;
                 (resize.refused, resize.status) = (resize.refused + 1, status);
                 if wish == Wish::Add {
                     self.take_vcpu(number);
