@@ -1,5 +1,8 @@
 //! Interrupts into the guest and doorbells out of it: handles that free what they hold when dropped.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::Result;
@@ -77,4 +80,8 @@ pub trait Irqs: Send + Sync {
     /// # Errors
     /// [`crate::Error::System`] where the address is taken or the hypervisor refuses.
     fn doorbell(&self, at: IoAddr, on: DoorbellMatch, event: EventFd) -> Result<Box<dyn Doorbell>>;
+
+    /// How many routes of [`Irqs::msi`] and [`Irqs::line`] are held, as it changes. One that the hypervisor refuses to free
+    /// stays counted.
+    fn routes_held(&self) -> Arc<AtomicUsize>;
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use api::{DeviceConfig, Kind, Problem, VmConfig};
 use arch::{LoadedKernel, Platform, layout};
@@ -79,6 +79,8 @@ pub struct MachineCounters {
     pub faults: Vec<(String, Arc<AtomicU64>)>,
     /// Where the guest's memory lies in this process.
     pub memory: Vec<Range<u64>>,
+    /// Interrupt routes of the hypervisor's that devices hold.
+    pub routes: Arc<AtomicUsize>,
 }
 
 /// Address and data of the message that is a non-maskable interrupt for all processors (Intel SDM, volume 3, §11.11).
@@ -305,6 +307,7 @@ impl Machine {
             devices: self.functions.counters(),
             faults: self.functions.faults(),
             memory: self.functions.host_memory(),
+            routes: self.vm.irqs().routes_held(),
         })
     }
 

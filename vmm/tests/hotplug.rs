@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
-use api::{DeviceConfig, Disk, Endpoint, EventKind, Job, JobState, PhaseName, Rng, TimeSpan};
+use api::{DeviceConfig, Disk, Endpoint, EventKind, JobState, PhaseName, Rng, TimeSpan};
 use arch::layout;
 use hal::VcpuId;
 use hal::fake::{Live, Step};
 use vmm::request::{Answer, Change, Descriptors, Refusal, Request};
 
 mod guest;
+mod jobs;
 mod service;
 
+use jobs::{end_of, job};
 use service::Service;
 
 /// Slot control of port 0: device 31, function 0 of the root bus; its capability stands at 0x40.
@@ -45,20 +47,6 @@ fn put(service: &Service, device: DeviceConfig) -> Result<Answer, Refusal> {
 
 fn remove(service: &Service, id: &str, force: bool) -> Result<Answer, Refusal> {
     service.ask(Request::Change { change: Change::RemoveDevice { id: id.into(), force }, expected: None })
-}
-
-#[track_caller]
-fn job(answer: Result<Answer, Refusal>) -> u64 {
-    match answer {
-        Ok(Answer::Job(job)) => job,
-        other => panic!("a job does it: {other:?}"),
-    }
-}
-
-#[track_caller]
-fn end_of(service: &Service, job: u64) -> Job {
-    service.wait_for("the end of a job", |service| service.board.job(job).unwrap().state != JobState::Running);
-    service.board.job(job).unwrap()
 }
 
 /// The guest has the power indicator show these, one after the other.

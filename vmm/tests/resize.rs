@@ -1,14 +1,16 @@
 //! Memory that comes and goes on a scripted hypervisor: what the owner makes of what the guest's driver does, or does not.
 
-use api::{ByteSize, EventKind, Job, JobState, MemoryPatch, PhaseName, TimeSpan};
+use api::{ByteSize, EventKind, JobState, MemoryPatch, PhaseName, TimeSpan};
 use arch::layout;
 use hal::fake::Step;
 use vm_memory::Bytes;
 use vmm::request::{Answer, Change, Refusal, Request};
 
 mod guest;
+mod jobs;
 mod service;
 
+use jobs::{end_of, job};
 use service::Service;
 
 const MIB: u64 = 1 << 20;
@@ -100,20 +102,6 @@ impl<'a> Driver<'a> {
 fn patch(service: &Service, mib: u64) -> Result<Answer, Refusal> {
     let change = Change::Memory(MemoryPatch { size: ByteSize::new(mib * MIB) });
     service.ask(Request::Change { change, expected: None })
-}
-
-#[track_caller]
-fn job(answer: Result<Answer, Refusal>) -> u64 {
-    match answer {
-        Ok(Answer::Job(job)) => job,
-        other => panic!("a job does it: {other:?}"),
-    }
-}
-
-#[track_caller]
-fn end_of(service: &Service, job: u64) -> Job {
-    service.wait_for("the end of a job", |service| service.board.job(job).unwrap().state != JobState::Running);
-    service.board.job(job).unwrap()
 }
 
 /// MiB that the guest has, and is asked to have.

@@ -2,15 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use api::{Cpus, EventKind, Job, JobState, PhaseName, TimeSpan};
+use api::{Cpus, EventKind, JobState, PhaseName, TimeSpan};
 use arch::layout;
 use hal::VcpuId;
 use hal::fake::{Call, Live, Step};
 use vmm::request::{Answer, Change, Refusal, Request};
 
 mod guest;
+mod jobs;
 mod service;
 
+use jobs::{end_of, job};
 use service::Service;
 
 const LONG: u64 = 3_600_000;
@@ -32,20 +34,6 @@ fn start_in(phase: PhaseName, count: u32, max: u32, timeout: u64) -> Service {
 
 fn resize(service: &Service, count: u32) -> Result<Answer, Refusal> {
     service.ask(Request::Change { change: Change::Vcpus(api::VcpusPatch { count }), expected: None })
-}
-
-#[track_caller]
-fn job(answer: Result<Answer, Refusal>) -> u64 {
-    match answer {
-        Ok(Answer::Job(job)) => job,
-        other => panic!("a job does it: {other:?}"),
-    }
-}
-
-#[track_caller]
-fn end_of(service: &Service, job: u64) -> Job {
-    service.wait_for("the end of a job", |service| service.board.job(job).unwrap().state != JobState::Running);
-    service.board.job(job).unwrap()
 }
 
 /// What the guest reads, as a number.

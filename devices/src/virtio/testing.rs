@@ -6,7 +6,7 @@
 
 mod driver;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
@@ -20,7 +20,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use self::driver::{PciDriver, TIMEOUT};
-use super::QueueState;
+use super::{QueueState, Result, StateSink, StateSource};
 use crate::seam::{Doorbells, Interrupt, Interrupts, MsiMessage};
 
 /// A descriptor continues in its `next`.
@@ -29,6 +29,24 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 /// A descriptor names an indirect table.
 pub const INDIRECT: u16 = 4;
+
+/// A saved state in memory: version and bytes of each section, by its name.
+#[derive(Clone, Debug, Default)]
+pub struct Sections(pub BTreeMap<String, (u32, Vec<u8>)>);
+
+impl StateSink for Sections {
+    fn section(&mut self, name: &str, version: u32, data: &[u8]) -> Result<()> {
+        let before = self.0.insert(name.into(), (version, data.into()));
+        assert!(before.is_none(), "two sections are called {name}");
+        Ok(())
+    }
+}
+
+impl StateSource for Sections {
+    fn section(&mut self, name: &str) -> Result<Option<(u32, Vec<u8>)>> {
+        Ok(self.0.get(name).cloned())
+    }
+}
 
 /// Guest memory of `len` bytes from address 0.
 pub fn guest_memory(len: usize) -> GuestMemoryAtomic<GuestMemoryMmap> {

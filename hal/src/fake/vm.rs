@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
@@ -31,6 +31,7 @@ pub(super) struct Shared {
     vcpus: Mutex<BTreeSet<VcpuId>>,
     launched: AtomicBool,
     clock: AtomicU64,
+    routes_held: Arc<AtomicUsize>,
 }
 
 impl FakeVm {
@@ -50,6 +51,7 @@ impl FakeVm {
             vcpus: Mutex::default(),
             launched: AtomicBool::new(false),
             clock: AtomicU64::new(0),
+            routes_held: Arc::default(),
         })))
     }
 }
@@ -315,6 +317,7 @@ impl FakeRoute {
         }
         state.created_routes += 1;
         state.routes.insert(id, Route { vm: vm.number, pin, message: None, event: event.clone() });
+        vm.routes_held.fetch_add(1, Ordering::Relaxed);
         Ok(Box::new(Self { vm: vm.clone(), id, event }))
     }
 }
@@ -340,6 +343,7 @@ impl Drop for FakeRoute {
         let mut state = self.vm.world.state();
         let _ = state.call(Call::DropRoute(self.id));
         state.routes.remove(&self.id);
+        self.vm.routes_held.fetch_sub(1, Ordering::Relaxed);
         state.notify();
     }
 }
@@ -387,5 +391,9 @@ impl Irqs for Arc<Shared> {
         let event = Arc::new(event);
         state.bells.push(Bell { vm: self.number, at, on, event: event.clone() });
         Ok(Box::new(FakeDoorbell { vm: self.clone(), at, on, event }))
+    }
+
+    fn routes_held(&self) -> Arc<AtomicUsize> {
+        self.routes_held.clone()
     }
 }

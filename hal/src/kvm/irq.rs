@@ -4,6 +4,7 @@
 //! one lock holds the table and every change goes through [`Routes::change`].
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -22,7 +23,11 @@ use crate::{Doorbell, DoorbellMatch, Error, IoAddr, Irqs, MsiMessage, MsiRoute, 
 pub(super) const IOAPIC_PINS: u8 = 24;
 
 /// The routing table of a VM.
-pub(super) struct Routes(Mutex<Table>);
+pub(super) struct Routes {
+    table: Mutex<Table>,
+    /// How many GSIs are given out.
+    held: Arc<AtomicUsize>,
+}
 
 struct Table {
     /// The message of each GSI that has one: what the kernel has been told.
@@ -37,27 +42,29 @@ struct Table {
 
 impl Routes {
     pub(super) fn new() -> Self {
-        Self(Mutex::new(Table { messages: BTreeMap::new(), pins: 0, free: Vec::new(), next: IOAPIC_PINS.into() }))
+        let table = Table { messages: BTreeMap::new(), pins: 0, free: Vec::new(), next: IOAPIC_PINS.into() };
+        Self { table: Mutex::new(table), held: Arc::default() }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take_gsi(&self) -> Result<u32> {
         let mut table = self.table();
-        if let Some(gsi) = table.free.pop() {
-            return Ok(gsi);
-        }
-        let gsi = table.next;
-        if usize::try_from(gsi).is_ok_and(|gsi| gsi < KVM_MAX_IRQ_ROUTES) {
-            table.next += 1;
-            return Ok(gsi);
-        }
-        Err(Error::Invalid {
-            what: "interrupt route",
-            problem: format!("all {KVM_MAX_IRQ_ROUTES} routes of the VM are in use"),
-        })
+        let gsi = match table.free.pop() {
+            Some(gsi) => gsi,
+            None if usize::try_from(table.next).is_ok_and(|gsi| gsi < KVM_MAX_IRQ_ROUTES) => {
+                table.next += 1;
+                table.next - 1
+            }
+            None => {
+                let problem = format!("all {KVM_MAX_IRQ_ROUTES} routes of the VM are in use");
+                return Err(Error::Invalid { what: "interrupt route", problem });
+            }
+        };
+        self.held.fetch_add(1, Ordering::Relaxed);
+        Ok(gsi)
     }
 
     fn take_pin(&self, pin: u8) -> Result<u32> {
@@ -71,11 +78,13 @@ impl Routes {
             return Err(refused(format!("{pin} is taken")));
         }
         table.pins |= bit;
+        self.held.fetch_add(1, Ordering::Relaxed);
         Ok(pin.into())
     }
 
     fn give_back(&self, gsi: u32) {
         let mut table = self.table();
+        self.held.fetch_sub(1, Ordering::Relaxed);
         if gsi < IOAPIC_PINS.into() {
             table.pins &= !(1 << gsi);
         } else {
@@ -247,5 +256,9 @@ impl Irqs for Arc<Shared> {
     fn doorbell(&self, at: IoAddr, on: DoorbellMatch, event: EventFd) -> Result<Box<dyn Doorbell>> {
         ioeventfd(&self.fd, at, on, &event, Attach::Yes).map_err(failed("KVM_IOEVENTFD"))?;
         Ok(Box::new(KvmDoorbell { vm: self.clone(), at, on, event }))
+    }
+
+    fn routes_held(&self) -> Arc<AtomicUsize> {
+        self.routes.held.clone()
     }
 }

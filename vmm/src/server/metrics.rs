@@ -18,6 +18,8 @@ pub async fn text(board: &Board, api: &ApiCounters, memory: &Reader) -> String {
     if let Some(counters) = board.counters() {
         of_vcpus(&mut page, &counters);
         of_devices(&mut page, &counters);
+        let help = "Interrupt routes of the hypervisor's that the machine holds.";
+        page.gauge("halyard_interrupt_routes", help).sample(&[], counters.routes.load(Ordering::Relaxed));
         if let Some(resident) = memory.resident(counters.memory.clone()).await {
             of_memory(&mut page, resident);
         }

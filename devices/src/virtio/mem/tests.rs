@@ -1,7 +1,7 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::*;
-use crate::virtio::testing::{Buf, DriverQueue, PciDriver};
+use crate::virtio::testing::{Buf, DriverQueue, PciDriver, Sections};
 
 const START: u64 = 4 << 30;
 const BLOCK: u64 = 2 << 20;
@@ -249,23 +249,6 @@ fn rules_broken_need_a_reset_and_nothing_more() {
     }
 }
 
-#[derive(Default)]
-struct Sections(Vec<(String, u32, Vec<u8>)>);
-
-impl StateSink for Sections {
-    fn section(&mut self, name: &str, version: u32, data: &[u8]) -> Result<()> {
-        self.0.push((name.into(), version, data.into()));
-        Ok(())
-    }
-}
-
-impl StateSource for Sections {
-    fn section(&mut self, name: &str) -> Result<Option<(u32, Vec<u8>)>> {
-        let found = self.0.iter().find(|(known, ..)| known == name);
-        Ok(found.map(|(_, version, data)| (*version, data.clone())))
-    }
-}
-
 #[test]
 fn what_was_saved_is_plugged_again_and_damage_is_refused() {
     let mut bench = Bench::new();
@@ -274,7 +257,6 @@ fn what_was_saved_is_plugged_again_and_damage_is_refused() {
     bench.driver.device.suspend();
     let mut saved = Sections::default();
     bench.driver.device.save(&mut saved).unwrap();
-    let section = saved.0.iter().position(|(name, ..)| name == SECTION).unwrap();
     let (mut again, done, _) = device();
     again.restore(&mut saved).unwrap();
     assert_eq!(done.try_iter().collect::<Vec<_>>(), [Done::Plug(BLOCK..3 * BLOCK), Done::Plug(5 * BLOCK..6 * BLOCK)]);
@@ -291,7 +273,7 @@ fn what_was_saved_is_plugged_again_and_damage_is_refused() {
         "{}".into(),
     ];
     for text in damaged {
-        saved.0[section].2 = text.clone().into_bytes();
+        saved.0.get_mut(SECTION).unwrap().1 = text.clone().into_bytes();
         let (mut device, _done, _) = device();
         assert!(device.restore(&mut saved).is_err(), "{text}");
     }

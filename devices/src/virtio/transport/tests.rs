@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use crate::io_thread::{IoThread, Running};
 use crate::pci::PciFunction;
-use crate::virtio::testing::{Buf, DriverQueue, PciDriver, TIMEOUT};
+use crate::virtio::testing::{Buf, DriverQueue, PciDriver, Sections, TIMEOUT};
 use crate::virtio::{
     Chain, DeviceInfo, Error, Fault, QueueState, Result, Resumed, RunningQueue, Served, StateSink, StateSource,
     VirtioDevice,
@@ -136,22 +136,6 @@ impl VirtioDevice for Echo {
 
     fn resumed(&mut self, why: Resumed) {
         self.seen.resumed.lock().unwrap().push(why);
-    }
-}
-
-#[derive(Default)]
-struct Sections(BTreeMap<String, (u32, Vec<u8>)>);
-
-impl StateSink for Sections {
-    fn section(&mut self, name: &str, version: u32, data: &[u8]) -> Result<()> {
-        assert!(self.0.insert(name.into(), (version, data.into())).is_none(), "{name} twice");
-        Ok(())
-    }
-}
-
-impl StateSource for Sections {
-    fn section(&mut self, name: &str) -> Result<Option<(u32, Vec<u8>)>> {
-        Ok(self.0.get(name).cloned())
     }
 }
 
@@ -547,7 +531,7 @@ fn a_damaged_state_is_refused() {
         let text = String::from_utf8(data).unwrap();
         assert!(text.contains(from), "{from} in {text}");
         let damaged = text.replacen(from, to, 1).into_bytes();
-        let mut copy = Sections(saved.0.clone());
+        let mut copy = saved.clone();
         copy.0.insert(section.into(), (version, damaged));
         let (_, echo) = Echo::new();
         let new = PciDriver::with_memory(echo, old.memory.clone());
@@ -555,7 +539,7 @@ fn a_damaged_state_is_refused() {
     }
     let (_, new) = driver();
     assert!(new.device.restore(&mut Sections::default()).is_err());
-    let mut newer = Sections(saved.0.clone());
+    let mut newer = saved.clone();
     newer.0.get_mut("virtio").unwrap().0 = 2;
     assert!(new.device.restore(&mut newer).is_err());
 }
