@@ -11,9 +11,9 @@ use std::time::Duration;
 use guest::{Did, Guest, Recorder, kvm, real_mode, run_to_shutdown, then_die};
 use hal::kvm::{Kvm, kick_signal};
 use hal::{
-    DirtyTracking, DoorbellMatch, Error, Exit, ExitHandler, GpaRange, Hypervisor, IoAddr, Kick, KindName, MpState,
-    MsiMessage, Msr, ResetState, Slot, SlotId, SnpSpec, TdxSpec, Vcpu, VcpuId, VcpuSnapshot, Visibility, VmKind,
-    VmSpec,
+    Conversion, DirtyTracking, DoorbellMatch, Error, Exit, ExitHandler, GpaRange, GuestCall, GuestCallStatus,
+    Hypervisor, IoAddr, Kick, KindName, MpState, MsiMessage, Msr, ResetState, Slot, SlotId, SnpSpec, TdxSpec, Vcpu,
+    VcpuId, VcpuSnapshot, Visibility, VmKind, VmSpec,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -287,6 +287,12 @@ fn a_kick_from_a_handler_ends_the_run_after_the_instruction() {
         fn mmio_read(&self, _: u64, _: &mut [u8]) {}
         fn mmio_write(&self, _: u64, _: &[u8]) {}
         fn end_of_interrupt(&self, _: u8) {}
+        fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
+            Conversion::Invalid
+        }
+        fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
+            GuestCallStatus::Unsupported
+        }
     }
     let Some(kvm) = kvm() else { return };
     let guest = Guest::new(&kvm, &then_die(&[0xe4, 0x10]));
@@ -529,6 +535,12 @@ fn a_saved_state_goes_on_in_another_vm() {
         fn mmio_read(&self, _: u64, _: &mut [u8]) {}
         fn mmio_write(&self, _: u64, _: &[u8]) {}
         fn end_of_interrupt(&self, _: u8) {}
+        fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
+            Conversion::Invalid
+        }
+        fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
+            GuestCallStatus::Unsupported
+        }
     }
     let handler = KickAt(vcpu.kick(), Mutex::default());
     for _ in 0..3 {
