@@ -53,6 +53,16 @@ pub enum Error {
         /// The operating system's answer.
         source: io::Error,
     },
+    /// A step of a confidential guest's launch failed.
+    #[error("{step}: {problem}; {remedy}")]
+    Launch {
+        /// The step, by the name under which its documentation is found.
+        step: &'static str,
+        /// What was refused, by whom and why, as far as it can be told.
+        problem: String,
+        /// What the user can do.
+        remedy: &'static str,
+    },
     /// A saved state does not fit this vCPU or this backend.
     #[error("saved vCPU state: {0}")]
     State(String),

@@ -17,6 +17,7 @@
 //! assert_eq!(fake.calls().last(), Some(&Call::DropVm));
 //! ```
 
+mod launch;
 mod vcpu;
 mod vm;
 
@@ -31,7 +32,7 @@ use vm_memory::{GuestAddress, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAd
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-pub use vcpu::{GuestRead, Step};
+pub use vcpu::{GuestAnswer, GuestRead, Step};
 
 use crate::{
     CpuidEntry, DirtyTracking, DirtyTrackingCaps, DoorbellMatch, Error, GpaRange, HostCaps, Hypervisor, IoAddr,
@@ -84,6 +85,9 @@ pub enum Call {
     CollectDirty(SlotId),
     Clock,
     SetClock(u64),
+    LaunchBegin {
+        hand_off: u64,
+    },
     LaunchAdd {
         range: GpaRange,
         bytes: usize,
@@ -142,6 +146,7 @@ struct State {
     failures: Vec<Failure>,
     scripts: HashMap<VcpuId, VecDeque<Step>>,
     reads: HashMap<VcpuId, Vec<GuestRead>>,
+    answers: HashMap<VcpuId, Vec<GuestAnswer>>,
     resets: HashMap<VcpuId, ResetState>,
     slots: BTreeMap<(VmNumber, SlotId), MappedSlot>,
     routes: BTreeMap<RouteId, Route>,
@@ -225,6 +230,11 @@ impl Fake {
     /// What the guest read on a vCPU, in order.
     pub fn reads(&self, vcpu: VcpuId) -> Vec<GuestRead> {
         self.0.state().reads.get(&vcpu).cloned().unwrap_or_default()
+    }
+
+    /// What the guest was answered on a vCPU when it asked for a conversion or made a call, in order.
+    pub fn answers(&self, vcpu: VcpuId) -> Vec<GuestAnswer> {
+        self.0.state().answers.get(&vcpu).cloned().unwrap_or_default()
     }
 
     /// What a vCPU was last reset to.
@@ -311,6 +321,11 @@ impl Hypervisor for Fake {
 
     fn create(&self, spec: &VmSpec) -> Result<Box<dyn Vm>> {
         Ok(Box::new(vm::FakeVm::create(&self.0, spec)?))
+    }
+
+    fn missing(&self, kind: KindName) -> Option<String> {
+        let there = self.0.caps.kinds.contains(&kind);
+        (!there).then(|| format!("VMs of the kind {kind} are not in its script"))
     }
 }
 

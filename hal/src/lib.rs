@@ -14,6 +14,7 @@ mod irq;
 mod kind;
 pub mod kvm;
 mod memory;
+mod shared;
 mod state;
 mod vcpu;
 mod vm;
@@ -21,16 +22,18 @@ mod vm;
 pub use caps::{CpuidEntry, DirtyTrackingCaps, HostCaps};
 pub use error::{Error, Result};
 pub use irq::{Doorbell, DoorbellMatch, IoAddr, Irqs, MsiMessage, MsiRoute};
-pub use kind::{Boot, KindName, KindTraits, SnpSpec, TdxSpec, VmKind};
+pub use kind::{Ability, Boot, KindName, KindTraits, SnpSpec, TdxSpec, VmKind};
 pub use memory::{GpaRange, Memory, Slot, SlotId, Visibility};
+pub use shared::SharedRanges;
 pub use state::{
     DescriptorTable, EventState, MpState, Msr, Registers, STATE_VERSION, Segment, SystemRegisters, VcpuSnapshot,
     VcpuState,
 };
 pub use vcpu::{
-    BootRegisters, Counter, Counters, CrashInfo, Exit, ExitHandler, Kick, KickTarget, ResetState, Vcpu, VcpuId,
+    BootRegisters, Conversion, Counter, Counters, CrashInfo, Exit, ExitHandler, GuestCall, GuestCallStatus, Kick,
+    KickTarget, ResetState, Vcpu, VcpuId,
 };
-pub use vm::{DirtyLog, DirtyTracking, Hypervisor, Launch, Vm, VmSpec, VmState};
+pub use vm::{CpuidChange, DirtyLog, DirtyTracking, Hypervisor, Launch, Vm, VmSpec, VmState};
 
 /// Opens the hypervisor of this host: KVM through `/dev/kvm`.
 ///

@@ -15,6 +15,15 @@ pub struct GpaRange {
     pub len: u64,
 }
 
+impl GpaRange {
+    /// What two ranges have in common.
+    pub fn common(self, other: Self) -> Option<Self> {
+        let start = self.start.max(other.start);
+        let end = self.start.saturating_add(self.len).min(other.start.saturating_add(other.len));
+        (start < end).then(|| Self { start, len: end - start })
+    }
+}
+
 /// Whether the monitor can see a page of a confidential guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Visibility {
@@ -68,9 +77,18 @@ pub trait Memory: Send + Sync {
     /// [`crate::Error::Invalid`] where there is no such slot; [`crate::Error::System`] where the hypervisor refuses.
     fn unmap(&self, id: SlotId) -> Result<Slot>;
 
-    /// Changes pages of a confidential guest between private and shared.
+    /// Makes memory of a confidential guest private or shared; what it held on the other side is lost. What is so already
+    /// stays untouched. Addresses without memory are shared as they are: a guest may say so of devices.
     ///
     /// # Errors
-    /// [`crate::Error::Invalid`] where the VM's kind has no private memory or the range is not mapped.
+    /// [`crate::Error::Invalid`] where the VM's kind has no private memory, the range is not of whole pages, or what is to be
+    /// private is not all mapped; [`crate::Error::System`] where the hypervisor refuses.
     fn convert(&self, range: GpaRange, to: Visibility) -> Result<()>;
+
+    /// Whether guest and monitor see the same in all of a mapped range: always, where the VM's kind has no private memory.
+    fn is_shared(&self, range: GpaRange) -> bool;
+
+    /// The memory that a confidential guest has shared, in ascending order and with neighbours joined; nothing, where the
+    /// VM's kind has no private memory.
+    fn shared(&self) -> Vec<GpaRange>;
 }

@@ -24,9 +24,12 @@ pub trait Vcpu: Send {
     /// Puts the vCPU at its first instruction. If it has run, everything that the guest did to it is undone first,
     /// except that its time stamp counter goes on; its CPUID leaves cannot be others then.
     ///
+    /// Where the launch chooses the first instruction ([`crate::Boot::Measured`]) it gives CPUID and model-specific
+    /// registers alone, once, before [`crate::Launch::begin`].
+    ///
     /// # Errors
     /// [`crate::Error::System`] or [`crate::Error::State`] where the hypervisor refuses a part of the state, which
-    /// the message names.
+    /// the message names; [`crate::Error::Invalid`] where the kind of VM has no such reset.
     fn reset(&mut self, at: &ResetState) -> Result<()>;
 
     /// Tells the guest, where it knows how to be told, that the vCPU stood still for a while: its watchdogs do not take
@@ -93,7 +96,7 @@ pub enum Exit {
     Crash(CrashInfo),
     /// A breakpoint or single step that the monitor armed.
     Debug,
-    /// A confidential guest touched memory whose visibility must change first.
+    /// The guest touched memory whose visibility must change first, and [`ExitHandler::convert`] refused that.
     MemoryFault {
         /// What it touched.
         range: GpaRange,
@@ -120,7 +123,7 @@ impl fmt::Display for CrashInfo {
     }
 }
 
-/// Answers the exits that need an answer. Called on the vCPU's own thread. `data` is little-endian, 1, 2, 4 or 8
+/// Answers the exits that need an answer; a handler for VMs of a kind that does not make one of them refuses it. Called on the vCPU's own thread. `data` is little-endian, 1, 2, 4 or 8
 /// bytes long; an address that no device claims reads as all ones.
 pub trait ExitHandler {
     /// The guest reads an I/O port.
@@ -133,6 +136,55 @@ pub trait ExitHandler {
     fn mmio_write(&self, gpa: u64, data: &[u8]);
     /// The guest ended a level-triggered interrupt with this vector.
     fn end_of_interrupt(&self, vector: u8);
+    /// A confidential guest wants memory private or shared: it asked so, or touched it so. What the guest asks for is
+    /// made of whole pages, but may lie anywhere.
+    fn convert(&self, range: GpaRange, to: Visibility) -> Conversion;
+    /// A confidential guest asks the monitor itself for something. The answer comes at once; what takes longer goes on
+    /// behind it.
+    fn guest_call(&self, call: GuestCall) -> GuestCallStatus;
+}
+
+/// What became of a guest's wish for memory of another visibility.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Conversion {
+    /// It is as the guest wants it.
+    Done,
+    /// Not now: the guest shall ask again.
+    Retry,
+    /// It cannot be, there or at all.
+    Invalid,
+}
+
+/// What a confidential guest asks the monitor itself for (Intel TDX Guest-Hypervisor Communication Interface 1.5, §3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestCall {
+    /// TDG.VP.VMCALL<GetQuote>: a quote of the report in a shared buffer, written there when it is ready.
+    GetQuote {
+        /// Guest physical address of the buffer, without the bit that marks shared memory.
+        gpa: u64,
+        /// Bytes of it.
+        size: u64,
+    },
+    /// TDG.VP.VMCALL<SetupEventNotifyInterrupt>: the interrupt that says, on the vCPU that asks, that a quote is ready.
+    SetupEventNotify {
+        /// Its vector, which no one has checked.
+        vector: u64,
+    },
+}
+
+/// The monitor's answer to a [`GuestCall`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestCallStatus {
+    /// It is done, or has begun.
+    Success,
+    /// Not now: the guest shall ask again.
+    Retry,
+    /// An argument is wrong.
+    InvalidOperand,
+    /// An address or a size is not of whole pages.
+    AlignError,
+    /// There is no such service.
+    Unsupported,
 }
 
 /// Makes a running vCPU return. Cloning is cheap; [`Kick::kick`] is async-signal-safe.

@@ -5,11 +5,11 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hal::fake::{Call, Fake, GuestRead, Live, RouteId, RouteView, Step};
+use hal::fake::{Call, Fake, GuestAnswer, GuestRead, Live, RouteId, RouteView, Step};
 use hal::{
-    BootRegisters, CrashInfo, DirtyTracking, DoorbellMatch, Error, Exit, ExitHandler, GpaRange, HostCaps, Hypervisor,
-    IoAddr, KindName, MpState, MsiMessage, Msr, Registers, ResetState, Slot, SlotId, TdxSpec, VcpuId, Visibility, Vm,
-    VmKind, VmSpec,
+    BootRegisters, Conversion, CrashInfo, DirtyTracking, DoorbellMatch, Error, Exit, ExitHandler, GpaRange, GuestCall,
+    GuestCallStatus, HostCaps, Hypervisor, IoAddr, KindName, MpState, MsiMessage, Msr, Registers, ResetState, Slot,
+    SlotId, TdxSpec, Vcpu, VcpuId, Visibility, Vm, VmKind, VmSpec,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -45,6 +45,12 @@ impl ExitHandler for Devices {
     }
     fn end_of_interrupt(&self, vector: u8) {
         self.say(format!("eoi {vector}"));
+    }
+    fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
+        Conversion::Invalid
+    }
+    fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
+        GuestCallStatus::Unsupported
     }
 }
 
@@ -328,18 +334,124 @@ fn kinds_that_the_host_lacks_are_refused_and_others_are_as_they_are() {
         let spec = VmSpec { max_vcpus: bad, ..Default::default() };
         assert!(plain.create(&spec).err().unwrap().to_string().contains("1 to 254"));
     }
-    let caps = HostCaps { kinds: vec![KindName::Tdx], ..plain.caps().clone() };
-    let host = Fake::with_caps(caps);
-    let vm = host.create(&tdx).unwrap();
-    assert!(vm.kind().private_memory && vm.state().is_none());
-    assert!(vm.create_vcpu(ZERO).unwrap().state().is_none());
+    assert!(plain.missing(KindName::Tdx).unwrap().contains("TDX") && plain.missing(KindName::Standard).is_none());
+}
+
+/// A host that can create trust domains, and one of them with a vCPU and 16 KiB of memory.
+fn trust_domain() -> (Fake, Box<dyn Vm>, Box<dyn Vcpu>) {
+    let host = Fake::with_caps(HostCaps { kinds: vec![KindName::Tdx], ..Fake::new().caps().clone() });
+    let vm =
+        host.create(&VmSpec { kind: VmKind::Tdx(TdxSpec::default()), max_vcpus: 2, ..Default::default() }).unwrap();
     vm.memory().map(slot(0, 0x4000)).unwrap();
-    let range = GpaRange { start: 0x1000, len: 0x1000 };
-    vm.memory().convert(range, Visibility::Shared).unwrap();
-    assert!(vm.memory().convert(GpaRange { len: 0x4000, ..range }, Visibility::Shared).is_err());
+    let vcpu = vm.create_vcpu(ZERO).unwrap();
+    (host, vm, vcpu)
+}
+
+const PAGE: GpaRange = GpaRange { start: 0x1000, len: 0x1000 };
+
+#[test]
+fn a_trust_domain_is_launched_in_order_and_then_runs() {
+    let (host, vm, mut vcpu) = trust_domain();
+    assert!(vm.kind().private_memory && vm.state().is_none() && vcpu.state().is_none());
+    vcpu.reset(&ResetState::default()).unwrap();
     let launch = vm.launch().unwrap();
-    launch.add(range, &[0; 4096], true).unwrap();
+    launch.begin(PAGE.start).unwrap();
+    launch.add(PAGE, &[1; 5], true).unwrap();
     launch.finish().unwrap();
-    assert!(launch.add(range, &[0; 4096], true).is_err() && launch.finish().is_err());
-    assert!(host.calls().contains(&Call::LaunchAdd { range, bytes: 4096, measured: true }));
+    assert_eq!(launch.changes(), []);
+    let begun = host.calls().iter().position(|call| *call == Call::LaunchBegin { hand_off: 0x1000 }).unwrap();
+    assert_eq!(host.calls()[begun + 1], Call::LaunchAdd { range: PAGE, bytes: 5, measured: true });
+    host.script(
+        ZERO,
+        [
+            Step::Convert { range: PAGE, to: Visibility::Shared },
+            Step::Call(GuestCall::GetQuote { gpa: 0x2000, size: 0x1000 }),
+            Step::MemoryFault { range: PAGE, want: Visibility::Private },
+            Step::Shutdown,
+        ],
+    );
+    /// A monitor that does what the guest wants.
+    struct Converts<'a>(&'a dyn Vm);
+    impl ExitHandler for Converts<'_> {
+        fn pio_read(&self, _: u16, _: &mut [u8]) {}
+        fn pio_write(&self, _: u16, _: &[u8]) {}
+        fn mmio_read(&self, _: u64, _: &mut [u8]) {}
+        fn mmio_write(&self, _: u64, _: &[u8]) {}
+        fn end_of_interrupt(&self, _: u8) {}
+        fn convert(&self, range: GpaRange, to: Visibility) -> Conversion {
+            self.0.memory().convert(range, to).unwrap();
+            assert_eq!(self.0.memory().is_shared(range), to == Visibility::Shared);
+            Conversion::Done
+        }
+        fn guest_call(&self, call: GuestCall) -> GuestCallStatus {
+            assert_eq!(call, GuestCall::GetQuote { gpa: 0x2000, size: 0x1000 });
+            GuestCallStatus::Retry
+        }
+    }
+    assert_eq!(vcpu.run(&Converts(&*vm)).unwrap(), Exit::Shutdown);
+    assert_eq!(
+        host.answers(ZERO),
+        [
+            GuestAnswer::Conversion(Conversion::Done),
+            GuestAnswer::Call(GuestCallStatus::Retry),
+            GuestAnswer::Conversion(Conversion::Done),
+        ]
+    );
+    assert_eq!(vm.memory().shared(), []);
+}
+
+#[test]
+fn each_step_of_a_launch_out_of_order_is_refused() {
+    let (_, vm, mut vcpu) = trust_domain();
+    let launch = vm.launch().unwrap();
+    let refused = |result: hal::Result<()>, why: &str| {
+        let error = result.expect_err(why).to_string();
+        assert!(error.contains(why), "{error}");
+    };
+    refused(launch.add(PAGE, &[], false), "has not begun");
+    refused(launch.finish(), "has not begun");
+    refused(launch.begin(0), "has not been reset");
+    refused(vcpu.run(&Devices::default()).map(|_| ()), "not sealed");
+    refused(vcpu.reset(&ResetState { entry: Some(Default::default()), ..Default::default() }), "launch sets those");
+    vcpu.reset(&ResetState::default()).unwrap();
+    refused(vcpu.reset(&ResetState::default()), "a new VM");
+    launch.begin(0).unwrap();
+    refused(launch.begin(0), "begun already");
+    refused(vm.create_vcpu(VcpuId(1)).map(|_| ()), "after the launch has begun");
+    for (range, contents, why) in [
+        (GpaRange { start: 0x800, len: 0x1000 }, 0, "whole pages"),
+        (GpaRange { start: 0x1000, len: 0 }, 0, "whole pages"),
+        (PAGE, 4097, "longer"),
+        (GpaRange { start: 0x3000, len: 0x2000 }, 0, "private memory of one slot"),
+    ] {
+        refused(launch.add(range, &vec![0; contents], true), why);
+    }
+    vm.memory().convert(PAGE, Visibility::Shared).unwrap();
+    refused(launch.add(PAGE, &[], true), "private memory of one slot");
+    vm.memory().convert(PAGE, Visibility::Private).unwrap();
+    launch.add(PAGE, &[], true).unwrap();
+    refused(launch.add(PAGE, &[], true), "added already");
+    launch.finish().unwrap();
+    refused(launch.finish(), "sealed already");
+    refused(launch.add(GpaRange { start: 0x2000, ..PAGE }, &[], true), "sealed");
+    refused(vcpu.reset(&ResetState::default()), "a new VM");
+}
+
+#[test]
+fn what_a_trust_domain_cannot_have_is_refused() {
+    let (host, vm, _vcpu) = trust_domain();
+    let kind = VmKind::Tdx(TdxSpec::default());
+    let logged = VmSpec { kind, max_vcpus: 1, dirty_tracking: DirtyTracking::Bitmap };
+    assert!(host.create(&logged).err().unwrap().to_string().contains("no log of written pages"));
+    let readonly = vm.memory().map(Slot { readonly: true, ..slot(0x10_0000, 0x1000) });
+    assert!(readonly.unwrap_err().to_string().contains("no read-only memory"));
+    // A guest may say of addresses without memory that they are shared, and no more.
+    let beyond = GpaRange { start: 0x3000, len: 0x3000 };
+    vm.memory().convert(beyond, Visibility::Shared).unwrap();
+    assert_eq!(vm.memory().shared(), [GpaRange { start: 0x3000, len: 0x1000 }]);
+    assert!(vm.memory().convert(beyond, Visibility::Private).is_err());
+    assert!(vm.memory().convert(GpaRange { start: 0x10, len: 0x1000 }, Visibility::Private).is_err());
+    for ability in vm.kind().lacks {
+        assert!(!ability.to_string().is_empty() && KindName::Standard.traits().has(*ability));
+    }
 }

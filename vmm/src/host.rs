@@ -52,7 +52,7 @@ pub fn report(opened: &hal::Result<Box<dyn Hypervisor>>) -> HostReport {
         physical_address_bits: facts.as_ref().map(|facts| facts.physical_address_bits),
         max_memory: facts.as_ref().map(|facts| facts.max_memory),
         dirty_tracking: caps.map(dirty_tracking).unwrap_or_default(),
-        kinds: KINDS.into_iter().map(|name| kind_report(name, caps)).collect(),
+        kinds: KINDS.into_iter().map(|name| kind_report(name, opened)).collect(),
         checks,
     }
 }
@@ -68,14 +68,12 @@ fn dirty_tracking(caps: &HostCaps) -> Vec<String> {
     ways
 }
 
-fn kind_report(name: hal::KindName, caps: Option<&HostCaps>) -> KindReport {
-    let available = caps.is_some_and(|caps| caps.kinds.contains(&name));
-    let reason = match caps {
-        _ if available => String::new(),
-        None => "the hypervisor cannot be opened".into(),
-        Some(caps) => format!("VMs of the kind {name} cannot be created with {} here", caps.backend),
+fn kind_report(name: hal::KindName, opened: &hal::Result<Box<dyn Hypervisor>>) -> KindReport {
+    let missing = match opened {
+        Ok(hypervisor) => hypervisor.missing(name),
+        Err(_) => Some("the hypervisor cannot be opened".into()),
     };
-    KindReport { kind: kind(name), available, reason }
+    KindReport { kind: kind(name), available: missing.is_none(), reason: missing.unwrap_or_default() }
 }
 
 fn hypervisor_check(opened: &hal::Result<Box<dyn Hypervisor>>) -> Check {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use devices::bus::Bus;
 use devices::ioapic::IoApic;
-use hal::{Exit, ExitHandler, Kick, Vcpu};
+use hal::{Conversion, Exit, ExitHandler, GpaRange, GuestCall, GuestCallStatus, Kick, Vcpu, Visibility};
 
 use crate::inbox::{Event, Inbox, VcpuEnd};
 use crate::sandbox;
@@ -50,6 +50,15 @@ impl ExitHandler for ExitBuses {
 
     fn end_of_interrupt(&self, vector: u8) {
         self.ioapic.end_of_interrupt(vector);
+    }
+
+    // There are no machines of a confidential kind yet.
+    fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
+        Conversion::Invalid
+    }
+
+    fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
+        GuestCallStatus::Unsupported
     }
 }
 
@@ -102,6 +111,14 @@ impl ExitHandler for Exits<'_> {
     fn end_of_interrupt(&self, vector: u8) {
         count(&self.counters.interrupt_ends);
         self.answers.end_of_interrupt(vector);
+    }
+
+    fn convert(&self, range: GpaRange, to: Visibility) -> Conversion {
+        self.answers.convert(range, to)
+    }
+
+    fn guest_call(&self, call: GuestCall) -> GuestCallStatus {
+        self.answers.guest_call(call)
     }
 }
 

@@ -8,9 +8,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::vm::Shared;
 use super::{Call, new_event};
 use crate::{
-    Counter, Counters, CrashInfo, Error, EventState, Exit, ExitHandler, GpaRange, IoAddr, Kick, KickTarget, MpState,
-    MsiMessage, Registers, ResetState, Result, STATE_VERSION, SystemRegisters, Vcpu, VcpuId, VcpuSnapshot, VcpuState,
-    Visibility,
+    Conversion, Counter, Counters, CrashInfo, Error, EventState, Exit, ExitHandler, GpaRange, GuestCall,
+    GuestCallStatus, IoAddr, Kick, KickTarget, MpState, MsiMessage, Registers, ResetState, Result, STATE_VERSION,
+    SystemRegisters, Vcpu, VcpuId, VcpuSnapshot, VcpuState, Visibility,
 };
 
 /// One thing that a guest does.
@@ -46,7 +46,17 @@ pub enum Step {
     Crash(String),
     /// The run ends with [`Exit::Debug`].
     Debug,
-    /// The run ends with [`Exit::MemoryFault`].
+    /// It asks for memory of another visibility; what came of it is told by [`super::Fake::answers`].
+    Convert {
+        /// The pages.
+        range: GpaRange,
+        /// What it wants them to be.
+        to: Visibility,
+    },
+    /// It asks the monitor for something; the answer is told by [`super::Fake::answers`].
+    Call(GuestCall),
+    /// It touches memory of another visibility. Where the handler refuses to convert it, the run ends with
+    /// [`Exit::MemoryFault`].
     MemoryFault {
         /// What the guest touched.
         range: GpaRange,
@@ -84,6 +94,15 @@ pub struct GuestRead {
     pub at: IoAddr,
     /// What came.
     pub data: Vec<u8>,
+}
+
+/// What a guest was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestAnswer {
+    /// To [`Step::Convert`] and [`Step::MemoryFault`].
+    Conversion(Conversion),
+    /// To [`Step::Call`].
+    Call(GuestCallStatus),
 }
 
 /// A scripted vCPU.
@@ -181,6 +200,12 @@ impl FakeVcpu {
         }
     }
 
+    /// Notes what the guest was answered.
+    fn answered(&self, answer: GuestAnswer) {
+        self.exit();
+        self.vm.world.state().answers.entry(self.id).or_default().push(answer);
+    }
+
     /// Does one step; what it ends the run with, if it does.
     fn step(&self, step: Step, host: &dyn ExitHandler) -> Result<Option<Exit>> {
         match step {
@@ -217,7 +242,19 @@ impl FakeVcpu {
             Step::Reset => Some(Exit::Reset),
             Step::Crash(reason) => Some(Exit::Crash(CrashInfo { reason, rip: None })),
             Step::Debug => Some(Exit::Debug),
-            Step::MemoryFault { range, want } => Some(Exit::MemoryFault { range, want }),
+            Step::Convert { range, to } => {
+                self.answered(GuestAnswer::Conversion(host.convert(range, to)));
+                None
+            }
+            Step::Call(call) => {
+                self.answered(GuestAnswer::Call(host.guest_call(call)));
+                None
+            }
+            Step::MemoryFault { range, want } => {
+                let conversion = host.convert(range, want);
+                self.answered(GuestAnswer::Conversion(conversion));
+                (conversion == Conversion::Invalid).then_some(Exit::MemoryFault { range, want })
+            }
         })
     }
 }
@@ -225,6 +262,9 @@ impl FakeVcpu {
 impl Vcpu for FakeVcpu {
     fn run(&mut self, host: &dyn ExitHandler) -> Result<Exit> {
         self.vm.world.call(Call::Run(self.id))?;
+        if self.vm.is_launched() && !self.vm.launch().is_finished() {
+            return Err(Error::Invalid { what: "launch", problem: "the guest is not sealed, so it cannot run".into() });
+        }
         loop {
             let next = self.next();
             if self.kick.pending.swap(false, Ordering::SeqCst) {
@@ -249,8 +289,11 @@ impl Vcpu for FakeVcpu {
     }
 
     fn reset(&mut self, at: &ResetState) -> Result<()> {
+        self.vm.world.call(Call::Reset(self.id))?;
+        if self.vm.is_launched() {
+            self.vm.launch().reset(self.id, at)?;
+        }
         let mut world = self.vm.world.state();
-        world.call(Call::Reset(self.id))?;
         world.resets.insert(self.id, at.clone());
         let Some(state) = &mut self.state else { return Ok(()) };
         *state = VcpuSnapshot { cpuid: at.cpuid.clone(), msrs: at.msrs.clone(), ..power_on(self.id) };

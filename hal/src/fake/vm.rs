@@ -2,17 +2,19 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::launch::LaunchState;
 use super::vcpu::FakeVcpu;
 use super::{Bell, Call, MappedSlot, Route, RouteId, State, TSC_KHZ, VmNumber, World, new_event};
 use crate::{
-    DirtyLog, DirtyTracking, Doorbell, DoorbellMatch, Error, GpaRange, IoAddr, Irqs, KindName, KindTraits, Launch,
-    Memory, MsiMessage, MsiRoute, Result, Slot, SlotId, Vcpu, VcpuId, Visibility, Vm, VmSpec, VmState,
+    Ability, DirtyLog, DirtyTracking, Doorbell, DoorbellMatch, Error, GpaRange, IoAddr, Irqs, KindName, KindTraits,
+    Launch, Memory, MsiMessage, MsiRoute, Result, SharedRanges, Slot, SlotId, Vcpu, VcpuId, Visibility, Vm, VmSpec,
+    VmState,
 };
 
 const PAGE: u64 = 4096;
@@ -29,7 +31,9 @@ pub(super) struct Shared {
     max_vcpus: u32,
     dirty_tracking: DirtyTracking,
     vcpus: Mutex<BTreeSet<VcpuId>>,
-    launched: AtomicBool,
+    /// What a confidential kind has shared, and how far its launch is.
+    shared: Mutex<SharedRanges>,
+    pub(super) launch: Mutex<LaunchState>,
     clock: AtomicU64,
     routes_held: Arc<AtomicUsize>,
 }
@@ -49,7 +53,8 @@ impl FakeVm {
             max_vcpus: spec.max_vcpus,
             dirty_tracking: spec.dirty_tracking,
             vcpus: Mutex::default(),
-            launched: AtomicBool::new(false),
+            shared: Mutex::default(),
+            launch: Mutex::default(),
             clock: AtomicU64::new(0),
             routes_held: Arc::default(),
         })))
@@ -65,6 +70,9 @@ fn check(world: &World, spec: &VmSpec) -> Result<()> {
         format!("{} vCPUs were asked for, and it allows 1 to {}", spec.max_vcpus, caps.max_vcpus)
     } else {
         match spec.dirty_tracking {
+            DirtyTracking::Bitmap | DirtyTracking::Ring { .. } if !kind.traits().has(Ability::DirtyLog) => {
+                format!("a VM of the kind {kind} has no log of written pages")
+            }
             DirtyTracking::Bitmap if !tracking.bitmap => "it keeps no dirty bitmaps".into(),
             DirtyTracking::Ring { entries } if !entries.is_power_of_two() || entries > tracking.ring_entries => {
                 format!("a dirty ring of {entries} entries was asked for, and it allows {}", tracking.ring_entries)
@@ -98,15 +106,18 @@ impl Vm for FakeVm {
         if u32::from(id.0) >= self.0.max_vcpus {
             return refused(format!("number {} was asked for, and this VM has {}", id.0, self.0.max_vcpus));
         }
+        if self.0.launch().has_begun() {
+            return refused(format!("number {} comes after the launch has begun", id.0));
+        }
         let mut vcpus = self.0.vcpus.lock().unwrap_or_else(PoisonError::into_inner);
         if !vcpus.insert(id) {
             return refused(format!("number {} exists", id.0));
         }
-        Ok(Box::new(FakeVcpu::create(&self.0, id, self.0.kind.traits().guest_state_readable)?))
+        Ok(Box::new(FakeVcpu::create(&self.0, id, self.0.has(Ability::Registers))?))
     }
 
     fn launch(&self) -> Option<&dyn Launch> {
-        (self.0.kind.traits().boot == crate::Boot::Measured).then_some(&*self.0 as &dyn Launch)
+        self.0.is_launched().then_some(&*self.0 as &dyn Launch)
     }
 
     fn dirty_log(&self) -> Option<&dyn DirtyLog> {
@@ -114,11 +125,41 @@ impl Vm for FakeVm {
     }
 
     fn state(&self) -> Option<&dyn VmState> {
-        self.0.kind.traits().guest_state_readable.then_some(&*self.0 as &dyn VmState)
+        self.0.has(Ability::Registers).then_some(&*self.0 as &dyn VmState)
     }
 }
 
 impl Shared {
+    /// Whether the VM's kind has an ability.
+    pub(super) fn has(&self, ability: Ability) -> bool {
+        self.kind.traits().has(ability)
+    }
+
+    /// Whether a launch chooses the first instruction.
+    pub(super) fn is_launched(&self) -> bool {
+        self.kind.traits().boot == crate::Boot::Measured
+    }
+
+    pub(super) fn launch(&self) -> MutexGuard<'_, LaunchState> {
+        self.launch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared(&self) -> MutexGuard<'_, SharedRanges> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The vCPUs that there are.
+    pub(super) fn vcpus(&self) -> BTreeSet<VcpuId> {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a range is private memory of one slot.
+    pub(super) fn is_private(&self, range: GpaRange) -> bool {
+        let len = usize::try_from(range.len).unwrap_or(usize::MAX);
+        let mut state = self.world.state();
+        self.slot_at(&mut state, range.start, len).is_some() && !self.shared().overlaps(range)
+    }
+
     /// A guest's write of memory; `false` where no slot takes it.
     pub(super) fn write_memory(&self, gpa: u64, data: &[u8]) -> bool {
         let mut state = self.world.state();
@@ -211,6 +252,9 @@ impl Memory for Shared {
         if let Some(other) = own.find(|o| o.start < range.start + range.len && range.start < o.start + o.len) {
             return Err(bad_slot(format!("{:#x} overlaps a slot at {:#x}", range.start, other.start)));
         }
+        if readonly && !self.has(Ability::ReadonlyMemory) {
+            return Err(bad_slot(format!("a VM of the kind {} has no read-only memory", self.kind)));
+        }
         if log_dirty && self.dirty_tracking == DirtyTracking::Off {
             return Err(bad_slot("a dirty log was asked for in a VM created without".into()));
         }
@@ -223,21 +267,42 @@ impl Memory for Shared {
         let mut state = self.world.state();
         state.call(Call::Unmap(id))?;
         let mapped = state.slots.remove(&(self.number, id));
-        mapped.map(|mapped| mapped.slot).ok_or_else(|| bad_slot(format!("there is no slot {}", id.0)))
+        let slot = mapped.map(|mapped| mapped.slot).ok_or_else(|| bad_slot(format!("there is no slot {}", id.0)))?;
+        self.shared().remove(slot.range());
+        Ok(slot)
     }
 
     fn convert(&self, range: GpaRange, to: Visibility) -> Result<()> {
         let mut state = self.world.state();
         state.call(Call::Convert { range, to })?;
-        let refused = |problem: &str| Error::Invalid { what: "visibility", problem: problem.into() };
+        let refused = |problem: &str| Err(Error::Invalid { what: "visibility", problem: problem.into() });
         if !self.kind.traits().private_memory {
-            return Err(refused("this kind of VM has no private memory"));
+            return refused("this kind of VM has no private memory");
         }
-        let len = usize::try_from(range.len).unwrap_or(usize::MAX);
-        match self.slot_at(&mut state, range.start, len) {
-            Some(_) => Ok(()),
-            None => Err(refused("the range is not mapped")),
+        let GpaRange { start, len } = range;
+        if !start.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) || start.checked_add(len).is_none() {
+            return refused("the range is not of whole pages");
         }
+        let own = state.slots.iter().filter(|((vm, _), _)| *vm == self.number).map(|(_, mapped)| mapped.slot.range());
+        let mapped: Vec<_> = own.filter_map(|slot| slot.common(range)).collect();
+        if to == Visibility::Private && mapped.iter().map(|part| part.len).sum::<u64>() != len {
+            return refused("the range is not mapped");
+        }
+        for part in mapped {
+            match to {
+                Visibility::Private => self.shared().remove(part),
+                Visibility::Shared => self.shared().insert(part),
+            }
+        }
+        Ok(())
+    }
+
+    fn is_shared(&self, range: GpaRange) -> bool {
+        !self.kind.traits().private_memory || self.shared().contains(range)
+    }
+
+    fn shared(&self) -> Vec<GpaRange> {
+        self.shared().ranges()
     }
 }
 
@@ -253,30 +318,6 @@ impl DirtyLog for Shared {
             Some(_) => Err(bad_slot(format!("slot {} keeps no dirty log", slot.0))),
             None => Err(bad_slot(format!("there is no slot {}", slot.0))),
         }
-    }
-}
-
-impl Launch for Shared {
-    fn add(&self, range: GpaRange, contents: &[u8], measured: bool) -> Result<()> {
-        let mut state = self.world.state();
-        state.call(Call::LaunchAdd { range, bytes: contents.len(), measured })?;
-        let refused = |problem: &str| Error::Invalid { what: "launch", problem: problem.into() };
-        if self.launched.load(Ordering::SeqCst) {
-            return Err(refused("the guest is sealed"));
-        }
-        let len = usize::try_from(range.len).unwrap_or(usize::MAX);
-        match self.slot_at(&mut state, range.start, len) {
-            Some(_) => Ok(()),
-            None => Err(refused("the range is not mapped")),
-        }
-    }
-
-    fn finish(&self) -> Result<()> {
-        self.world.call(Call::LaunchFinish)?;
-        if self.launched.swap(true, Ordering::SeqCst) {
-            return Err(Error::Invalid { what: "launch", problem: "the guest is sealed already".into() });
-        }
-        Ok(())
     }
 }
 

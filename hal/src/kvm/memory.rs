@@ -123,6 +123,14 @@ impl Memory for Shared {
     fn convert(&self, _range: GpaRange, _to: Visibility) -> Result<()> {
         Err(Error::Invalid { what: "visibility", problem: "a standard VM has no private memory".into() })
     }
+
+    fn is_shared(&self, _range: GpaRange) -> bool {
+        true
+    }
+
+    fn shared(&self) -> Vec<GpaRange> {
+        Vec::new()
+    }
 }
 
 impl DirtyLog for Shared {

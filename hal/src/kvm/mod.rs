@@ -91,6 +91,11 @@ impl Hypervisor for Kvm {
     fn create(&self, spec: &VmSpec) -> Result<Box<dyn Vm>> {
         Ok(Box::new(vm::KvmVm::create(&self.system, &self.caps, spec)?))
     }
+
+    fn missing(&self, kind: KindName) -> Option<String> {
+        let there = self.caps.kinds.contains(&kind);
+        (!there).then(|| format!("VMs of the kind {kind} cannot be created with KVM here"))
+    }
 }
 
 impl System {

@@ -17,8 +17,8 @@ use super::kick::{self, KickState, Running};
 use super::vm::Shared;
 use super::{failed, state};
 use crate::{
-    BootRegisters, Counters, CpuidEntry, CrashInfo, Error, Exit, ExitHandler, GpaRange, Kick, ResetState, Result, Vcpu,
-    VcpuId, VcpuState, Visibility,
+    BootRegisters, Conversion, Counters, CpuidEntry, CrashInfo, Error, Exit, ExitHandler, GpaRange, Kick, ResetState,
+    Result, Vcpu, VcpuId, VcpuState, Visibility,
 };
 
 /// A vCPU of KVM's.
@@ -246,7 +246,11 @@ fn answer(exit: VcpuExit<'_>, host: &dyn ExitHandler) -> Step {
         VcpuExit::MemoryFault { flags, gpa, size } => {
             let private = flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
             let want = if private { Visibility::Private } else { Visibility::Shared };
-            Step::Ends(Exit::MemoryFault { range: GpaRange { start: gpa, len: size }, want })
+            let range = GpaRange { start: gpa, len: size };
+            match host.convert(range, want) {
+                Conversion::Done | Conversion::Retry => Step::Answered,
+                Conversion::Invalid => Step::Ends(Exit::MemoryFault { range, want }),
+            }
         }
         VcpuExit::FailEntry(reason, cpu) => Step::Crash(format!(
             "the processor refused to enter the guest: hardware reason {reason:#x} on host processor {cpu}"

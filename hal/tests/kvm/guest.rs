@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use hal::kvm::Kvm;
 use hal::{
-    BootRegisters, DescriptorTable, DirtyTracking, Error, Exit, ExitHandler, Hypervisor, Registers, ResetState,
-    Segment, Slot, SlotId, SystemRegisters, Vcpu, VcpuId, Vm, VmSpec,
+    BootRegisters, Conversion, DescriptorTable, DirtyTracking, Error, Exit, ExitHandler, GpaRange, GuestCall,
+    GuestCallStatus, Hypervisor, Registers, ResetState, Segment, Slot, SlotId, SystemRegisters, Vcpu, VcpuId,
+    Visibility, Vm, VmSpec,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 
@@ -135,6 +136,12 @@ impl ExitHandler for Recorder {
     }
     fn end_of_interrupt(&self, vector: u8) {
         self.say(Did::Eoi(vector));
+    }
+    fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
+        Conversion::Invalid
+    }
+    fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
+        GuestCallStatus::Unsupported
     }
 }
 

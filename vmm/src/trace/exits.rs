@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use arch::layout;
-use hal::{ExitHandler, Vcpu};
+use hal::{Conversion, ExitHandler, GpaRange, GuestCall, GuestCallStatus, Vcpu, Visibility};
 
 use super::names::PCI_CONFIG_PORTS;
 use super::recorder::{ExitSeen, Reason, Recorder};
@@ -116,5 +116,13 @@ impl ExitHandler for WatchedExits {
             self.note(Reason::EndOfInterrupt, vector.into(), &[]);
         }
         self.buses.end_of_interrupt(vector);
+    }
+
+    fn convert(&self, range: GpaRange, to: Visibility) -> Conversion {
+        self.buses.convert(range, to)
+    }
+
+    fn guest_call(&self, call: GuestCall) -> GuestCallStatus {
+        self.buses.guest_call(call)
     }
 }
