@@ -2,10 +2,10 @@
 # It asks the processors' registers again and again instead of waiting for their event.
     .include "prelude.inc"
     .include "lapic.inc"
+    .include "trampoline.inc"
 
-    .set TRAMPOLINE, 0x40000            # where processors begin, in real mode: page 0x40
     .set INIT, 0x4500                   # INIT, asserted, to the destination
-    .set START, 0x4640                  # SIPI with page 0x40, to the destination
+    .set START, 0x4600 | TRAMPOLINE_PAGE    # SIPI, to the destination
     .set NEXT, 0x6f8                    # what is asked: the processor, and the notification
     .set ANSWER, 0x6fc
     .set STATUS, 0x700                  # a byte for each processor
@@ -13,10 +13,7 @@
 
 main:
     LAPIC_ENABLE
-    mov $trampoline, %esi
-    mov $TRAMPOLINE, %edi
-    mov $(trampoline_end - trampoline), %ecx
-    rep movsb
+    PUT_TRAMPOLINE
     PRINT "ready\n"
 again:
     pause
@@ -52,10 +49,6 @@ eject:
 
 # Here other processors begin, one at a time.
 other:
-    mov $DATA_SELECTOR, %ax
-    mov %ax, %ds
-    mov %ax, %es
-    mov %ax, %ss
     mov $(STACK - 0x8000), %esp
     mov LAPIC_ID, %edx
     shr $24, %edx
@@ -65,22 +58,6 @@ other:
     movl $1, arrived
 2:  pause
     jmp 2b
-
-    .code16
-trampoline:
-    cli
-    mov %cs, %ax
-    mov %ax, %ds
-    lgdtl gdt_here - trampoline
-    mov %cr0, %eax
-    or $1, %al
-    mov %eax, %cr0
-    ljmpl $CODE_SELECTOR, $other
-gdt_here:
-    .word gdt_end - gdt - 1
-    .long gdt
-trampoline_end:
-    .code32
 
     .data
     .balign 4

@@ -2,10 +2,10 @@
 # The command line says how many processors there are: three decimal digits.
     .include "prelude.inc"
     .include "lapic.inc"
+    .include "trampoline.inc"
 
-    .set TRAMPOLINE, 0x40000            # where processors begin, in real mode: page 0x40
     .set INIT_ALL, 0xc4500              # INIT, asserted, to all but this one
-    .set START_ALL, 0xc4640             # SIPI with page 0x40, to all but this one
+    .set START_ALL, 0xc4600 | TRAMPOLINE_PAGE   # SIPI, to all but this one
 
 main:
     LAPIC_ENABLE
@@ -22,10 +22,7 @@ main:
     jnz 1b
     mov %eax, wanted
 
-    mov $trampoline, %esi
-    mov $TRAMPOLINE, %edi
-    mov $(trampoline_end - trampoline), %ecx
-    rep movsb
+    PUT_TRAMPOLINE
     call here                           # first, so that the others come behind it
     movl $INIT_ALL, LAPIC_COMMAND
     movl $START_ALL, LAPIC_COMMAND
@@ -60,10 +57,6 @@ here:
 
 # Here other processors begin, one at a time on the same stack, since only one holds the lock.
 other:
-    mov $DATA_SELECTOR, %ax
-    mov %ax, %ds
-    mov %ax, %es
-    mov %ax, %ss
 1:  mov $1, %eax
     xchg %eax, stack_lock
     test %eax, %eax
@@ -75,22 +68,6 @@ other:
     call here
     movl $0, stack_lock
     jmp stop
-
-    .code16
-trampoline:
-    cli
-    mov %cs, %ax
-    mov %ax, %ds
-    lgdtl gdt_here - trampoline
-    mov %cr0, %eax
-    or $1, %al
-    mov %eax, %cr0
-    ljmpl $CODE_SELECTOR, $other
-gdt_here:
-    .word gdt_end - gdt - 1
-    .long gdt
-trampoline_end:
-    .code32
 
     .data
     .balign 4

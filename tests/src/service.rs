@@ -110,6 +110,16 @@ impl Service {
         Client::open("guest", self.client.console("agent", true)?, PATIENCE, witness)
     }
 
+    /// A metric without labels.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn metric(&mut self, name: &str) -> Result<u64> {
+        let text = self.client.metrics()?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value.with_context(|| format!("{name} is not in\n{text}"))?.parse()?)
+    }
+
     /// Waits for an event that `wanted` picks.
     ///
     /// # Errors

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use halyard_tests::abuse;
-use halyard_tests::bench::memory::private_dirty;
 use halyard_tests::bench::{Series, many};
+use halyard_tests::census::Census;
+use halyard_tests::loads::{self, Load};
 use halyard_tests::service::{self, Service};
 use halyard_tests::story::{PATIENCE, Story, ask, boot, power_off};
 use halyard_tests::tiny::{Tiny, debug_exit, kvm};
@@ -37,8 +38,8 @@ const TINY_GROWTH: f64 = 48.0;
 const PLUGS: usize = 500;
 const PLUGS_AT_ONCE: usize = 10;
 const PLUGS_SETTLED: usize = 20;
-/// How often memory grows and shrinks; each time the guest fills more than it booted with.
-const MEMORY_ROUNDS: usize = 6;
+/// How many interrupt routes the hypervisor has given to a machine.
+const ROUTES: &str = "halyard_interrupt_routes";
 /// How long each kind of abuse of the API lasts, connections that come at once with it, and how often clients are killed.
 const ABUSE: Duration = Duration::from_secs(20);
 /// How much longer than beside another monitor with the same abuse a vCPU may stand still.
@@ -53,44 +54,6 @@ const VMS_AT_ONCE: usize = 100;
 /// How much more memory of its own, in KiB, a monitor may have after all resets than after the first ones. Its heap takes
 /// some hundred resets to find the size that it keeps.
 const GROWTH: f64 = 128.0;
-
-/// What a monitor has.
-#[derive(Debug)]
-struct Census {
-    descriptors: usize,
-    threads: usize,
-    /// All that it has mapped, the guest's memory too, in KiB.
-    mapped: u64,
-    /// Private memory beside the guest's, in KiB.
-    memory: f64,
-}
-
-impl Census {
-    fn in_host(host: &Host, pid: u32) -> Result<Self> {
-        let count = |folder: &str| anyhow::Ok(host.run(format!("ls /proc/{pid}/{folder} | wc -l"))?.ok()?.parse()?);
-        Self::new(count, &host.run(format!("cat /proc/{pid}/smaps"))?.ok()?)
-    }
-
-    fn here(pid: u32) -> Result<Self> {
-        let count = |folder: &str| anyhow::Ok(fs::read_dir(format!("/proc/{pid}/{folder}"))?.count());
-        Self::new(count, &fs::read_to_string(format!("/proc/{pid}/smaps"))?)
-    }
-
-    fn new(count: impl Fn(&str) -> Result<usize>, smaps: &str) -> Result<Self> {
-        let sizes = smaps.lines().filter_map(|line| line.strip_prefix("Size:")?.trim().strip_suffix(" kB"));
-        let mapped = sizes.map(str::parse::<u64>).sum::<Result<_, _>>()?;
-        Ok(Self { descriptors: count("fd")?, threads: count("task")?, mapped, memory: private_dirty(smaps) })
-    }
-
-    /// Has nothing grown, but private memory by no more than so many KiB, and mappings by less than a guest's memory?
-    fn check_since(&self, before: &Self, growth: f64) -> Result<()> {
-        let sound = (self.descriptors, self.threads) == (before.descriptors, before.threads)
-            && self.mapped < before.mapped + (64 << 10)
-            && self.memory <= before.memory + growth;
-        ensure!(sound, "left behind in a monitor: {before:?}, then {self:?}");
-        Ok(())
-    }
-}
 
 /// No monitor that this host was told to start runs, and none has left its socket behind.
 fn nothing_is_left(host: &Host) -> Result<()> {
@@ -500,63 +463,30 @@ fn soak_disks_come_and_go_under_load() -> Result<()> {
     config.pci.hotplug_ports = 32;
     config.pci.hotplug_timeout = api::TimeSpan::from_millis(600_000);
     config.devices.insert(0, api::DeviceConfig::Disk(api::Disk::new(&busy)));
+    config.memory.size = api::ByteSize::mib(512);
+    Load::Fio.give(host, &mut config)?;
     let guest = service.boot(&config)?;
-    let load = guest.spawn("while dd if=/dev/zero of=/dev/vda bs=64k count=64 conv=fsync 2>/dev/null; do :; done")?;
+    let load = guest.spawn(loads::fio("/dev/vda", ""))?;
+    load.wait_line_for("sound", PATIENCE)?;
     let mut settled = None;
     let mut done = 0;
     while done < plugs {
         plug_round(host, &mut service, &guest, &images).with_context(|| format!("after {done} disks"))?;
         done += PLUGS_AT_ONCE;
         if settled.is_none() && done >= PLUGS_SETTLED {
-            settled = Some(Census::in_host(host, service.process().pid())?);
+            settled = Some((Census::in_host(host, service.process().pid())?, service.metric(ROUTES)?));
         }
     }
-    let last = Census::in_host(host, service.process().pid())?;
+    let (last, routes) = (Census::in_host(host, service.process().pid())?, service.metric(ROUTES)?);
     ensure!(load.status().is_none(), "the busy disk goes on: {}", load.last_words());
-    let settled = settled.context("too few disks to tell")?;
+    let (settled, routes_then) = settled.context("too few disks to tell")?;
     last.check_since(&settled, GROWTH)?;
+    ensure!(routes == routes_then, "{routes_then} interrupt routes were held, then {routes}");
+    let rounds = load.output().lines().count();
     service.finish()?;
-    story.tell(&format!("{done} disks came and went; {settled:?} after the first, {last:?} after the last"));
-    Ok(())
-}
-
-#[test]
-fn soak_memory_comes_and_goes_under_load() -> Result<()> {
-    let story = Story::begin("memory");
-    let host = &Lent::take()?;
-    let busy = image(host, "64M")?;
-    let mut service = Service::start(host, &[])?;
-    let mut config = service::guest(Kernel::Debian6_12Cloud)?;
-    config.kernel.cmdline = Some("console=ttyS0 quiet panic=-1 memhp_default_state=online_movable".into());
-    (config.memory.size, config.memory.max) = (api::ByteSize::mib(1024), Some(api::ByteSize::mib(4096)));
-    config.memory.resize_timeout = api::TimeSpan::from_millis(600_000);
-    config.devices.insert(0, api::DeviceConfig::Disk(api::Disk::new(&busy)));
-    let guest = service.boot(&config)?;
-    let load = guest.spawn("while dd if=/dev/zero of=/dev/vda bs=64k count=64 conv=fsync 2>/dev/null; do :; done")?;
-    let run = |line: &str| guest.run(Cmd::shell(line).patience(PATIENCE))?.ok();
-    run("mkdir -p /big && head -c 16777216 /dev/urandom >/piece")?;
-    let mut settled = None;
-    for round in 0..MEMORY_ROUNDS {
-        let resize = |service: &mut Service, mib: u32| {
-            let job = service.client.set_memory(&api::MemoryPatch { size: api::ByteSize::mib(mib) });
-            service.success_of(job?).with_context(|| format!("{mib} MiB in round {round}"))
-        };
-        resize(&mut service, 4096)?;
-        run("mount -t tmpfs -o size=3g none /big && for i in $(seq 80); do cat /piece; done >/big/file")?;
-        run(
-            "for i in $(seq 0 79); do dd if=/big/file bs=16M skip=$i count=1 2>/dev/null | cmp - /piece || exit 1; done",
-        )?;
-        run("umount /big && echo 3 >/proc/sys/vm/drop_caches")?;
-        resize(&mut service, 1024)?;
-        if round == 1 {
-            settled = Some(Census::in_host(host, service.process().pid())?);
-        }
-    }
-    let last = Census::in_host(host, service.process().pid())?;
-    ensure!(load.status().is_none(), "the busy disk goes on: {}", load.last_words());
-    let settled = settled.context("too few rounds to tell")?;
-    last.check_since(&settled, GROWTH)?;
-    service.finish()?;
-    story.tell(&format!("{MEMORY_ROUNDS} times 1 to 4 to 1 GiB; {settled:?} after two, {last:?} after the last"));
+    story.tell(&format!(
+        "{done} disks came and went beside {rounds} rounds of fio; {routes} interrupt routes; {settled:?} after the first, \
+         {last:?} after the last"
+    ));
     Ok(())
 }

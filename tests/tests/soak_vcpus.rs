@@ -1,11 +1,12 @@
-//! A long story, for `make soak`: vCPUs that come and go in a row, under load.
+//! A long story, for `make soak`: vCPUs that come and go in a row, under stress-ng.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::bench::memory::private_dirty;
+use halyard_tests::census::Census;
+use halyard_tests::loads::{self, Load};
 use halyard_tests::service::{Service, guest};
-use halyard_tests::{Cmd, Host, Kernel, Lent};
+use halyard_tests::{Cmd, Kernel, Lent};
 
 /// How often all vCPUs come and go, unless SOAK_VCPU_ROUNDS says.
 const ROUNDS: usize = 100;
@@ -14,14 +15,10 @@ const SETTLED: usize = 3;
 const GROWTH: f64 = 128.0;
 /// The most vCPUs.
 const MOST: u32 = 8;
+/// One worker for each processor that may come, and two that start and wake processes.
+const LOAD: &str = "--cpu 8 --fork 1 --switch 1";
 /// How long anything of the story may take.
 const PATIENCE: Duration = Duration::from_secs(600);
-
-/// Descriptors and threads of a process, and KiB of private memory beside the guest's.
-fn census(host: &Host, pid: u32) -> Result<(String, f64)> {
-    let counts = host.run(format!("ls /proc/{pid}/fd | wc -l; ls /proc/{pid}/task | wc -l"))?.ok()?;
-    Ok((counts, private_dirty(&host.run(format!("cat /proc/{pid}/smaps"))?.ok()?)))
-}
 
 #[test]
 fn soak_vcpus_come_and_go_under_load() -> Result<()> {
@@ -33,9 +30,11 @@ fn soak_vcpus_come_and_go_under_load() -> Result<()> {
     let mut config = guest(Kernel::Debian6_12Cloud)?;
     config.cpus.max = Some(MOST);
     config.pci.hotplug_timeout = api::TimeSpan::from_millis(600_000);
+    Load::StressNg.give(host, &mut config)?;
     let guest = service.boot(&config)?;
     let ask = |command: &str| guest.run(Cmd::shell(command).patience(PATIENCE))?.ok().context(command.to_owned());
-    let load = guest.spawn("while :; do : $(:); done")?;
+    let load = guest.spawn(loads::stress_ng(LOAD, 0))?;
+    load.wait_line_for("dispatching hogs", PATIENCE)?;
     let mut settled = None;
     for round in 0..rounds {
         for count in [MOST, 1] {
@@ -47,18 +46,18 @@ fn soak_vcpus_come_and_go_under_load() -> Result<()> {
             ensure!(online == if count == 1 { "0" } else { "0-7" }, "{online} of {count} in round {round}");
         }
         if round + 1 == SETTLED {
-            settled = Some(census(host, service.process().pid())?);
+            settled = Some(Census::in_host(host, service.process().pid())?);
         }
     }
-    let (settled, last) = (settled.context("too few rounds to tell")?, census(host, service.process().pid())?);
-    ensure!(settled.0 == last.0 && last.1 <= settled.1 + GROWTH, "left behind: {settled:?}, then {last:?}");
+    let (settled, last) = (settled.context("too few rounds to tell")?, Census::in_host(host, service.process().pid())?);
+    last.check_since(&settled, GROWTH)?;
     ensure!(load.status().is_none(), "the load goes on: {}", load.last_words());
     service.finish()?;
     println!(
         "soak: vcpus      {rounds} times from 1 to {MOST} vCPUs and back; descriptors and threads as before, private \
          memory {} KiB after {SETTLED} rounds, then {} KiB; {:.0} s",
-        settled.1,
-        last.1,
+        settled.memory,
+        last.memory,
         began.elapsed().as_secs_f64()
     );
     Ok(())
