@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::confidential::Confidential;
 use crate::device::{DeviceConfig, Endpoint};
 use crate::host::KindName;
 use crate::units::{ByteSize, TimeSpan};
@@ -21,9 +22,9 @@ pub struct VmConfig {
     /// Its memory.
     #[serde(default)]
     pub memory: Memory,
-    /// Its kind: plain, or confidential.
-    #[serde(default)]
-    pub kind: Kind,
+    /// What hides it from its host. Without it: a plain VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confidential: Option<Confidential>,
     /// Fixed parts of the machine that can be switched on and off.
     #[serde(default)]
     pub platform: Platform,
@@ -43,6 +44,11 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
+    /// Its kind.
+    pub fn kind(&self) -> KindName {
+        self.confidential.as_ref().map_or(KindName::Standard, Confidential::name)
+    }
+
     /// A VM that boots `kernel`, all else by default.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
@@ -55,7 +61,7 @@ impl VmConfig {
             },
             cpus: Cpus::default(),
             memory: Memory::default(),
-            kind: Kind::default(),
+            confidential: None,
             platform: Platform::default(),
             pci: Pci::default(),
             lifecycle: Lifecycle::default(),
@@ -268,38 +274,6 @@ impl Hugepages {
             Self::Off => None,
             Self::Size2M => Some(2 << 20),
             Self::Size1G => Some(1 << 30),
-        }
-    }
-}
-
-/// The VM's kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Kind {
-    /// A plain VM.
-    Standard {},
-    /// An Intel TDX trust domain.
-    Tdx {},
-    /// An AMD SEV-SNP guest.
-    Snp {},
-    /// A VM with private memory but without hardware that keeps it so: for development.
-    SoftwareProtected {},
-}
-
-impl Default for Kind {
-    fn default() -> Self {
-        Self::Standard {}
-    }
-}
-
-impl Kind {
-    /// The kind without its parameters.
-    pub fn name(self) -> KindName {
-        match self {
-            Self::Standard {} => KindName::Standard,
-            Self::Tdx {} => KindName::Tdx,
-            Self::Snp {} => KindName::Snp,
-            Self::SoftwareProtected {} => KindName::SoftwareProtected,
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::confidential::{Identity, QuoteService};
 use crate::config::VmConfig;
 use crate::host::HostFacts;
 use crate::problem::{Position, Problem};
@@ -155,18 +156,19 @@ impl<'schema> Walk<'schema> {
         Value::Object(usable)
     }
 
-    /// An object of one of several types, told by its `type`.
+    /// An object of one of several types, told by one of its fields.
     fn tagged(&mut self, node: &Node, branches: &'schema [Value], path: &str) -> Option<Value> {
-        let types = || branches.iter().filter_map(|branch| branch.pointer("/properties/type/const")?.as_str());
+        let tag = tag(branches);
+        let types = || branches.iter().filter_map(|branch| type_named(branch, tag)?.as_str());
         let Shape::Map(_) = &node.shape else {
             let example = match &node.shape {
-                Shape::Scalar { text, .. } if types().any(|one| one == text) => format!("write {{type: {text}}}"),
-                _ => format!("write {{type: …}} with one of: {}", list(types())),
+                Shape::Scalar { text, .. } if types().any(|one| one == text) => format!("write {{{tag}: {text}}}"),
+                _ => format!("write {{{tag}: …}} with one of: {}", list(types())),
             };
-            return self.mismatch(node, path, "fields with a `type`", &example);
+            return self.mismatch(node, path, &format!("fields with a `{tag}`"), &example);
         };
-        let field = join(path, "type");
-        let Some(entry) = node.get("type") else {
+        let field = join(path, tag);
+        let Some(entry) = node.get(tag) else {
             self.add(node.at, &field, "it is missing", format!("it is one of: {}", list(types())));
             return None;
         };
@@ -176,7 +178,12 @@ impl<'schema> Walk<'schema> {
         };
         let branch = branches.iter().zip(types()).find(|(_, name)| *name == found);
         let Some((branch, _)) = branch else {
-            self.add(entry.value.at, &field, format!("«{}» is no type here", shorten(found)), suggestion(found, types));
+            self.add(
+                entry.value.at,
+                &field,
+                format!("«{}» is no {tag} here", shorten(found)),
+                suggestion(found, types),
+            );
             return None;
         };
         Some(self.object(node, branch, path))
@@ -213,6 +220,12 @@ impl<'schema> Walk<'schema> {
             "string" if value.is_null() => self.mismatch(node, path, "a text", ""),
             "string" if !value.is_string() => {
                 self.mismatch(node, path, "a text", &format!("write it in quotes: \"{}\"", shorten(text)))
+            }
+            "string" if format == "identity" => {
+                self.parsed(node, path, text.parse::<Identity>().map(|_| value.clone()))
+            }
+            "string" if format == "quote-service" => {
+                self.parsed(node, path, text.parse::<QuoteService>().map(|_| value.clone()))
             }
             "string" if format == "mac-address" => {
                 self.parsed(node, path, text.parse::<MacAddr>().map(|_| value.clone()))
@@ -263,12 +276,11 @@ impl<'schema> Walk<'schema> {
             branch.get("required").and_then(Value::as_array).is_some_and(|required| required.len() == 1)
         };
         // The last such type of a device is `rng` and of an endpoint `off`: neither conflicts with another.
-        let branches = schema.get("oneOf").and_then(Value::as_array);
-        let name = branches
-            .and_then(|all| all.iter().rfind(needs_type_only))
-            .and_then(|branch| branch.pointer("/properties/type/const"));
+        let branches = schema.get("oneOf").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let tag = tag(branches);
+        let name = branches.iter().rfind(needs_type_only).and_then(|branch| type_named(branch, tag));
         match (name, type_of(schema)) {
-            (Some(name), _) => Value::Object(Map::from_iter([("type".to_owned(), name.clone())])),
+            (Some(name), _) => Value::Object(Map::from_iter([(tag.to_owned(), name.clone())])),
             (None, "object") => {
                 let mut fields = Map::new();
                 let required = schema.get("required").and_then(Value::as_array);
@@ -285,6 +297,18 @@ impl<'schema> Walk<'schema> {
             _ => "stand-in".into(),
         }
     }
+}
+
+/// The field that tells the types of an object apart: the one whose value is given in each.
+pub(crate) fn tag(branches: &[Value]) -> &str {
+    let properties = branches.first().and_then(|branch| branch.get("properties")?.as_object());
+    let given = properties.and_then(|all| all.iter().find(|(_, property)| property.get("const").is_some()));
+    given.map_or("type", |(name, _)| name)
+}
+
+/// What a type of an object has in its `tag`.
+pub(crate) fn type_named<'schema>(branch: &'schema Value, tag: &str) -> Option<&'schema Value> {
+    branch.get("properties")?.get(tag)?.get("const")
 }
 
 /// The words that a value is one of, each with a description (`oneOf`) or without (`enum`).

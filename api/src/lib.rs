@@ -3,13 +3,14 @@
 //!
 //! One [`VmConfig`] is the configuration file (YAML or JSON), the body of a request and what the command line's
 //! flags fill. Fields are written in `snake_case`, values of choice in `kebab-case`; whatever comes in several types
-//! (a kind, a device, an endpoint) is an object with a `type`. Unknown and repeated fields are refused.
+//! (a device, an endpoint) is an object with a `type`, and what makes a VM confidential one with a `kind`. Unknown and repeated fields are refused.
 //!
 //! The way of a configuration: [`parse`] or flags → [`VmConfig::fill_defaults`] → [`validate`] → the machine. The
 //! crate knows nothing of the machine, so that a client can link it alone.
 
 mod body;
 mod client;
+mod confidential;
 mod config;
 mod defaults;
 mod device;
@@ -33,9 +34,10 @@ mod yaml;
 
 pub use body::{BodyError, parse_body};
 pub use client::{Client, ClientError, Events, Options, Response};
+pub use confidential::{Confidential, Identity, QuoteService, Tdx};
 pub use config::{
-    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Kind, Lifecycle, Memory, OnPanic, OnReset, Pci, Platform,
-    Topology, VmConfig,
+    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Lifecycle, Memory, OnPanic, OnReset, Pci, Platform, Topology,
+    VmConfig,
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Link, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, field_of, pointer};

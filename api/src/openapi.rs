@@ -4,7 +4,7 @@ use schemars::generate::SchemaSettings;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
-use crate::diagnose::words;
+use crate::diagnose::{tag, type_named, words};
 use crate::routes::{Content, EVENT_STREAM, Operation, ROUTES, Route};
 use crate::schema::unfold;
 use crate::{
@@ -73,9 +73,11 @@ fn register<T: JsonSchema>(generator: &mut SchemaGenerator) {
 /// Gives each variant of a tagged type the type's name with its tag as a title, after which generated clients name it.
 fn name_variants(schemas: &mut Value) {
     for (name, schema) in schemas.as_object_mut().into_iter().flatten() {
-        for variant in schema.get_mut("oneOf").and_then(Value::as_array_mut).into_iter().flatten() {
-            let tag = variant.pointer("/properties/type/const").and_then(Value::as_str);
-            if let Some(title) = tag.map(|tag| format!("{name} {tag}")) {
+        let Some(variants) = schema.get_mut("oneOf").and_then(Value::as_array_mut) else { continue };
+        let tag = tag(variants).to_owned();
+        for variant in variants {
+            let type_name = type_named(variant, &tag).and_then(Value::as_str);
+            if let Some(title) = type_name.map(|type_name| format!("{name} {type_name}")) {
                 variant["title"] = title.into();
             }
         }

@@ -12,7 +12,36 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// A text that is no size, or no hardware address. The message says what would be one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct UnitError(String);
+pub struct UnitError(pub(crate) String);
+
+/// Has a type that is written and parsed as a text stand so in configurations and replies, with this name and schema.
+macro_rules! written_as_text {
+    ($type:ty, $name:literal, $schema:tt) => {
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(deserializer)?;
+                text.parse().map_err(de::Error::custom)
+            }
+        }
+
+        impl JsonSchema for $type {
+            fn schema_name() -> Cow<'static, str> {
+                $name.into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!($schema)
+            }
+        }
+    };
+}
+pub(crate) use written_as_text;
 
 /// A number of bytes. Written as a number, or as a number with a suffix: `K`, `M`, `G` and `T` count in steps of
 /// 1024; `MiB` and `Mi` are the same as `M`, in either case of letters. `MB` is refused, since it may mean either.
@@ -175,33 +204,16 @@ impl fmt::Display for TimeSpan {
     }
 }
 
-impl Serialize for TimeSpan {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+written_as_text!(
+    TimeSpan,
+    "TimeSpan",
+    {
+        "description": "A whole number with ms, s, m or h, as in 30s.",
+        "type": "string",
+        "format": "time-span",
+        "pattern": "^[0-9]+ *(ms|s|m|h)$"
     }
-}
-
-impl<'de> Deserialize<'de> for TimeSpan {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
-    }
-}
-
-impl JsonSchema for TimeSpan {
-    fn schema_name() -> Cow<'static, str> {
-        "TimeSpan".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "description": "A whole number with ms, s, m or h, as in 30s.",
-            "type": "string",
-            "format": "time-span",
-            "pattern": "^[0-9]+ *(ms|s|m|h)$"
-        })
-    }
-}
+);
 
 /// An Ethernet hardware address, written as six pairs of hexadecimal digits with colons between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -262,33 +274,16 @@ impl fmt::Display for MacAddr {
     }
 }
 
-impl Serialize for MacAddr {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+written_as_text!(
+    MacAddr,
+    "MacAddr",
+    {
+        "description": "An Ethernet hardware address, as in 52:54:00:12:34:56.",
+        "type": "string",
+        "format": "mac-address",
+        "pattern": "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$"
     }
-}
-
-impl<'de> Deserialize<'de> for MacAddr {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
-    }
-}
-
-impl JsonSchema for MacAddr {
-    fn schema_name() -> Cow<'static, str> {
-        "MacAddr".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "description": "An Ethernet hardware address, as in 52:54:00:12:34:56.",
-            "type": "string",
-            "format": "mac-address",
-            "pattern": "^[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}$"
-        })
-    }
-}
+);
 
 /// A text from outside, cut so that a message stays readable.
 pub(crate) fn shorten(text: &str) -> Cow<'_, str> {

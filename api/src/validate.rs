@@ -69,11 +69,12 @@ pub fn validate_running(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
     cpus(&mut report, &config.cpus, host);
     memory(&mut report, &config.memory, host);
     max_memory(&mut report, &config.memory, host);
-    if !host.kinds.contains(&config.kind.name()) {
+    let kind = config.kind();
+    if !host.kinds.contains(&kind) {
         let known: Vec<&str> = host.kinds.iter().map(|kind| kind.as_str()).collect();
         report.add(
-            "kind",
-            format!("this host cannot run VMs of the kind «{}»", config.kind.name()),
+            "confidential.kind",
+            format!("this host cannot run VMs of the kind «{kind}»"),
             match known.as_slice() {
                 [] => "`halyard probe` says why".to_owned(),
                 _ => format!("it can run: {}; `halyard probe` says why", known.join(", ")),

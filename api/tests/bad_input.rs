@@ -5,8 +5,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use api::{
-    ByteSize, ConfigText, Console, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, KernelCache, Kind, KindName,
-    MAX_CONFIG_BYTES, MacAddr, Net, Rng, TimeSpan, Topology, VmConfig, parse, validate,
+    ByteSize, Confidential, ConfigText, Console, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, KernelCache,
+    KindName, MAX_CONFIG_BYTES, MacAddr, Net, Rng, TimeSpan, Topology, VmConfig, parse, validate,
 };
 
 /// The messages that a text gets, with line and column.
@@ -27,7 +27,7 @@ fn every_unknown_field_is_reported_with_its_place_and_a_suggestion() {
         [
             "vm.yaml:1:19: kernel.cmdlne: «cmdlne» is no field here; did you mean «cmdline»? Known are: cache, cmdline, \
              initramfs, path, system_map",
-            "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: cpus, devices, kernel, kind, \
+            "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: confidential, cpus, devices, kernel, \
              lifecycle, memory, pci, platform, serial",
             "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, id, \
              path, queues, readonly, serial, size, type",
@@ -46,7 +46,7 @@ cpus:
 memory:
   size: 1.5G
   hugepages: 4M
-kind: tdx
+confidential: tdx
 lifecycle: {on_reset: reboot}
 serial:
   endpoint: stdio
@@ -76,7 +76,7 @@ devices:
             "vm.yaml:7:9: memory.size: «1.5G» is not a size: write a whole number with a smaller suffix, as in 1536M for one \
              and a half G",
             "vm.yaml:8:14: memory.hugepages: «4M» is not possible here; known are: off, 2M, 1G",
-            "vm.yaml:9:7: kind: fields with a `type` must stand here, not «tdx»; write {type: tdx}",
+            "vm.yaml:9:15: confidential: fields with a `kind` must stand here, not «tdx»; write {kind: tdx}",
             "vm.yaml:10:23: lifecycle.on_reset: «reboot» is not possible here; known are: restart, exit",
             "vm.yaml:12:3: serial.type: it is missing; it is one of: stdio, file, socket, pty, api, off",
             "vm.yaml:14:11: devices[0].type: «disc» is no type here; did you mean «disk»? Known are: disk, net, console, rng",
@@ -132,10 +132,6 @@ fn wrong_shapes() {
             "vm.yaml:2:14: memory.size: a size such as 512M must stand here, not nothing",
         ),
         (
-            "kernel: {path: k}\nkind: {type: standard, policy: 1}",
-            "vm.yaml:2:24: kind.policy: «policy» is no field here; known are: type",
-        ),
-        (
             "kernel: {path: k}\nserial: {type: stdio, path: x}",
             "vm.yaml:2:23: serial.path: «path» is no field here; known are: type",
         ),
@@ -145,6 +141,36 @@ fn wrong_shapes() {
         ),
     ];
     for (text, expected) in cases {
+        assert_eq!(messages(text), [expected], "{text}");
+    }
+}
+
+#[test]
+fn what_makes_a_vm_confidential_is_checked_field_by_field() {
+    for (text, expected) in [
+        (
+            "kernel: {path: k}\nconfidential: {kind: snp, policy: 1}",
+            "vm.yaml:2:27: confidential.policy: «policy» is no field here; known are: kind",
+        ),
+        (
+            "kernel: {path: k}\nconfidential: {kind: tdy}",
+            "vm.yaml:2:22: confidential.kind: «tdy» is no kind here; did you mean «tdx»? Known are: tdx, snp, \
+             software-protected",
+        ),
+        (
+            "kernel: {path: k}\nconfidential: {kind: tdx, owner: 00}",
+            "vm.yaml:2:34: confidential.owner: a text must stand here, not the number 00; write it in quotes: \"00\"",
+        ),
+        (
+            "kernel: {path: k}\nconfidential: {kind: tdx, owner: ff}",
+            "vm.yaml:2:34: confidential.owner: «ff» is no identity: write 96 hexadecimal digits",
+        ),
+        (
+            "kernel: {path: k}\nconfidential: {kind: tdx, quote_service: qgs}",
+            "vm.yaml:2:42: confidential.quote_service: «qgs» is no quote service: write \
+             unix:/var/run/tdx-qgs/qgs.socket or vsock:2:4050",
+        ),
+    ] {
         assert_eq!(messages(text), [expected], "{text}");
     }
 }
@@ -402,8 +428,10 @@ fn kernel_and_kind() {
     );
     assert_eq!(problems(&host, |vm| vm.kernel.cmdline = Some("x".repeat(2047))), [""; 0]);
     assert_eq!(
-        problems(&host, |vm| vm.kind = Kind::Tdx {}),
-        ["kind: this host cannot run VMs of the kind «tdx»; it can run: standard; `halyard probe` says why"]
+        problems(&host, |vm| vm.confidential = Some(Confidential::Snp {})),
+        [
+            "confidential.kind: this host cannot run VMs of the kind «snp»; it can run: standard; `halyard probe` says why"
+        ]
     );
 }
 
@@ -549,12 +577,12 @@ fn consoles() {
 
 #[test]
 fn validated_problems_find_their_place_in_the_text() {
-    let source = ConfigText::new("vm.yaml", "kernel: {path: k}\ncpus:\n  count: 100\nkind: {type: snp}\n");
+    let source = ConfigText::new("vm.yaml", "kernel: {path: k}\ncpus:\n  count: 100\nconfidential: {kind: snp}\n");
     let mut found = validate(&source.parse().unwrap(), &small_host());
     source.locate(&mut found);
     let lines: Vec<String> = found.iter().map(|problem| source.describe(problem)).collect();
     assert_eq!(lines[0], "vm.yaml:3:3: cpus.count: 100 vCPUs are too many; 1 to 64 are possible on this host");
-    assert!(lines[1].starts_with("vm.yaml:4:1: kind: "), "{lines:?}");
+    assert!(lines[1].starts_with("vm.yaml:4:16: confidential.kind: "), "{lines:?}");
 }
 
 #[test]

@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use api::{
-    BootUntil, ByteSize, ConfigText, Console, Cpus, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, Kind,
-    Lifecycle, Link, MAX_CONFIG_BYTES, MacAddr, Memory, Net, OnPanic, OnReset, Outcome, Platform, Rng, TimeSpan,
-    Topology, VmConfig, parse, validate,
+    BootUntil, ByteSize, Confidential, ConfigText, Console, Cpus, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages,
+    Identity, Lifecycle, Link, MAX_CONFIG_BYTES, MacAddr, Memory, Net, OnPanic, OnReset, Outcome, Platform,
+    QuoteService, Rng, Tdx, TimeSpan, Topology, VmConfig, parse, validate,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -44,7 +44,26 @@ fn device() -> impl Strategy<Value = DeviceConfig> {
     prop_oneof![disk, net, console, rng]
 }
 
-fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)> {
+fn confidential() -> impl Strategy<Value = Confidential> {
+    let service = prop_oneof![
+        "\\PC+".prop_map(|path| QuoteService::Unix(path.into())),
+        any::<(u32, u32)>().prop_map(|(cid, port)| QuoteService::Vsock { cid, port }),
+    ];
+    let identity =
+        || option::of(any::<[[u8; 24]; 2]>().prop_map(|halves| Identity::new(halves.concat().try_into().unwrap())));
+    let tdx = (any::<bool>(), identity(), identity(), identity(), option::of(service)).prop_map(
+        |(sept_ve_disable, config_id, owner, owner_config, quote_service)| Tdx {
+            sept_ve_disable,
+            config_id,
+            owner,
+            owner_config,
+            quote_service,
+        },
+    );
+    prop_oneof![tdx.prop_map(Confidential::Tdx), Just(Confidential::Snp {}), Just(Confidential::SoftwareProtected {})]
+}
+
+fn machine() -> impl Strategy<Value = (Cpus, Memory, Option<Confidential>, Platform, Lifecycle)> {
     let cpus = any::<(u32, Option<u32>, Option<[u32; 3]>)>().prop_map(|(count, max, topology)| Cpus {
         count,
         max,
@@ -63,8 +82,6 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
         lock: flags[3],
         share_kernel: flags[4],
     });
-    let kind =
-        prop_oneof![Just(Kind::Standard {}), Just(Kind::Tdx {}), Just(Kind::Snp {}), Just(Kind::SoftwareProtected {})];
     let platform = any::<[bool; 2]>().prop_map(|flags| Platform { pvpanic: flags[0], debug_exit: flags[1] });
     let on_reset = prop_oneof![Just(OnReset::Restart), Just(OnReset::Exit)];
     let on_panic = prop_oneof![Just(OnPanic::Exit), Just(OnPanic::Restart), Just(OnPanic::Ignore)];
@@ -77,15 +94,15 @@ fn machine() -> impl Strategy<Value = (Cpus, Memory, Kind, Platform, Lifecycle)>
         boot_timeout: time.map(TimeSpan::from_millis),
         boot_until,
     });
-    (cpus, memory, kind, platform, lifecycle)
+    (cpus, memory, option::of(confidential()), platform, lifecycle)
 }
 
 fn config() -> impl Strategy<Value = VmConfig> {
     let kernel = any::<(String, Option<String>, Option<String>)>();
     (kernel, machine(), option::of(endpoint()), vec(device(), 0..5)).prop_map(
-        |((path, initramfs, cmdline), (cpus, memory, kind, platform, lifecycle), serial, devices)| {
+        |((path, initramfs, cmdline), (cpus, memory, confidential, platform, lifecycle), serial, devices)| {
             let mut config =
-                VmConfig { cpus, memory, kind, platform, lifecycle, serial, devices, ..VmConfig::new(path) };
+                VmConfig { cpus, memory, confidential, platform, lifecycle, serial, devices, ..VmConfig::new(path) };
             config.kernel.initramfs = initramfs.map(Into::into);
             config.kernel.cmdline = cmdline;
             config

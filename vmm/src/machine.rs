@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
-use api::{DeviceConfig, Kind, Problem, VmConfig};
+use api::{Confidential, DeviceConfig, Problem, VmConfig};
 use arch::{LoadedKernel, Platform, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
@@ -358,7 +358,7 @@ fn create_vm(
 ) -> Result<Arc<dyn Vm>, Failure> {
     // Those that may come included. Ids have gaps where a topology's counts are no powers of two.
     let max_vcpus = platform.topology.vcpu_ids().iter().map(|id| u32::from(id.0) + 1).max().unwrap_or(1);
-    let spec = VmSpec { kind: kind(parts.config.kind), max_vcpus, ..VmSpec::default() };
+    let spec = VmSpec { kind: kind(parts.config), max_vcpus, ..VmSpec::default() };
     let vm: Arc<dyn Vm> = Arc::from(parts.hypervisor.create(&spec)?);
     for region in memory.regions.iter().chain(pluggable.map(PluggableMemory::region)) {
         vm.memory().map(Slot::new(region.clone()))?;
@@ -366,12 +366,12 @@ fn create_vm(
     Ok(vm)
 }
 
-fn kind(kind: Kind) -> VmKind {
-    match kind {
-        Kind::Standard {} => VmKind::Standard,
-        Kind::Tdx {} => VmKind::Tdx(hal::TdxSpec::default()),
-        Kind::Snp {} => VmKind::Snp(hal::SnpSpec::default()),
-        Kind::SoftwareProtected {} => VmKind::SoftwareProtected,
+fn kind(config: &VmConfig) -> VmKind {
+    match &config.confidential {
+        None => VmKind::Standard,
+        Some(Confidential::Tdx(_)) => VmKind::Tdx(hal::TdxSpec::default()),
+        Some(Confidential::Snp {}) => VmKind::Snp(hal::SnpSpec::default()),
+        Some(Confidential::SoftwareProtected {}) => VmKind::SoftwareProtected,
     }
 }
 

@@ -246,7 +246,7 @@ fn a_file_that_is_no_kernel_is_told_before_anything_appears() {
 #[test]
 fn a_kind_that_the_host_lacks_is_one_clear_error() {
     let mut bench = Bench::new();
-    bench.config.kind = api::Kind::Tdx {};
+    bench.config.confidential = Some(api::Confidential::Snp {});
     let Err(Failure::BadInput(problems)) = bench.run() else { panic!("it must be refused") };
-    assert!(problems.to_string().contains("tdx"), "{problems}");
+    assert!(problems.to_string().contains("«snp»"), "{problems}");
 }

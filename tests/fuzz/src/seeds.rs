@@ -234,7 +234,7 @@ fn http() -> Vec<Vec<u8>> {
 
 fn config() -> Vec<Vec<u8>> {
     let all = include_str!("../../../examples/vm.yaml");
-    let kinds = "{kernel: {path: k}, kind: {type: tdx}, cpus: {count: 4, topology: {sockets: 1, cores: 2, threads: 2}}, \
+    let kinds = "{kernel: {path: k}, confidential: {kind: tdx, quote_service: 'vsock:2:4050'}, cpus: {count: 4, topology: {sockets: 1, cores: 2, threads: 2}}, \
                  memory: {size: 512M, hugepages: 2M}, platform: {debug_exit: true}}";
     let endpoints = "kernel: {path: k}\nserial: {type: socket, path: s}\ndevices:\n- {type: console, name: a, endpoint: \
                      {type: pty}}\n- {type: console, endpoint: {type: file, path: f}}\n- {type: net, tap: t, mac: \

@@ -272,9 +272,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE[,KEY=VALUE]…", help_heading = "Processors and memory")]
     pub memory: Option<String>,
 
-    /// The kind of virtual machine: standard, tdx, snp or software-protected [default: standard]
+    /// Hide the guest from its host: tdx, with sept_ve_disable=on|off, config_id=HEX, owner=HEX, owner_config=HEX,
+    /// quote_service=unix:PATH|vsock:CID:PORT; snp; software-protected
     #[arg(long, value_name = "KIND", help_heading = "Processors and memory")]
-    pub kind: Option<String>,
+    pub confidential: Option<String>,
 
     /// Add a disk on a raw file or a block device; repeatable.
     ///

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use api::{
-    BootUntil, ByteSize, Console, DeviceConfig, Disk, Endpoint, Hugepages, Kind, Link, MacAddr, Net, OnPanic, OnReset,
-    Problem, Rng, Topology, VmConfig, did_you_mean,
+    BootUntil, ByteSize, Confidential, Console, DeviceConfig, Disk, Endpoint, Hugepages, KindName, Link, MacAddr, Net,
+    OnPanic, OnReset, Problem, Rng, Tdx, Topology, VmConfig, did_you_mean,
 };
 
 use vmm::sandbox::Mode;
@@ -58,7 +58,9 @@ impl Flags {
         if let Some(text) = &args.memory {
             self.memory(text, config);
         }
-        self.choose("kind", "--kind", args.kind.as_deref(), &KINDS, &mut config.kind);
+        if let Some(text) = &args.confidential {
+            self.confidential(text, config);
+        }
         self.choose(
             "lifecycle.on_reset",
             "--on-reset",
@@ -349,6 +351,37 @@ impl Flags {
         }
     }
 
+    fn confidential(&mut self, text: &str, config: &mut VmConfig) {
+        let at = format!("--confidential {}", brief(text));
+        self.origin("confidential", "--confidential", text);
+        let known = ["kind", "sept_ve_disable", "config_id", "owner", "owner_config", "quote_service"];
+        let (mut kind, mut tdx, mut only_tdx) = (None, Tdx::default(), None);
+        for Pair { key, value } in self.list(&at, text, Some("kind"), &known) {
+            if key == "kind" {
+                let word = self.given(&at, &key, value);
+                kind = word.and_then(|word| self.word(&at, &word, &KINDS));
+                continue;
+            }
+            match key.as_str() {
+                "sept_ve_disable" => tdx.sept_ve_disable = self.on(&at, &key, value),
+                "config_id" => tdx.config_id = self.unit(&at, &key, value),
+                "owner" => tdx.owner = self.unit(&at, &key, value),
+                "owner_config" => tdx.owner_config = self.unit(&at, &key, value),
+                _ => tdx.quote_service = self.unit(&at, &key, value),
+            }
+            only_tdx = Some(key);
+        }
+        if let (Some(kind), Some(key)) = (kind.filter(|kind| *kind != KindName::Tdx), only_tdx) {
+            self.add(&at, format!("a VM of the kind {kind} has no «{key}»"), "only tdx has");
+        }
+        config.confidential = match kind {
+            Some(KindName::Tdx) => Some(Confidential::Tdx(tdx)),
+            Some(KindName::Snp) => Some(Confidential::Snp {}),
+            Some(KindName::SoftwareProtected) => Some(Confidential::SoftwareProtected {}),
+            Some(KindName::Standard) | None => None,
+        };
+    }
+
     fn boot_timeout(&mut self, text: &str, config: &mut VmConfig) {
         let at = format!("--boot-timeout {}", brief(text));
         self.origin("lifecycle.boot_timeout", "--boot-timeout", text);
@@ -416,12 +449,8 @@ impl Flags {
     }
 }
 
-const KINDS: [(&str, Kind); 4] = [
-    ("standard", Kind::Standard {}),
-    ("tdx", Kind::Tdx {}),
-    ("snp", Kind::Snp {}),
-    ("software-protected", Kind::SoftwareProtected {}),
-];
+const KINDS: [(&str, KindName); 3] =
+    [("tdx", KindName::Tdx), ("snp", KindName::Snp), ("software-protected", KindName::SoftwareProtected)];
 
 const RESETS: [(&str, OnReset); 2] = [("restart", OnReset::Restart), ("exit", OnReset::Exit)];
 const PANICS: [(&str, OnPanic); 3] =

@@ -96,7 +96,7 @@ fn slot<'args>(
         "kernel-cache" => Slot::One(&mut args.kernel_cache),
         "cpus" => Slot::One(&mut args.cpus),
         "memory" => Slot::One(&mut args.memory),
-        "kind" => Slot::One(&mut args.kind),
+        "confidential" => Slot::One(&mut args.confidential),
         "disk" => Slot::Many(&mut args.disk),
         "net" => Slot::Many(&mut args.net),
         "serial" => Slot::One(&mut args.serial),
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn it_reads_the_plain_case() {
         let line = "halyard run --kernel k --cpus=2 --memory 1G --disk a --disk b --net t --serial stdio --console pty \
-                    --rng --debug-exit --initramfs i --cmdline quiet --kind tdx --pvpanic on --on-reset exit --on-panic \
+                    --rng --debug-exit --initramfs i --cmdline quiet --confidential tdx --pvpanic on --on-reset exit --on-panic \
                     exit --sandbox off --core-dumps --log-level debug --log-format json --config c";
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
         assert_eq!(quick(&words), Some(Cli::read(&words).unwrap()));

@@ -44,7 +44,7 @@ fn the_command_line_is_well_formed() {
 }
 
 /// Flags, and a file that says the same.
-const SAME: [(&[&str], &str); 12] = [
+const SAME: [(&[&str], &str); 13] = [
     (&["--kernel", "k"], "kernel: {path: k}"),
     (
         &["--kernel=k", "--initramfs", "i", "--cmdline", "-q console=hvc0"],
@@ -92,8 +92,12 @@ const SAME: [(&[&str], &str); 12] = [
         "kernel: {path: k}\nserial: {type: off}\ndevices: [{type: console, endpoint: {type: pty}}, {type: rng}]",
     ),
     (
-        &["--kernel", "k", "--rng=id=r", "--kind", "software-protected", "--debug-exit"],
-        "kernel: {path: k}\nkind: {type: software-protected}\nplatform: {debug_exit: true}\ndevices: [{type: rng, \
+        &["--kernel", "k", "--confidential", "tdx,quote_service=vsock:2:4050,sept_ve_disable=off"],
+        "kernel: {path: k}\nconfidential: {kind: tdx, quote_service: 'vsock:2:4050', sept_ve_disable: false}",
+    ),
+    (
+        &["--kernel", "k", "--rng=id=r", "--confidential", "software-protected", "--debug-exit"],
+        "kernel: {path: k}\nconfidential: {kind: software-protected}\nplatform: {debug_exit: true}\ndevices: [{type: rng, \
          id: r}]",
     ),
     (
@@ -255,9 +259,20 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
                or off for one of them"],
     ),
     (
-        &["--kernel", "k", "--kind", "tdy", "--on-reset", "reboot", "--on-panic", "restrat", "--pvpanic", "yes"],
         &[
-            "--kind tdy: «tdy» is not possible; did you mean «tdx»? known: standard, tdx, snp, software-protected",
+            "--kernel",
+            "k",
+            "--confidential",
+            "tdy",
+            "--on-reset",
+            "reboot",
+            "--on-panic",
+            "restrat",
+            "--pvpanic",
+            "yes",
+        ],
+        &[
+            "--confidential tdy: «tdy» is not possible; did you mean «tdx»? known: tdx, snp, software-protected",
             "--on-reset reboot: «reboot» is not possible; known: restart, exit",
             "--on-panic restrat: «restrat» is not possible; did you mean «restart»? known: exit, restart, ignore",
             "--pvpanic yes: «yes» is not possible; known: on, off",
