@@ -15,7 +15,7 @@ use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Seri
 use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
 use devices::virtio::mem::MemControl;
-use hal::{GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
+use hal::{Ability, GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::Failure;
@@ -368,10 +368,10 @@ fn create_vm(
 }
 
 /// Has the guest read the hot-plug ports' configuration space in memory: a booting Linux reads some 200 registers of each,
-/// and each would be an exit. Memory that the hypervisor has the guest only read is nothing for a guest with private memory.
+/// and each would be an exit. They stay exits for guests of a kind that cannot have such memory.
 fn show_ports(vm: &dyn Vm, pci: &PciSegment, ecam: u64) -> Result<(), Failure> {
     let Range { start, end } = pci.ports_ecam();
-    if start == end || vm.kind().private_memory {
+    if start == end || !vm.kind().has(Ability::ReadonlyMemory) {
         return Ok(());
     }
     let len = usize::try_from(end - start).map_err(|_| Failure::Host("too many hot-plug ports".into()))?;
