@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use api::{Console, DeviceConfig, Disk, Endpoint, JobState, Net, PhaseName, Rng, Shutdown, TimeSpan, VmConfig};
 use halyard_tests::service::{Service, guest};
+use halyard_tests::tiny::{Tiny, debug_exit};
 use halyard_tests::{Client, Host, Kernel, Lent, Process, Status};
 use serde_json::json;
 
@@ -261,6 +262,16 @@ fn story_another_user_in_a_read_only_root_is_given_devices_by_descriptors() -> R
     service.process().kill(15)?;
     ensure!(service.process().wait_for(Duration::from_secs(20))? == Status::Exited(0), "it ends well");
     Ok(())
+}
+
+/// A guest reads its ports' configuration space in memory, and its writes are exits.
+#[test]
+fn what_is_written_to_a_port_is_read_in_memory_at_once() {
+    let Some(guest) = Tiny::new("port") else { return };
+    let run = guest.args(["--hotplug-ports", "2"]).run().expect_code(debug_exit(0));
+    let expected = "port 000c1b36 00100406 header 00810000 buses 00012a00 slot 00000200 next 000c1b36 nobody ffffffff \
+                    extended 00000000\n";
+    assert_eq!(run.output(), expected);
 }
 
 /// Exits to the monitor since the vCPU began.
