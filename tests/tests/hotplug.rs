@@ -6,10 +6,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use api::{Console, DeviceConfig, Disk, Endpoint, JobState, Net, PhaseName, Rng, Shutdown, TimeSpan, VmConfig};
 use halyard_tests::service::{Service, guest};
+use halyard_tests::tiny::{Tiny, debug_exit};
 use halyard_tests::{Client, Host, Kernel, Lent, Process, Status};
 use serde_json::json;
 
 const KERNEL: Kernel = Kernel::Debian6_12Cloud;
+
+/// The most exits that an empty port may cost a boot. Linux reads some 200 of its registers, and writes these.
+const EXITS_OF_A_PORT: u64 = 60;
 
 fn config(ports: u8) -> Result<VmConfig> {
     let mut config = guest(KERNEL)?;
@@ -257,6 +261,40 @@ fn story_another_user_in_a_read_only_root_is_given_devices_by_descriptors() -> R
     service.client.destroy()?;
     service.process().kill(15)?;
     ensure!(service.process().wait_for(Duration::from_secs(20))? == Status::Exited(0), "it ends well");
+    Ok(())
+}
+
+/// A guest reads its ports' configuration space in memory, and its writes are exits.
+#[test]
+fn what_is_written_to_a_port_is_read_in_memory_at_once() {
+    let Some(guest) = Tiny::new("port") else { return };
+    let run = guest.args(["--hotplug-ports", "2"]).run().expect_code(debug_exit(0));
+    let expected = "port 000c1b36 00100406 header 00810000 buses 00012a00 slot 00000200 next 000c1b36 nobody ffffffff \
+                    extended 00000000\n";
+    assert_eq!(run.output(), expected);
+}
+
+/// Exits to the monitor since the vCPU began.
+fn exits(service: &mut Service) -> Result<u64> {
+    let metrics = service.client.metrics()?;
+    let counts = metrics.lines().filter(|line| line.starts_with("halyard_vcpu_exits_total{"));
+    counts.map(|line| Ok(line.rsplit(' ').next().context("a value")?.parse::<u64>()?)).sum()
+}
+
+#[test]
+fn story_empty_ports_cost_a_boot_little() -> Result<()> {
+    const PORTS: u8 = 32;
+    let host = &Lent::take()?;
+    let mut counts = Vec::new();
+    for ports in [0, PORTS] {
+        let mut service = Service::start(host, &[])?;
+        service.boot(&config(ports)?)?;
+        counts.push(exits(&mut service)?);
+        service.finish()?;
+    }
+    let each = counts[1].saturating_sub(counts[0]) / u64::from(PORTS);
+    println!("exits to the monitor: {} without ports, {} with {PORTS}: {each} each", counts[0], counts[1]);
+    ensure!(each <= EXITS_OF_A_PORT, "an empty port costs {each} exits");
     Ok(())
 }
 

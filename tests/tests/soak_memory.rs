@@ -93,11 +93,12 @@ fn soak_disks_and_networks_use_memory_that_came() -> Result<()> {
     config.pci.hotplug_ports = 2;
     let guest = service.boot(&config)?;
     let run = |line: &str| guest.run(Cmd::shell(line).patience(PATIENCE))?.ok().context(line.to_owned());
-    run(
-        "! grep -q 'zone *Normal' /proc/zoneinfo || [ $(sed -n '/zone *Normal/,$s/ *present *//p' /proc/zoneinfo) = 0 ]",
-    )?;
+    let above = || {
+        run("awk '$3 == \"zone\" { zone = $4 } zone == \"Normal\" && $1 == \"present\" { print $2 }' /proc/zoneinfo")
+    };
+    ensure!(["", "0"].contains(&&*above()?), "pages above 4 GiB at first: {}", above()?);
     resize(&mut service, 2048)?;
-    run("[ $(sed -n '/zone *Normal/,$s/^ *present *//p' /proc/zoneinfo | head -n 1) -ge 393216 ]")?;
+    ensure!(above()?.parse::<u64>()? << 12 == 1536 << 20, "pages above 4 GiB: {}", above()?);
     service.add("disk", &DeviceConfig::Disk(Disk::new(&path)))?;
     service.add("card", &DeviceConfig::Net(Net { tap: Some(tap.name().into()), ..Net::default() }))?;
     run("until [ -b /dev/vda -a -e /sys/class/net/eth0 ]; do usleep 20000; done")?;

@@ -15,8 +15,8 @@ use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Seri
 use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
 use devices::virtio::mem::MemControl;
-use hal::{GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use hal::{Ability, GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::Failure;
 use crate::boot::Loaded;
@@ -121,6 +121,7 @@ impl Machine {
         pci.add_ports(parts.config.pci.hotplug_ports, &interrupts, &observer)?;
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
         pci.add(Arc::new(HostBridge::new()))?;
+        show_ports(&*vm, &pci, ecam_base)?;
         let ecam = ecam_base..ecam_base + pci.ecam_len();
         let shown = GuestMemoryAtomic::new(memory.map.clone());
         let mut machine = Self {
@@ -364,6 +365,22 @@ fn create_vm(
         vm.memory().map(Slot::new(region.clone()))?;
     }
     Ok(vm)
+}
+
+/// Has the guest read the hot-plug ports' configuration space in memory: a booting Linux reads some 200 registers of each,
+/// and each would be an exit. They stay exits for guests of a kind that cannot have such memory.
+fn show_ports(vm: &dyn Vm, pci: &PciSegment, ecam: u64) -> Result<(), Failure> {
+    let Range { start, end } = pci.ports_ecam();
+    if start == end || !vm.kind().has(Ability::ReadonlyMemory) {
+        return Ok(());
+    }
+    let len = usize::try_from(end - start).map_err(|_| Failure::Host("too many hot-plug ports".into()))?;
+    let pages = MmapRegion::new(len).map_err(|error| Failure::Host(format!("memory of hot-plug ports: {error}")))?;
+    let region = GuestRegionMmap::new(pages, GuestAddress(ecam + start));
+    let region = Arc::new(region.ok_or_else(|| Failure::Host("hot-plug ports are beyond all addresses".into()))?);
+    pci.show_ports(&region)?;
+    vm.memory().map(Slot { readonly: true, ..Slot::new(region) })?;
+    Ok(())
 }
 
 fn kind(config: &VmConfig) -> VmKind {

@@ -1,6 +1,10 @@
 //! Configuration space of a function (PCI 3.0 §6.1) or a bridge (PCIe 5.0 §7.5.1.3), with which bits the guest may write.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
 use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestRegionMmap, MemoryRegionAddress};
 
 /// Bytes of conventional configuration space. The extended space above it holds no capability and reads as zero.
 const LEN: usize = 256;
@@ -84,6 +88,8 @@ pub struct ConfigSpace {
     end: usize,
     /// The byte that points to the next capability.
     link: usize,
+    /// Memory in which the guest reads all of this, and where in it.
+    shown: Option<(Arc<GuestRegionMmap>, u64)>,
 }
 
 /// What the guest set in configuration space: a saved [`ConfigSpace`].
@@ -124,6 +130,7 @@ impl ConfigSpace {
             bars: [None; 6],
             end: FIRST_CAPABILITY,
             link: CAPABILITIES,
+            shown: None,
         };
         let [interface, subclass, base, _] = identity.class.to_le_bytes();
         config.set(0x00, &identity.vendor.to_le_bytes());
@@ -166,9 +173,8 @@ impl ConfigSpace {
         self.set(at + 2, body);
         self.set_writable(at + 2, writable);
         self.set(self.link, &[pointer]);
-        if let Some(status) = self.bytes.get_mut(STATUS) {
-            *status |= STATUS_CAPABILITIES;
-        }
+        let [status] = self.array(STATUS);
+        self.set(STATUS, &[status | STATUS_CAPABILITIES]);
         self.link = at + 1;
         self.end = end;
         Some(u16::from(pointer))
@@ -199,6 +205,7 @@ impl ConfigSpace {
                 *byte = *byte & !mask | new & mask;
             }
         }
+        self.show_part(offset.into(), data.len());
     }
 
     /// Sets bytes, whether or not the guest may write them.
@@ -206,6 +213,30 @@ impl ConfigSpace {
         if let Some(bytes) = self.bytes.get_mut(at..at + data.len()) {
             bytes.copy_from_slice(data);
         }
+        self.show_part(at, data.len());
+    }
+
+    /// Shows the space in memory that the guest can only read, from `at` bytes of `pages` on: from now on it says there what
+    /// [`ConfigSpace::read`] says. `pages` are new, and `at` is a multiple of 4.
+    pub fn show(&mut self, pages: Arc<GuestRegionMmap>, at: u64) {
+        self.shown = Some((pages, at));
+        self.show_part(0, LEN);
+    }
+
+    /// Brings a part up to date where it is shown, whole registers at a time, so that no guest sees a half of one.
+    fn show_part(&self, start: usize, len: usize) {
+        let Some((pages, base)) = &self.shown else { return };
+        for at in (start & !3..(start + len).min(LEN)).step_by(4) {
+            let place = base.checked_add(at as u64).map(MemoryRegionAddress);
+            let value = u32::from_ne_bytes(self.array(at));
+            if place.is_none_or(|place| pages.store(value, place, Ordering::Release).is_err()) {
+                tracing::error!("configuration space at {at:#x} is shown nowhere");
+            }
+        }
+    }
+
+    fn array<const N: usize>(&self, at: usize) -> [u8; N] {
+        self.bytes.get(at..).and_then(|bytes| bytes.first_chunk().copied()).unwrap_or([0; N])
     }
 
     fn set_writable(&mut self, at: usize, mask: &[u8]) {

@@ -12,15 +12,22 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vm_memory::GuestRegionMmap;
+
 use super::config::CAPABILITY_PCIE;
 use super::{Bars, ConfigSpace, Identity, PciFunction};
 use crate::seam::{Interrupt, Interrupts, MsiMessage};
 
 /// Registers of the header.
+const HEADER_TYPE: usize = 0x0e;
 const SECONDARY_BUS: u16 = 0x19;
 const BUS_NUMBERS: usize = 0x18;
 const MEMORY_WINDOW: u16 = 0x20;
 const PREFETCHABLE_WINDOW: u16 = 0x24;
+
+/// Header type: a bridge, and one of several functions of its device.
+const BRIDGE: u8 = 1;
+const MULTIFUNCTION: u8 = 1 << 7;
 
 /// Memory windows begin and end at multiples of this, in bytes.
 const WINDOW_GRANULE: u64 = 1 << 20;
@@ -160,6 +167,16 @@ impl RootPort {
         inner.config.write(PREFETCHABLE_WINDOW, &[register(first), register(last)].concat());
         let upper = |address: u64| u32::try_from(address >> 32).unwrap_or(0).to_le_bytes();
         inner.config.write(PREFETCHABLE_WINDOW + 4, &[upper(first), upper(last)].concat());
+    }
+
+    /// Says in the header that the port's device has more functions (PCI 3.0 §6.2.1).
+    pub fn set_multifunction(&self) {
+        self.lock().config.set(HEADER_TYPE, &[BRIDGE | MULTIFUNCTION]);
+    }
+
+    /// Shows the port's configuration space in memory: see [`ConfigSpace::show`]. Reading it does nothing else.
+    pub fn show(&self, pages: Arc<GuestRegionMmap>, at: u64) {
+        self.lock().config.show(pages, at);
     }
 
     /// Puts a device into the slot, and tells the guest; or, where the guest has not run yet, it has been there always.

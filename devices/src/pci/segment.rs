@@ -5,14 +5,18 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vm_memory::{Bytes, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
+
 use super::{BarKind, Bars, Indicator, PciFunction, RootPort, SlotObserver};
 use crate::bus::{Bus, BusDevice};
 use crate::seam::Interrupts;
 
 /// Bytes of configuration space per function.
-const FUNCTION_LEN: u64 = 4096;
-/// Bytes of configuration space per bus.
-const BUS_LEN: u64 = 256 * FUNCTION_LEN;
+const FUNCTION_LEN: u64 = FUNCTION_PAGE as u64;
+const FUNCTION_PAGE: usize = 4096;
+/// Bytes of configuration space per device, and per bus.
+const DEVICE_LEN: u64 = 8 * FUNCTION_LEN;
+const BUS_LEN: u64 = 32 * DEVICE_LEN;
 /// The most root ports: 28 devices of eight functions, which leaves the host bridge and three devices more.
 pub const MAX_PORTS: u8 = 224;
 /// Functions per device.
@@ -109,9 +113,8 @@ impl Functions {
     /// The function at an address of the root bus, and whether its device has others.
     fn on_root(&self, address: Address) -> Option<(Arc<dyn PciFunction>, bool)> {
         if let Some(port) = port_at(address).and_then(|number| self.ports.get(number)) {
-            let second = port_at(Address { function: 1, ..address });
-            let others = second.is_some_and(|number| number < self.ports.len());
-            return Some((port.bridge.clone(), others));
+            // A port knows itself whether it has others.
+            return Some((port.bridge.clone(), false));
         }
         let slot = self.root.iter().find(|slot| slot.address == address)?;
         let siblings = self.root.iter().filter(|other| other.address.device == address.device);
@@ -192,7 +195,42 @@ impl PciSegment {
             let bridge = RootPort::new(number, interrupts.clone(), observer.clone()).ok_or(Error::Full)?;
             let windows = [part(&low, number, PORT_WINDOW), part(&high, number, share)];
             bridge.assign(number + 1, &windows[0], &windows[1]);
+            if address_of_port(number).function == 0 && number + 1 < count {
+                bridge.set_multifunction();
+            }
             functions.ports.push(Port { bridge: Arc::new(bridge), windows, device: None, remains: Vec::new() });
+        }
+        Ok(())
+    }
+
+    /// The part of ECAM in which the devices have their configuration space that root ports are functions of. Empty without
+    /// ports.
+    pub fn ports_ecam(&self) -> Range<u64> {
+        u64::from(self.lock().devices_end()) * DEVICE_LEN..BUS_LEN
+    }
+
+    /// Shows the ports' configuration space in new memory, which the caller puts where [`PciSegment::ports_ecam`] says, for
+    /// the guest to read only: it reads there without an exit what it would else be told by an access to this segment. Its
+    /// writes must still come here.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] where the memory is too short.
+    pub fn show_ports(&self, pages: &Arc<GuestRegionMmap>) -> Result<(), Error> {
+        let Range { start, end } = self.ports_ecam();
+        let size = end - start;
+        if pages.len() < size {
+            return Err(Error::NoRoom { size });
+        }
+        let functions = self.lock();
+        for at in (0..size).step_by(FUNCTION_PAGE) {
+            let port = decode(start + at, 0).and_then(|(_, address, _)| functions.ports.get(port_at(address)?));
+            match port {
+                Some(port) => port.bridge.show(pages.clone(), at),
+                // What an access says where there is no function.
+                None => pages
+                    .write_slice(&[0xff; FUNCTION_PAGE], MemoryRegionAddress(at))
+                    .map_err(|_| Error::NoRoom { size })?,
+            }
         }
         Ok(())
     }

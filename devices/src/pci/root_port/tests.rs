@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress, MmapRegion};
 
 use super::*;
 use crate::virtio::testing::FakeInterrupts;
@@ -200,5 +201,33 @@ proptest! {
             prop_assert!(Indicator::new(bench.word(CONTROL)).is_some());
         }
         prop_assert_eq!((bench.dword(0), bench.dword(PCIE + 0x14)), (identity, capabilities));
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_shown_in_memory_is_what_an_access_says(
+        steps in proptest::collection::vec((0..4_u8, 0..4096_u16, proptest::collection::vec(any::<u8>(), 1..9)), 0..100)
+    ) {
+        let bench = Bench::new();
+        let pages = MmapRegion::new(0x2000).unwrap();
+        let pages = Arc::new(GuestRegionMmap::new(pages, GuestAddress(0)).unwrap());
+        bench.port.show(pages.clone(), 0x1000);
+        for (what, offset, data) in steps {
+            match what {
+                0 => bench.port.insert(data[0] & 1 == 0),
+                1 => bench.port.take_out(),
+                2 => bench.port.press(),
+                // Most registers are among the first.
+                _ => bench.port.config_write(offset >> (data[0] & 4), &data),
+            }
+            let (mut said, mut shown) = ([0; 0x1000], [0; 0x1000]);
+            bench.port.config_read(0, &mut said);
+            pages.read_slice(&mut shown, MemoryRegionAddress(0x1000)).unwrap();
+            prop_assert_eq!(said, shown);
+        }
+        let mut before = [0xff; 0x1000];
+        pages.read_slice(&mut before, MemoryRegionAddress(0)).unwrap();
+        prop_assert_eq!(before, [0; 0x1000]);
     }
 }

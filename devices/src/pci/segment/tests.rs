@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use vm_memory::{GuestAddress, MmapRegion};
 
 use super::super::{ConfigSpace, HostBridge, Identity};
 use super::*;
@@ -242,6 +243,28 @@ fn ports_are_the_last_devices_and_lead_to_a_bus_each() {
     let one = with_ports(1).1;
     assert_eq!(dword(&one, ecam(0, 31, 0, 0x0c)) >> 16, 0x01, "a single function");
     assert_eq!(with_ports(MAX_PORTS).1.ecam_len(), 225 << 20);
+}
+
+#[test]
+fn ports_are_shown_in_memory_as_accesses_find_them() {
+    for count in [1, 8, 10] {
+        let (_, segment) = with_ports(count);
+        let range = segment.ports_ecam();
+        let region = |len| {
+            let pages = MmapRegion::new(usize::try_from(len).unwrap()).unwrap();
+            Arc::new(GuestRegionMmap::new(pages, GuestAddress(0)).unwrap())
+        };
+        let pages = region(range.end - range.start);
+        segment.show_ports(&pages).unwrap();
+        for at in (0..pages.len()).step_by(4) {
+            let (mut said, mut shown) = ([0; 4], [0; 4]);
+            segment.read(range.start + at, &mut said);
+            pages.read_slice(&mut shown, MemoryRegionAddress(at)).unwrap();
+            assert_eq!(said, shown, "{count} ports, {at:#x}");
+        }
+        assert!(segment.show_ports(&region(0x1000)).is_err());
+    }
+    assert!(with_ports(0).1.ports_ecam().is_empty());
 }
 
 #[test]
