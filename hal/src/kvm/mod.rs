@@ -10,8 +10,11 @@ mod convert;
 mod counters;
 mod irq;
 mod kick;
+mod kinds;
 mod memory;
+mod private;
 mod state;
+mod tdx;
 mod vcpu;
 mod vm;
 
@@ -22,14 +25,15 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_MAX_CPUID_ENTRIES, kvm_dirty_gfn,
+    KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_VM_TYPES,
+    KVM_MAX_CPUID_ENTRIES, kvm_dirty_gfn,
 };
 use kvm_ioctls::Cap;
 use vmm_sys_util::errno;
 
 pub use kick::kick_signal;
 
-use crate::{CpuidEntry, DirtyTrackingCaps, Error, HostCaps, Hypervisor, KindName, Result, Vm, VmSpec};
+use crate::{CpuidEntry, DirtyTrackingCaps, Error, HostCaps, Hypervisor, KindName, Result, Vm, VmKind, VmSpec};
 
 const DEVICE: &str = "/dev/kvm";
 const LOAD: &str = "load the module kvm_intel or kvm_amd, enable virtualization (VT-x or SVM) in the firmware or, \
@@ -89,12 +93,26 @@ impl Hypervisor for Kvm {
     }
 
     fn create(&self, spec: &VmSpec) -> Result<Box<dyn Vm>> {
-        Ok(Box::new(vm::KvmVm::create(&self.system, &self.caps, spec)?))
+        vm::check(&self.caps, spec)?;
+        match &spec.kind {
+            VmKind::Standard => Ok(Box::new(vm::KvmVm::create(&self.system, &self.caps, spec)?)),
+            VmKind::Tdx(tdx) if self.caps.kinds.contains(&KindName::Tdx) => {
+                Ok(Box::new(tdx::TdVm::create(&self.system, &self.caps, spec, tdx)?))
+            }
+            VmKind::Tdx(_) | VmKind::Snp(_) | VmKind::SoftwareProtected => {
+                let kind = spec.kind.name();
+                let why = self.missing(kind).unwrap_or_default();
+                Err(Error::Unsupported(format!("{kind}: {why}; leave the kind at \"standard\"")))
+            }
+        }
     }
 
     fn missing(&self, kind: KindName) -> Option<String> {
-        let there = self.caps.kinds.contains(&kind);
-        (!there).then(|| format!("VMs of the kind {kind} cannot be created with KVM here"))
+        match kind {
+            _ if self.caps.kinds.contains(&kind) => None,
+            KindName::Tdx => Some(kinds::why_no_tdx(Path::new("/"))),
+            _ => Some(format!("VMs of the kind {kind} cannot be created with KVM by this version of Halyard")),
+        }
     }
 }
 
@@ -159,8 +177,7 @@ fn host_caps(kvm: &kvm_ioctls::Kvm, cpuid: Vec<CpuidEntry>) -> HostCaps {
     let ring_entries = u32::try_from(ring_bytes / size_of::<kvm_dirty_gfn>()).unwrap_or(0);
     HostCaps {
         backend: "KVM",
-        // Only kinds whose creation is built; what the kernel could do besides is no promise of ours.
-        kinds: vec![KindName::Standard],
+        kinds: kinds::possible(extension(KVM_CAP_VM_TYPES)),
         max_vcpus: u32::try_from(kvm.get_max_vcpus().min(MAX_VCPUS)).unwrap_or(1),
         physical_address_bits: physical_address_bits(&cpuid),
         cpuid,

@@ -10,10 +10,11 @@ use kvm_bindings::{
     KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, KVM_MEMORY_EXIT_FLAG_PRIVATE, KVM_MP_STATE_RUNNABLE,
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_cpuid_entry2, kvm_mp_state, kvm_run,
 };
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{HypercallExit, VcpuExit, VcpuFd};
 
 use super::counters::KvmCounters;
 use super::kick::{self, KickState, Running};
+use super::tdx::{self, exits};
 use super::vm::Shared;
 use super::{failed, state};
 use crate::{
@@ -33,6 +34,8 @@ pub(super) struct KvmVcpu {
     has_run: bool,
     /// The thread whose signal mask is known to let kicks through.
     thread: Option<ThreadId>,
+    /// What a trust domain is told of the calls that there are: R11 and R12 of GetTdVmCallInfo.
+    call_info: [u64; 2],
 }
 
 /// Why KVM cannot carry out an access of the guest's: this process may not do it either.
@@ -59,12 +62,17 @@ impl KvmVcpu {
         // SAFETY: the byte lies in the page shared with KVM, which is unmapped when the vCPU is dropped; a `Running`
         // exists only inside `run`, which borrows the vCPU.
         let kick = Arc::new(unsafe { KickState::new(immediate_exit) });
-        Ok(Self { fd, vm: vm.clone(), id, kick, cpuid: Vec::new(), has_run: false, thread: None })
+        Ok(Self { fd, vm: vm.clone(), id, kick, cpuid: Vec::new(), has_run: false, thread: None, call_info: [0; 2] })
+    }
+
+    /// The same for a trust domain, which is told of these calls.
+    pub(super) fn answering(self, call_info: [u64; 2]) -> Self {
+        Self { call_info, ..self }
     }
 
     /// Runs until the next exit and answers it.
     fn step(&mut self, running: &Running<'_>, host: &dyn ExitHandler) -> Result<Step> {
-        let page: *const kvm_run = self.fd.get_kvm_run();
+        let page: *mut kvm_run = self.fd.get_kvm_run();
         match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 // A string instruction reads several elements in one exit; handlers see one at a time.
@@ -79,6 +87,11 @@ impl KvmVcpu {
                 for element in data.chunks_exact(unsafe { io_size(page) }) {
                     host.pio_write(port, element);
                 }
+                Ok(Step::Answered)
+            }
+            Ok(VcpuExit::Unsupported(tdx::EXIT_TDX)) => {
+                // SAFETY: as above; the exit says that the page holds a call of the guest's.
+                unsafe { exits::answer_call(page, self.call_info, host) };
                 Ok(Step::Answered)
             }
             Ok(exit) => Ok(answer(exit, host)),
@@ -237,10 +250,15 @@ fn answer(exit: VcpuExit<'_>, host: &dyn ExitHandler) -> Step {
             host.end_of_interrupt(vector);
             Step::Answered
         }
+        VcpuExit::Hypercall(HypercallExit { nr: exits::MAP_GPA_RANGE, args, ret, .. }) => {
+            *ret = exits::map_range(&args, host);
+            Step::Answered
+        }
         VcpuExit::Intr => Step::Answered,
         VcpuExit::Shutdown => Step::Ends(Exit::Shutdown),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Step::Ends(Exit::Shutdown),
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Step::Ends(Exit::Reset),
+        VcpuExit::SystemEvent(tdx::SYSTEM_EVENT_TDX_FATAL, registers) => Step::Crash(exits::last_words(registers)),
         VcpuExit::SystemEvent(event, _) => Step::Crash(format!("the guest reported a crash (system event {event})")),
         VcpuExit::Debug(_) => Step::Ends(Exit::Debug),
         VcpuExit::MemoryFault { flags, gpa, size } => {

@@ -16,7 +16,7 @@ use super::memory::Slots;
 use super::vcpu::KvmVcpu;
 use super::{OTHER, System, failed};
 use crate::{
-    DirtyLog, DirtyTracking, Error, HostCaps, Irqs, KindTraits, Launch, Memory, Result, Vcpu, VcpuId, Vm, VmKind,
+    Ability, DirtyLog, DirtyTracking, Error, HostCaps, Irqs, KindTraits, Launch, Memory, Result, Vcpu, VcpuId, Vm,
     VmSpec, VmState,
 };
 
@@ -45,25 +45,28 @@ pub(super) struct Shared {
 
 impl KvmVm {
     pub(super) fn create(system: &Arc<System>, caps: &HostCaps, spec: &VmSpec) -> Result<Self> {
-        check(caps, spec)?;
-        Ok(Self(Arc::new(Shared {
-            fd: create_fd(system)?,
+        Ok(Self(Arc::new(Shared::new(create_plain(system)?, system, caps, spec))))
+    }
+}
+
+impl Shared {
+    pub(super) fn new(fd: VmFd, system: &Arc<System>, caps: &HostCaps, spec: &VmSpec) -> Self {
+        let private = spec.kind.name().traits().private_memory;
+        Self {
+            fd,
             system: system.clone(),
-            slots: Slots::new(caps.max_memory_slots, spec.dirty_tracking == DirtyTracking::Bitmap),
+            slots: Slots::new(caps.max_memory_slots, spec.dirty_tracking == DirtyTracking::Bitmap, private),
             routes: Routes::new(),
             max_vcpus: spec.max_vcpus,
             dirty_tracking: spec.dirty_tracking,
-        })))
+        }
     }
 }
 
 /// Everything that this host or this build cannot do is refused here.
-fn check(caps: &HostCaps, spec: &VmSpec) -> Result<()> {
-    if spec.kind != VmKind::Standard {
-        return Err(Error::Unsupported(format!(
-            "VMs of the kind {} cannot be created with KVM by this version of Halyard; leave the kind at \"standard\"",
-            spec.kind.name()
-        )));
+pub(super) fn check(caps: &HostCaps, spec: &VmSpec) -> Result<()> {
+    if !spec.kind.name().traits().has(Ability::DirtyLog) && spec.dirty_tracking != DirtyTracking::Off {
+        return Err(Error::Unsupported(format!("a VM of the kind {} has no log of written pages", spec.kind.name())));
     }
     if spec.max_vcpus == 0 || spec.max_vcpus > caps.max_vcpus {
         return Err(Error::Unsupported(format!(
@@ -79,10 +82,10 @@ fn check(caps: &HostCaps, spec: &VmSpec) -> Result<()> {
     Ok(())
 }
 
-/// Creates the VM with its split interrupt chip, which must be there before the first vCPU.
-fn create_fd(system: &System) -> Result<VmFd> {
-    let fd = loop {
-        match system.kvm.create_vm_with_type(KVM_X86_DEFAULT_VM.into()) {
+/// Creates a VM of a type of KVM's.
+pub(super) fn create_fd(system: &System, kind: u32) -> Result<VmFd> {
+    loop {
+        match system.kvm.create_vm_with_type(kind.into()) {
             // A signal to this thread while the kernel set up the VM.
             Err(error) if error.errno() == libc::EINTR => {}
             Err(error) if error.errno() == libc::EBUSY => {
@@ -92,12 +95,21 @@ fn create_fd(system: &System) -> Result<VmFd> {
                     remedy: OTHER,
                 });
             }
-            other => break other.map_err(failed("KVM_CREATE_VM"))?,
+            other => return other.map_err(failed("KVM_CREATE_VM")),
         }
-    };
-    // The argument is the number of routes kept for the monitor's I/O APIC: only of these does KVM report the end of
-    // interrupts.
-    enable(&fd, KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS.into()).map_err(failed("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))?;
+    }
+}
+
+/// Has local APICs in the kernel and no other interrupt chip there, which must be so before the first vCPU. KVM reports the
+/// end of interrupts for `pins` routes only, those of the monitor's I/O APIC.
+pub(super) fn split_interrupt_chip(fd: &VmFd, pins: u8) -> Result<()> {
+    enable(fd, KVM_CAP_SPLIT_IRQCHIP, pins.into()).map_err(failed("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))
+}
+
+/// Creates a plain VM.
+fn create_plain(system: &System) -> Result<VmFd> {
+    let fd = create_fd(system, KVM_X86_DEFAULT_VM)?;
+    split_interrupt_chip(&fd, IOAPIC_PINS)?;
     // Saved states then hold exceptions that wait with all that belongs to them. Where a kernel lacks these, such an
     // exception is delivered before the state is read (the first), or a triple fault forgotten (the second).
     let _ = enable(&fd, KVM_CAP_EXCEPTION_PAYLOAD, 1);
@@ -109,7 +121,7 @@ fn create_fd(system: &System) -> Result<VmFd> {
     Ok(fd)
 }
 
-fn enable(fd: &VmFd, cap: u32, argument: u64) -> std::result::Result<(), errno::Error> {
+pub(super) fn enable(fd: &VmFd, cap: u32, argument: u64) -> std::result::Result<(), errno::Error> {
     fd.enable_cap(&kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() })
 }
 
@@ -127,10 +139,7 @@ impl Vm for KvmVm {
     }
 
     fn tsc_khz(&self) -> Option<u32> {
-        // SAFETY: the descriptor is a VM's, and this call has no argument.
-        #[expect(unsafe_code, reason = "kvm-ioctls knows this call for vCPUs only")]
-        let khz = unsafe { ioctl(&self.0.fd, KVM_GET_TSC_KHZ()) };
-        u32::try_from(khz).ok().filter(|khz| *khz > 0)
+        self.0.tsc_khz()
     }
 
     fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu>> {
@@ -160,12 +169,20 @@ impl Vm for KvmVm {
 }
 
 impl Shared {
+    /// See [`Vm::tsc_khz`].
+    pub(super) fn tsc_khz(&self) -> Option<u32> {
+        // SAFETY: the descriptor is a VM's, and this call has no argument.
+        #[expect(unsafe_code, reason = "kvm-ioctls knows this call for vCPUs only")]
+        let khz = unsafe { ioctl(&self.fd, KVM_GET_TSC_KHZ()) };
+        u32::try_from(khz).ok().filter(|khz| *khz > 0)
+    }
+
     /// A VM of the same making without memory, from which the state of a vCPU at power-on can be read.
     pub(super) fn blank_twin(&self) -> Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            fd: create_fd(&self.system)?,
+            fd: create_plain(&self.system)?,
             system: self.system.clone(),
-            slots: Slots::new(0, false),
+            slots: Slots::new(0, false, false),
             routes: Routes::new(),
             max_vcpus: self.max_vcpus,
             dirty_tracking: DirtyTracking::Off,
