@@ -13,15 +13,16 @@ use serde_json::Value;
 /// Kinds of thread, each with the lists that its policy consists of. A thread's children begin under its policy, and
 /// each policy after that can only take away: the owner thread, which makes all others, needs what they need. The list
 /// with the most frequent ioctl comes first.
-pub const POLICIES: [(&str, &[&str]); 8] = [
-    ("vmm", &["vcpu", "io", "console", "watch", "vmm", "common"]),
-    ("clients", &["vcpu", "io", "console", "watch", "loader", "vmm", "clients", "common"]),
+pub const POLICIES: [(&str, &[&str]); 9] = [
+    ("vmm", &["vcpu", "io", "console", "watch", "quotes", "vmm", "common"]),
+    ("clients", &["vcpu", "io", "console", "watch", "quotes", "loader", "vmm", "clients", "common"]),
     ("vcpu", &["vcpu", "common"]),
     ("io", &["io", "common"]),
     ("console", &["console", "common"]),
     ("api", &["api", "common"]),
     ("loader", &["loader", "common"]),
     ("watch", &["watch", "common"]),
+    ("quotes", &["quotes", "common"]),
 ];
 
 /// `AUDIT_ARCH_X86_64`: a 64-bit, little-endian machine with ELF's number 62.

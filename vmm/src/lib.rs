@@ -21,6 +21,7 @@ pub mod notify;
 pub mod owner;
 pub mod pluggable;
 pub mod processors;
+pub mod quotes;
 pub mod request;
 mod run;
 pub mod sandbox;

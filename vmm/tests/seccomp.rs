@@ -135,6 +135,14 @@ fn threads_that_serve_the_guest_open_nothing_and_make_no_threads() {
             assert_eq!(run(&program, X86_64, call as u32, [0; 6]), TRAP, "{name} allows {call}");
         }
     }
+    for (name, program, _, _) in policies().filter(|policy| policy.0 == "quotes") {
+        for call in [open, openat, openat2, bind, accept, clone, clone3, seccomp, unlink] {
+            assert_eq!(run(&program, X86_64, call as u32, [0; 6]), TRAP, "{name} allows {call}");
+        }
+        // AF_UNIX and AF_VSOCK, and neither AF_INET, AF_INET6, AF_NETLINK nor AF_PACKET.
+        let made = |family| run(&program, X86_64, socket as u32, [family, 0, 0, 0, 0, 0]) == ALLOW;
+        assert_eq!([1, 40, 2, 10, 16, 17].map(made), [true, true, false, false, false, false]);
+    }
     for (name, program, _, _) in policies() {
         // KVM_CREATE_VM is for those who make machines; TIOCSTI, which types into a terminal, for nobody.
         let ioctl = |request| run(&program, X86_64, Sysno::ioctl as u32, [0, request, 0, 0, 0, 0]);

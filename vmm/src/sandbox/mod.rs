@@ -54,11 +54,13 @@ pub enum Thread {
     Loader,
     /// The one that watches a boot.
     Watch,
+    /// The one that asks the quote service.
+    Quotes,
 }
 
 impl Thread {
     /// All kinds.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Owner,
         Self::OwnerWithClients,
         Self::Vcpu,
@@ -67,6 +69,7 @@ impl Thread {
         Self::Api,
         Self::Loader,
         Self::Watch,
+        Self::Quotes,
     ];
 
     /// The name of its policy.
@@ -80,6 +83,7 @@ impl Thread {
             Self::Api => "api",
             Self::Loader => "loader",
             Self::Watch => "watch",
+            Self::Quotes => "quotes",
         }
     }
 
@@ -93,6 +97,7 @@ impl Thread {
             Self::Api => &policies::API,
             Self::Loader => &policies::LOADER,
             Self::Watch => &policies::WATCH,
+            Self::Quotes => &policies::QUOTES,
         }
     }
 }

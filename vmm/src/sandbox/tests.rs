@@ -33,6 +33,7 @@ fn child() {
         "paths" => paths(),
         "rights" => rights(),
         "dumps" => dumps(),
+        "quotes" => crate::quotes::tests::with_the_sandbox(),
         _ => {}
     }
     let mut words = case.split(' ');
@@ -172,6 +173,12 @@ fn rights() {
     assert_eq!((own("NoNewPrivs").as_str(), own("Seccomp").as_str()), ("1", "0"));
     enter(Thread::Owner);
     assert_eq!(status(&mut file)("Seccomp"), "2");
+}
+
+#[test]
+fn the_quote_service_is_asked_from_inside() {
+    let output = in_process("quotes", folder().path());
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[test]
