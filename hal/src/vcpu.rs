@@ -167,6 +167,8 @@ pub enum GuestCall {
     },
     /// TDG.VP.VMCALL<SetupEventNotifyInterrupt>: the interrupt that says, on the vCPU that asks, that a quote is ready.
     SetupEventNotify {
+        /// The vCPU that asks.
+        vcpu: VcpuId,
         /// Its vector, which no one has checked.
         vector: u64,
     },

@@ -91,7 +91,7 @@ impl KvmVcpu {
             }
             Ok(VcpuExit::Unsupported(tdx::EXIT_TDX)) => {
                 // SAFETY: as above; the exit says that the page holds a call of the guest's.
-                unsafe { exits::answer_call(page, self.call_info, host) };
+                unsafe { exits::answer_call(page, self.id, self.call_info, host) };
                 Ok(Step::Answered)
             }
             Ok(exit) => Ok(answer(exit, host)),

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -64,6 +64,8 @@ pub struct Core {
     status: u8,
     driver_features: u64,
     slots: Vec<Slot>,
+    /// The driver must know that the device does not reach all of the guest's memory.
+    access_platform: bool,
     /// Queues do not run although the driver wants it, until [`Core::resume`].
     suspended: bool,
     /// Which half of the device's features the driver reads.
@@ -108,6 +110,7 @@ impl Core {
             shared: Arc::new(Shared::new(name, signals)),
             status: 0,
             driver_features: 0,
+            access_platform: false,
             suspended: false,
             device_feature_select: 0,
             driver_feature_select: 0,
@@ -181,13 +184,25 @@ impl Core {
         self.has(DRIVER_OK)
     }
 
+    /// Offers VIRTIO_F_ACCESS_PLATFORM, and insists on it: the device reaches only memory that the guest has shared, and a
+    /// driver that does not know of it would give the device addresses in other memory (virtio 1.2 §6.1). To be called before
+    /// the guest runs.
+    pub fn require_access_platform(&mut self) {
+        self.access_platform = true;
+    }
+
+    /// Features without which a driver cannot run the device.
+    fn required(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | u64::from(self.access_platform) << VIRTIO_F_ACCESS_PLATFORM
+    }
+
     fn offered(&self) -> u64 {
-        self.info.features | TRANSPORT_FEATURES
+        self.info.features | TRANSPORT_FEATURES | self.required()
     }
 
     fn features_suit(&self) -> bool {
         let unknown = self.driver_features & !self.offered();
-        unknown == 0 && self.driver_features & 1 << VIRTIO_F_VERSION_1 != 0
+        unknown == 0 && self.required() & !self.driver_features == 0
     }
 
     /// The selected half of the offered features.

@@ -216,6 +216,11 @@ impl VirtioPci {
         self.lock().core.on_broken(tell);
     }
 
+    /// Tells drivers that the device reaches only shared memory: see [`Core::require_access_platform`].
+    pub fn require_access_platform(&self) {
+        self.lock().core.require_access_platform();
+    }
+
     /// Whether a driver runs the device: from DRIVER_OK until a reset.
     pub fn driver_is_ok(&self) -> bool {
         self.lock().core.is_live()

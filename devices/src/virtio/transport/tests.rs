@@ -196,6 +196,20 @@ fn a_driver_finds_its_way_and_is_answered() {
 }
 
 #[test]
+fn a_driver_that_does_not_know_of_private_memory_is_refused() {
+    const ACCESS_PLATFORM: u64 = 1 << 33;
+    let (_, device) = Echo::new();
+    let driver = PciDriver::new(device);
+    driver.device.require_access_platform();
+    assert_ne!(driver.offered() & ACCESS_PLATFORM, 0);
+    for (features, suit) in [(1 << 32, false), (1 << 32 | ACCESS_PLATFORM, true)] {
+        driver.reset();
+        driver.set_status(3);
+        assert_eq!(driver.offer_back(features), suit, "{features:#x}");
+    }
+}
+
+#[test]
 fn features_must_be_ours_and_modern() {
     let (_, driver) = driver();
     for features in [0, FEATURE, 1 << 32 | 1 << 5, 1 << 32 | 1 << 40, u64::MAX] {

@@ -4,7 +4,7 @@
 use kvm_bindings::kvm_run;
 
 use super::abi::{self, CallExit};
-use crate::{Conversion, ExitHandler, GpaRange, GuestCall, GuestCallStatus, Visibility};
+use crate::{Conversion, ExitHandler, GpaRange, GuestCall, GuestCallStatus, VcpuId, Visibility};
 
 /// The hypercall by which KVM hands on a wish for memory of another visibility, `KVM_HC_MAP_GPA_RANGE`: address, pages,
 /// attributes.
@@ -29,18 +29,23 @@ pub(in super::super) fn map_range(arguments: &[u64; 6], host: &dyn ExitHandler) 
     u64::from(result.unsigned_abs())
 }
 
-/// Answers `KVM_EXIT_TDX`. `info` is R11 and R12 of GetTdVmCallInfo. A call that is not known keeps the status that KVM has
+/// Answers `KVM_EXIT_TDX` of a vCPU. `info` is R11 and R12 of GetTdVmCallInfo. A call that is not known keeps the status that KVM has
 /// put there: there is none such.
 ///
 /// # Safety
 /// `page` must be a mapped `kvm_run` with that exit, which nobody else uses meanwhile.
-pub(in super::super) unsafe fn answer_call(page: *mut kvm_run, info: [u64; 2], host: &dyn ExitHandler) {
+pub(in super::super) unsafe fn answer_call(
+    page: *mut kvm_run,
+    vcpu: VcpuId,
+    info: [u64; 2],
+    host: &dyn ExitHandler,
+) {
     // SAFETY: the caller vouches for the page, whose union has room for this and is aligned for it.
     let exit = unsafe { &mut *(&raw mut (*page).__bindgen_anon_1).cast::<CallExit>() };
     let [first, second, ..] = exit.arguments;
     let call = match exit.number {
         abi::CALL_GET_QUOTE => GuestCall::GetQuote { gpa: first, size: second },
-        abi::CALL_SETUP_NOTIFY => GuestCall::SetupEventNotify { vector: first },
+        abi::CALL_SETUP_NOTIFY => GuestCall::SetupEventNotify { vcpu, vector: first },
         // KVM answers the leaf 0 itself.
         abi::CALL_INFO if first == 1 => {
             exit.arguments = [first, info[0], info[1], 0, 0];
@@ -147,7 +152,7 @@ mod tests {
         // SAFETY: the page is this function's, and its union has room for the exit.
         unsafe {
             *place = CallExit { flags: 0, number, status: 1 << 63 | 3, arguments };
-            answer_call(&raw mut page, [2, 0x10], host);
+            answer_call(&raw mut page, VcpuId(7), [2, 0x10], host);
             ((*place).status, (*place).arguments)
         }
     }
@@ -164,7 +169,7 @@ mod tests {
             let host = answers(Conversion::Done, status);
             assert_eq!(call(0x10002, [0x5000, 0x2000, 0, 0, 0], &host).0, number);
             assert_eq!(call(0x10004, [0x30, 0, 0, 0, 0], &host).0, number);
-            assert_eq!(*host.asked.borrow(), ["GetQuote { gpa: 5000, size: 2000 }", "SetupEventNotify { vector: 30 }"]);
+            assert_eq!(*host.asked.borrow(), ["GetQuote { gpa: 5000, size: 2000 }", "SetupEventNotify { vcpu: VcpuId(7), vector: 30 }"]);
         }
         let host = answers(Conversion::Done, GuestCallStatus::Success);
         assert_eq!(call(0x10000, [1, 9, 9, 9, 9], &host), (0, [1, 2, 0x10, 0, 0]));
