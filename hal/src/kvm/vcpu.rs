@@ -34,8 +34,9 @@ pub(super) struct KvmVcpu {
     has_run: bool,
     /// The thread whose signal mask is known to let kicks through.
     thread: Option<ThreadId>,
-    /// What a trust domain is told of the calls that there are: R11 and R12 of GetTdVmCallInfo.
-    call_info: [u64; 2],
+    /// Of a trust domain's vCPU, whose registers nobody sees: what its guest is told of the calls that there are (R11 and R12
+    /// of GetTdVmCallInfo).
+    call_info: Option<[u64; 2]>,
 }
 
 /// Why KVM cannot carry out an access of the guest's: this process may not do it either.
@@ -62,12 +63,12 @@ impl KvmVcpu {
         // SAFETY: the byte lies in the page shared with KVM, which is unmapped when the vCPU is dropped; a `Running`
         // exists only inside `run`, which borrows the vCPU.
         let kick = Arc::new(unsafe { KickState::new(immediate_exit) });
-        Ok(Self { fd, vm: vm.clone(), id, kick, cpuid: Vec::new(), has_run: false, thread: None, call_info: [0; 2] })
+        Ok(Self { fd, vm: vm.clone(), id, kick, cpuid: Vec::new(), has_run: false, thread: None, call_info: None })
     }
 
     /// The same for a trust domain, which is told of these calls.
     pub(super) fn answering(self, call_info: [u64; 2]) -> Self {
-        Self { call_info, ..self }
+        Self { call_info: Some(call_info), ..self }
     }
 
     /// Runs until the next exit and answers it.
@@ -91,7 +92,7 @@ impl KvmVcpu {
             }
             Ok(VcpuExit::Unsupported(tdx::EXIT_TDX)) => {
                 // SAFETY: as above; the exit says that the page holds a call of the guest's.
-                unsafe { exits::answer_call(page, self.id, self.call_info, host) };
+                unsafe { exits::answer_call(page, self.id, self.call_info.unwrap_or_default(), host) };
                 Ok(Step::Answered)
             }
             Ok(exit) => Ok(answer(exit, host)),
@@ -121,7 +122,11 @@ impl KvmVcpu {
     }
 
     fn crash(&self, reason: String) -> Exit {
-        Exit::Crash(CrashInfo { reason, rip: self.fd.get_regs().ok().map(|regs| regs.rip) })
+        let rip = match self.call_info {
+            None => self.fd.get_regs().ok().map(|regs| regs.rip),
+            Some(_) => None,
+        };
+        Exit::Crash(CrashInfo { reason, rip })
     }
 
     pub(super) fn set_cpuid(&mut self, leaves: &[CpuidEntry]) -> Result<()> {

@@ -14,6 +14,7 @@ const fn with(direction: c_ulong, number: c_ulong, size: c_ulong) -> c_ulong {
 
 pub const CREATE_VM: c_ulong = plain(0x01);
 pub const CHECK_EXTENSION: c_ulong = plain(0x03);
+pub const GET_VCPU_MMAP_SIZE: c_ulong = plain(0x04);
 pub const CREATE_VCPU: c_ulong = plain(0x41);
 pub const RUN: c_ulong = plain(0x80);
 pub const SET_TSC_KHZ: c_ulong = plain(0xa2);
@@ -27,6 +28,12 @@ pub const MEMORY_ENCRYPT_OP: c_ulong = with(3, 0xba, 8);
 pub const SET_MEMORY_ATTRIBUTES: c_ulong = with(1, 0xd2, 32);
 pub const CREATE_GUEST_MEMFD: c_ulong = with(3, 0xd4, 64);
 
+/// The numbers of calls that read or write a vCPU's registers, which a trust domain does not have: general ones, those of the
+/// system, of the FPU, of the local APIC, of debugging, the extended ones with their control register.
+pub const REGISTERS: [c_ulong; 16] =
+    [0x81, 0x82, 0x83, 0x84, 0x8c, 0x8d, 0x8e, 0x8f, 0xa1, 0xa2, 0xa4, 0xa5, 0xa6, 0xa7, 0xcc, 0xcd];
+
+pub const CAP_SPLIT_IRQCHIP: u32 = 121;
 pub const CAP_EXIT_HYPERCALL: u32 = 201;
 pub const CAP_USER_MEMORY2: c_ulong = 231;
 pub const CAP_MEMORY_ATTRIBUTES: c_ulong = 233;
@@ -36,6 +43,13 @@ pub const CAP_VM_TYPES: c_ulong = 235;
 /// A VM type: a plain one, and a trust domain.
 pub const VM_DEFAULT: usize = 0;
 pub const VM_TDX: usize = 5;
+/// The flags of a memory slot: written pages are found, it can only be read.
+pub const MEM_LOG_DIRTY: u32 = 1;
+pub const MEM_READONLY: u32 = 2;
+/// The attribute of private memory.
+pub const PRIVATE: u64 = 8;
+/// x2APIC in ECX of leaf 1 of CPUID.
+pub const X2APIC: u32 = 1 << 21;
 /// The flag of a memory slot that has a guest_memfd.
 pub const MEM_GUEST_MEMFD: u32 = 4;
 /// The only attribute of a trust domain that Linux lets be set: accesses to pages that are not there are no exceptions.

@@ -1,19 +1,36 @@
 //! The file that the lines go to.
 
+use std::ffi::c_ulong;
 use std::fs::File;
 use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 static LOG: Mutex<Option<File>> = Mutex::new(None);
+/// Calls of KVM, of whatever kind.
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+/// Has the lines go to a file, or nowhere, and counts from 0.
+pub fn to(file: Option<File>) {
+    *LOG.lock().unwrap_or_else(PoisonError::into_inner) = file;
+    CALLS.store(0, Ordering::Relaxed);
+}
+
+/// Counts a call, if it is KVM's.
+pub fn count(request: c_ulong) {
+    if request >> 8 & 0xff == 0xae {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// How many calls of KVM there were.
+pub fn calls() -> u64 {
+    CALLS.load(Ordering::Relaxed)
+}
 
 /// Writes a line. Where there is no file, nobody wants to know.
 pub fn line(text: &str) {
-    let mut log = LOG.lock().unwrap_or_else(PoisonError::into_inner);
-    if log.is_none() {
-        let Some(path) = std::env::var_os("RECORDER_LOG") else { return };
-        *log = File::options().create(true).append(true).open(path).ok();
-    }
-    if let Some(file) = &mut *log {
+    if let Some(file) = &mut *LOG.lock().unwrap_or_else(PoisonError::into_inner) {
         // A full disk shows in what is missing.
         let _ = writeln!(file, "{text}");
     }

@@ -7,8 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest, Sha384};
 
-use crate::abi::{self, Capabilities, Command, CpuidEntry, CpuidHeader, InitMemRegion, InitVm, Region};
-use crate::log::{hex, line};
+use super::abi::{self, Capabilities, Command, CpuidEntry, CpuidHeader, InitMemRegion, InitVm, Region};
+use super::exits;
+use super::log::{hex, line};
 
 /// The width of guest physical addresses of trust domains on this host.
 const GUEST_ADDRESS_BITS: u32 = 48;
@@ -19,8 +20,8 @@ pub enum Answer {
     Real,
     /// It is answered with this.
     Value(c_int),
-    /// A vCPU is to run: the launch is over.
-    Run,
+    /// It fails with this error number, as it may, and nobody need know.
+    Quiet(c_int),
 }
 
 /// What is known of the trust domains of this process.
@@ -35,12 +36,27 @@ struct Td {
     /// The leaves of INIT_VM, once it was called.
     cpuid: Option<Vec<CpuidEntry>>,
     slots: BTreeMap<u32, Region>,
+    /// What is private: start and end.
+    private: Vec<(u64, u64)>,
+    /// There is an interrupt chip.
+    chip: bool,
+    /// vCPUs whose CPUID has x2APIC.
+    x2apic: BTreeSet<usize>,
     initialized: BTreeSet<usize>,
     finalized: bool,
     /// What is left of a region that was only half added, and is to be asked for next.
     left: Option<InitMemRegion>,
     /// There was one.
     halved: bool,
+}
+
+impl Td {
+    /// Notes that addresses are private, or are not.
+    fn set_private(&mut self, start: u64, end: u64, private: bool) {
+        let ranges = std::mem::take(&mut self.private);
+        let rest = ranges.into_iter().flat_map(|(from, to)| [(from, to.min(start)), (from.max(end), to)]);
+        self.private = rest.filter(|(from, to)| from < to).chain(private.then_some((start, end))).collect();
+    }
 }
 
 static STATE: Mutex<State> = Mutex::new(State { vms: BTreeMap::new(), vcpus: BTreeMap::new() });
@@ -74,7 +90,10 @@ pub unsafe fn answer(fd: c_int, request: c_ulong, arg: *mut c_void) -> Result<An
             // SAFETY: its argument is a number.
             let vm = unsafe { real(fd, request, std::ptr::without_provenance_mut(abi::VM_DEFAULT)) };
             if vm >= 0 {
-                state().vms.insert(vm, Td::default());
+                let mut state = state();
+                state.vms.insert(vm, Td::default());
+                // A descriptor that was closed has its number from before.
+                state.vcpus.remove(&vm);
             }
             return Ok(Answer::Value(vm));
         }
@@ -89,14 +108,18 @@ pub unsafe fn answer(fd: c_int, request: c_ulong, arg: *mut c_void) -> Result<An
         return match unsafe { of_vm(td, fd, request, arg) }? {
             Some(answer) => Ok(answer),
             None if request == abi::CREATE_VCPU => {
-                if td.cpuid.is_none() {
+                line(&format!("CREATE_VCPU id={number}"));
+                if td.cpuid.is_none() || td.finalized {
                     return Err(libc::EIO);
                 }
-                line(&format!("CREATE_VCPU id={number}"));
+                if !td.chip {
+                    return Err(libc::EINVAL);
+                }
                 // SAFETY: the caller's promise.
                 let vcpu = unsafe { real(fd, request, arg) };
                 if vcpu >= 0 {
                     state.vcpus.insert(vcpu, (fd, number));
+                    state.vms.remove(&vcpu);
                 }
                 Ok(Answer::Value(vcpu))
             }
@@ -105,6 +128,14 @@ pub unsafe fn answer(fd: c_int, request: c_ulong, arg: *mut c_void) -> Result<An
     }
     let Some((vm, id)) = state.vcpus.get(&fd).copied() else { return Ok(Answer::Real) };
     let Some(td) = state.vms.get_mut(&vm) else { return Ok(Answer::Real) };
+    if request == abi::RUN {
+        if !td.finalized {
+            return Err(libc::EINVAL);
+        }
+        drop(state);
+        // SAFETY: the descriptor is a vCPU's.
+        return Ok(unsafe { exits::run(fd, id) });
+    }
     // SAFETY: the caller's promise.
     unsafe { of_vcpu(td, id, request, arg) }
 }
@@ -136,7 +167,8 @@ unsafe fn of_vm(td: &mut Td, fd: c_int, request: c_ulong, arg: *mut c_void) -> R
             let mut region = unsafe { *arg.cast::<Region>() };
             let Region { slot, flags, start, len, .. } = region;
             line(&format!("SET_USER_MEMORY_REGION2 slot={slot} flags={flags:#x} start={start:#x} len={len:#x}"));
-            if flags & 1 << 1 != 0 {
+            let refused = abi::MEM_READONLY | if flags & abi::MEM_GUEST_MEMFD != 0 { abi::MEM_LOG_DIRTY } else { 0 };
+            if flags & refused != 0 || len > 0 && td.slots.get(&slot).is_some_and(|old| old.len > 0) {
                 return Err(libc::EINVAL);
             }
             td.slots.insert(slot, region);
@@ -147,11 +179,13 @@ unsafe fn of_vm(td: &mut Td, fd: c_int, request: c_ulong, arg: *mut c_void) -> R
         abi::SET_MEMORY_ATTRIBUTES => {
             let abi::Attributes { start, len, attributes, .. } = unsafe { &*arg.cast() };
             line(&format!("SET_MEMORY_ATTRIBUTES start={start:#x} len={len:#x} attributes={attributes:#x}"));
+            td.set_private(*start, start + len, attributes & abi::PRIVATE != 0);
             done
         }
         abi::ENABLE_CAP => {
             let abi::EnableCap { cap, args, .. } = unsafe { &*arg.cast() };
             line(&format!("ENABLE_CAP cap={cap} args={:#x},{:#x}", args[0], args[1]));
+            td.chip |= *cap == abi::CAP_SPLIT_IRQCHIP;
             Ok(if *cap == abi::CAP_EXIT_HYPERCALL { Some(Answer::Value(0)) } else { None })
         }
         abi::SET_TSC_KHZ => {
@@ -192,11 +226,17 @@ unsafe fn vm_command(td: &mut Td, command: &mut Command) -> Result<(), c_int> {
 /// Calls on a vCPU.
 unsafe fn of_vcpu(td: &mut Td, id: usize, request: c_ulong, arg: *mut c_void) -> Result<Answer, c_int> {
     match request {
-        abi::RUN => return Ok(Answer::Run),
+        _ if abi::REGISTERS.contains(&(request & 0xff)) => {
+            line(&format!("a call for registers, {:#x}", request & 0xff));
+            return Err(libc::EINVAL);
+        }
         abi::SET_CPUID2 => {
             // SAFETY: the caller's promise.
             let entries = unsafe { entries(arg.cast()) };
             line(&format!("SET_CPUID2 vcpu={id} entries={}", entries.len()));
+            if entries.iter().any(|leaf| leaf.function == 1 && leaf.ecx & abi::X2APIC != 0) {
+                td.x2apic.insert(id);
+            }
         }
         abi::SET_MSRS => {
             // SAFETY: the caller's promise; the number of registers comes first, each has 16 bytes.
@@ -225,7 +265,7 @@ unsafe fn vcpu_command(td: &mut Td, id: usize, command: &mut Command) -> Result<
     match command.id {
         2 => {
             line(&format!("INIT_VCPU vcpu={id} rcx={:#x}", command.data));
-            if td.initialized.insert(id) { Ok(()) } else { Err(libc::EINVAL) }
+            if td.x2apic.contains(&id) && td.initialized.insert(id) { Ok(()) } else { Err(libc::EINVAL) }
         }
         // SAFETY (of both): the caller's promise.
         3 => unsafe { init_mem_region(td, id, command) },
@@ -236,7 +276,9 @@ unsafe fn vcpu_command(td: &mut Td, id: usize, command: &mut Command) -> Result<
 
 /// KVM_TDX_CAPABILITIES: what the host's own KVM supports is what can be configured.
 unsafe fn capabilities(data: u64) -> Result<(), c_int> {
-    let leaves = supported().into_iter().map(configurable).collect::<Vec<_>>();
+    // KVM's own leaves are nothing to the TDX module.
+    let of_processor = |leaf: &CpuidEntry| !(0x4000_0000..0x4001_0000).contains(&leaf.function);
+    let leaves = supported().into_iter().filter(of_processor).map(configurable).collect::<Vec<_>>();
     // SAFETY (of all): the caller's promise.
     let caps = unsafe { &mut *pointer::<Capabilities>(data) };
     let room = caps.cpuid.count;
@@ -273,7 +315,8 @@ unsafe fn init_vm(data: u64) -> Result<Vec<CpuidEntry>, c_int> {
     for leaf in leaves {
         let CpuidEntry { function, index, flags, eax, ebx, ecx, edx, .. } = leaf;
         line(&format!("  cpuid {function:#x}.{index} flags={flags} {eax:08x} {ebx:08x} {ecx:08x} {edx:08x}"));
-        if !possible.iter().any(|known| (known.function, known.index) == (*function, *index)) {
+        let known = possible.iter().any(|known| (known.function, known.index) == (*function, *index));
+        if !known || *function >> 16 == 0x4000 {
             return Err(libc::EINVAL);
         }
     }
@@ -304,7 +347,8 @@ unsafe fn init_mem_region(td: &mut Td, id: usize, command: &mut Command) -> Resu
     let end = pages.checked_mul(4096).and_then(|len| start.checked_add(len)).ok_or(libc::EINVAL)?;
     let private =
         |slot: &Region| slot.flags & abi::MEM_GUEST_MEMFD != 0 && slot.start <= start && end <= slot.start + slot.len;
-    if !td.initialized.contains(&id) || !td.slots.values().any(private) {
+    let private = td.slots.values().any(private) && td.private.iter().any(|(from, to)| *from <= start && end <= *to);
+    if !td.initialized.contains(&id) || !private {
         return Err(libc::EINVAL);
     }
     unsafe { note(id, command.flags, source, start, pages) };
