@@ -16,16 +16,19 @@ help:
 	@echo "make soak    long rounds, load and fuzzing"
 	@echo "make bench   speed and memory beside peers, as ratios (writes bench-results.json)"
 	@echo "make build   the release binary: $(BIN)"
-	@echo "make install the binary, its manual and completions for shells, below PREFIX ($(PREFIX))"
+	@echo "make install the binaries, their manual and completions for shells, below PREFIX ($(PREFIX))"
 
 deps:
 	@scripts/install
 
+# The program that reads quotes is built apart: its crates ask for features of others that the monitor has no use for.
 build: deps
 	$(CARGO) build --release --quiet -p vmm
+	$(CARGO) build --release --quiet -p halyard-verify
 
 install: build
 	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/halyard
+	install -D -m 755 $(BIN)-verify $(DESTDIR)$(PREFIX)/bin/halyard-verify
 	install -D -m 644 resources/completions/halyard.bash $(SHARE)/bash-completion/completions/halyard
 	install -D -m 644 resources/completions/halyard.zsh $(SHARE)/zsh/site-functions/_halyard
 	install -D -m 644 resources/completions/halyard.fish $(SHARE)/fish/vendor_completions.d/halyard.fish
@@ -40,6 +43,7 @@ test: deps
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	$(CARGO) clippy -p halyard-tests --test soak --test soak_kernels --test soak_memory --test soak_vcpus --quiet -- -D warnings
 	$(CARGO) build --release --quiet -p vmm
+	$(CARGO) build --release --quiet -p halyard-verify
 	HALYARD_BIN=$(BIN) $(CARGO) test --workspace --exclude halyard-tests
 	HALYARD_BIN=$(BIN) $(CARGO) test -p halyard-tests -- --test-threads 2
 
@@ -53,6 +57,7 @@ soak: build
 bench: build
 	$(CARGO) build --release --quiet -p halyard-tests --bins
 	@HALYARD_BIN=$(BIN) $(OUT)/release/bench
+	@$(CARGO) test --quiet -p vmm --test quotes -- --ignored --nocapture
 
 clean:
 	$(CARGO) clean

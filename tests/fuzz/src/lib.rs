@@ -17,6 +17,7 @@ pub mod layout;
 pub mod memory;
 pub mod payload;
 pub mod platform;
+pub mod quotes;
 pub mod relocations;
 pub mod seeds;
 pub mod tdvf;

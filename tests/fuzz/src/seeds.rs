@@ -8,6 +8,7 @@ use crate::guest::ops as guest;
 use crate::http::{Op, PATH};
 use crate::input::Step;
 use crate::payload::{Format, room_for};
+use crate::quotes::{Call, message};
 use crate::relocations::place;
 use crate::{functions, hosts, layout, platform, tdvf as firmware};
 
@@ -36,6 +37,8 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "json" => json(),
         "tdvf" => tdvf(),
         "http" => http(),
+        "quote" => quote(),
+        "qgs" => qgs(),
         _ => panic!("there is no target {target}"),
     }
 }
@@ -51,6 +54,37 @@ fn tdvf() -> Vec<Vec<u8>> {
         .iter()
         .map(|sections| [vec![16], firmware::firmware(sections)].concat())
         .collect()
+}
+
+/// A call as Linux makes it, in both regions of memory and answered both ways, and some with a rule broken.
+fn quote() -> Vec<Vec<u8>> {
+    let good = Call { gpa: 0x2000, len: 0x2_0000, version: 1, report: 1024, quote: 5006, private: 0, later: 0 };
+    let high = Call { gpa: 0x2_7000, len: 0x5000, quote: 1, ..good };
+    let private = [Call { private: 1 << 5, ..good }, Call { later: 1 << 5, ..good }];
+    let broken = [
+        Call { gpa: 0x2001, ..good },
+        Call { len: 0x3_0000, ..good },
+        Call { version: 2, ..good },
+        Call { report: 0x2_0000 - 23, ..good },
+        Call { gpa: 0x2_5000, len: 0x3000, ..good },
+    ];
+    let programs = [&[good, high][..], &private, &broken, &[Call { report: 7, ..good }]];
+    programs.iter().map(|calls| calls.iter().flat_map(Call::encode).collect()).collect()
+}
+
+/// Answers of both kinds, and some with a rule broken.
+fn qgs() -> Vec<Vec<u8>> {
+    let quote = |id: u32, len: u32| [&id.to_le_bytes()[..], &len.to_le_bytes(), b"id and quote"].concat();
+    [
+        (0xfe, message(1, 1, 0, &quote(2, 10))),
+        (3, message(1, 5, 0, b"a platform")),
+        (8, message(1, 1, 0x1_2001, &[0; 8])),
+        (8, message(1, 1, 0, &quote(u32::MAX, 13))),
+        (8, vec![0xff; 64]),
+    ]
+    .into_iter()
+    .map(|(first, message)| [vec![first], message].concat())
+    .collect()
 }
 
 fn program(steps: &[Step]) -> Vec<u8> {

@@ -31,6 +31,8 @@ pub enum Action {
     Probe(ProbeArgs),
     /// Foretell the measurements of a trust domain.
     Measure(MeasureArgs),
+    /// Check a quote of a trust domain.
+    Verify(VerifyArgs),
     /// Ask something of a running monitor.
     Ctl(Box<CtlArgs>),
     /// Complete a command line, for a shell.
@@ -61,6 +63,7 @@ impl Cli {
             Some(("validate", args)) => Action::Validate(Box::new(RunArgs::from_arg_matches(args)?)),
             Some(("probe", args)) => Action::Probe(ProbeArgs::from_arg_matches(args)?),
             Some(("measure", args)) => Action::Measure(MeasureArgs::from_arg_matches(args)?),
+            Some(("verify", args)) => Action::Verify(VerifyArgs::from_arg_matches(args)?),
             Some(("ctl", args)) => Action::Ctl(Box::new(CtlArgs::from_arg_matches(args)?)),
             Some(("complete", args)) => Action::Complete(CompleteArgs::from_arg_matches(args)?),
             Some(("man", args)) => Action::Man(ManArgs::from_arg_matches(args)?),
@@ -101,6 +104,10 @@ pub fn command() -> Command {
         .subcommand(subcommand("measure", help::MEASURE_TITLE, |measure| {
             let measure = MeasureArgs::augment_args(measure).about(help::MEASURE_TITLE);
             measure.long_about(help::MEASURE_ABOUT).after_help(help::MEASURE)
+        }))
+        .subcommand(subcommand("verify", help::VERIFY_TITLE, |verify| {
+            let verify = VerifyArgs::augment_args(verify).about(help::VERIFY_TITLE);
+            verify.long_about(help::VERIFY_ABOUT).after_help(help::VERIFY)
         }))
         .subcommand(subcommand("ctl", help::CTL_TITLE, |ctl| {
             CtlArgs::augment_args(ctl).about(help::CTL_TITLE).long_about(help::CTL_ABOUT).after_help(help::CTL)
@@ -167,6 +174,46 @@ pub struct MeasureArgs {
     /// List what MRTD is made of, and what the firmware extends RTMR0 with first
     #[arg(long)]
     pub events: bool,
+
+    /// Print JSON instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A quote, and what it is to be.
+#[derive(Debug, Clone, PartialEq, Args)]
+pub struct VerifyArgs {
+    /// The quote, or "-" for standard input
+    #[arg(value_name = "QUOTE")]
+    pub quote: PathBuf,
+
+    /// MRTD is to be that of a trust domain with this firmware
+    #[arg(long, value_name = "FILE", help_heading = "What it is to be")]
+    pub firmware: Option<PathBuf>,
+
+    /// What the trust domain was to put into its report: at most 64 bytes, as hexadecimal digits; zeros follow
+    #[arg(long, value_name = "HEX", help_heading = "What it is to be")]
+    pub report_data: Option<String>,
+
+    /// Check the signature with this collateral: an object of JSON, as tools that fetch it from Intel's service write it
+    #[arg(long, value_name = "FILE", required_unless_present = "fields_only", help_heading = "Signature")]
+    pub collateral: Option<PathBuf>,
+
+    /// The certificate that the signature is to lead to, as PEM or DER [default: Intel's]
+    #[arg(long, value_name = "FILE", requires = "collateral", help_heading = "Signature")]
+    pub root_ca: Option<PathBuf>,
+
+    /// The time for which the signature is to be valid, in seconds since 1970 [default: now]
+    #[arg(long, value_name = "SECONDS", requires = "collateral", help_heading = "Signature")]
+    pub at: Option<u64>,
+
+    /// Take a platform of this status beside UpToDate, as in OutOfDate; repeatable
+    #[arg(long, value_name = "STATUS", requires = "collateral", help_heading = "Signature")]
+    pub accept: Vec<String>,
+
+    /// Do not check the signature: anybody can have written such a quote
+    #[arg(long, conflicts_with = "collateral", help_heading = "Signature")]
+    pub fields_only: bool,
 
     /// Print JSON instead of text
     #[arg(long)]

@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn every_command_is_offered_but_those_that_are_hidden() {
         let found = words("halyard ");
-        for name in ["run", "serve", "validate", "probe", "measure", "schema", "ctl"] {
+        for name in ["run", "serve", "validate", "probe", "measure", "verify", "schema", "ctl"] {
             assert!(found.iter().any(|word| word == name), "{name} is not in {found:?}");
         }
         assert_eq!(found.len(), 7, "{found:?}");

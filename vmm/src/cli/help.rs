@@ -145,6 +145,22 @@ in the order in which KVM has them measured (Linux 6.16 and later). It needs no 
 /// `halyard measure --help`, after the flags.
 pub const MEASURE: &str = "Exit codes: 0, and 2 where the firmware or the memory cannot be used.";
 
+/// `halyard verify` in the list of commands.
+pub const VERIFY_TITLE: &str = "Check a quote of an Intel TDX trust domain";
+
+/// `halyard verify --help`, before the flags.
+pub const VERIFY_ABOUT: &str = "\
+Check a quote of an Intel TDX trust domain: whether its fields are those that are wanted, and whether its signature is that of a
+platform of Intel's. It prints each field, and what it differs from. Nothing is fetched: collateral comes from a file.";
+
+/// `halyard verify --help`, after the flags.
+pub const VERIFY: &str = "\
+Example:
+  halyard verify quote.bin --collateral collateral.json --firmware OVMF.inteltdx.ms.fd --report-data 00112233
+
+Exit codes: 0 where everything is as it is to be, 9 where something is not, 2 where a file cannot be used, 1 where the
+program halyard-verify is not beside this one.";
+
 /// `halyard schema` in the list of commands.
 pub const SCHEMA_TITLE: &str = "Print the JSON schema of the configuration file";
 

@@ -19,6 +19,9 @@ use crate::logging::Format;
 /// One more byte than any firmware has.
 const TOO_LONG: u64 = (64 << 20) + 1;
 
+/// Enough memory for each firmware.
+const SOME_MEMORY: &str = "512M";
+
 /// The measurements as JSON.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -99,6 +102,12 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
     }
 }
 
+/// MRTD of a firmware, or the flag that is wrong and why. It does not depend on how much memory there is.
+pub fn mrtd(firmware: &Path) -> Result<String, (&'static str, String)> {
+    let args = MeasureArgs { firmware: firmware.to_owned(), memory: SOME_MEMORY.into(), events: false, json: false };
+    report(&args).map(|report| report.mrtd)
+}
+
 /// The measurements, or the flag that is wrong and why.
 fn report(args: &MeasureArgs) -> Result<Report, (&'static str, String)> {
     let bad_memory = |problem: &str| ("memory", format!("--memory {}: {problem}", args.memory));
@@ -141,6 +150,7 @@ fn text(report: &Report) -> String {
     text
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -14,6 +14,7 @@ mod run;
 mod safety;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -40,6 +41,7 @@ pub fn main() -> ExitCode {
         Action::Validate(args) => run::validate(args, format),
         Action::Probe(args) => probe::probe(args.json, format),
         Action::Measure(args) => measure::measure(args, format),
+        Action::Verify(args) => verify::verify(args, format),
         Action::Ctl(args) => ctl::ctl(args, format),
         Action::Complete(args) => complete::complete(args, format),
         Action::Man(args) => man::write(&args.folder, format),
