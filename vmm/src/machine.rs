@@ -12,7 +12,7 @@ use arch::{LoadedKernel, Platform, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Serial};
-use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
+use devices::pci::{PciSegment, PlatformFunction, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
 use devices::virtio::mem::MemControl;
 use hal::{GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
@@ -118,7 +118,7 @@ impl Machine {
         let observer: Arc<dyn SlotObserver> = Arc::new(parts.inbox.clone());
         pci.add_ports(parts.config.pci.hotplug_ports, &interrupts, &observer)?;
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
-        pci.add(Arc::new(HostBridge::new()))?;
+        pci.add(Arc::new(PlatformFunction::host_bridge()))?;
         let ecam = ecam_base..ecam_base + pci.ecam_len();
         let shown = GuestMemoryAtomic::new(memory.map.clone());
         let mut machine = Self {
