@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use api::{DeviceConfig, Kind, Problem, VmConfig};
-use arch::{LoadedKernel, Platform, layout};
+use arch::{Platform, Slide, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Serial};
@@ -22,6 +22,7 @@ use crate::Failure;
 use crate::boot::Loaded;
 use crate::devices::DeviceCounters;
 use crate::endpoints::Endpoints;
+use crate::firmware;
 use crate::functions::{Functions, Place};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
@@ -97,7 +98,7 @@ impl Machine {
     /// # Errors
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
-        let Loaded { memory, pluggable, platform, kernel, first_pages } = loaded;
+        let Loaded { memory, pluggable, platform, entry, slide, firmware, first_pages } = loaded;
         let count = at_boot(&platform)?;
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory, pluggable.as_ref())?;
@@ -118,9 +119,12 @@ impl Machine {
         let observer: Arc<dyn SlotObserver> = Arc::new(parts.inbox.clone());
         pci.add_ports(parts.config.pci.hotplug_ports, &interrupts, &observer)?;
         insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
-        pci.add(Arc::new(PlatformFunction::host_bridge()))?;
-        let ecam = ecam_base..ecam_base + pci.ecam_len();
         let shown = GuestMemoryAtomic::new(memory.map.clone());
+        match firmware {
+            Some(items) => firmware::add_chipset(items, shown.clone(), &pci, &pio, parts.inbox, ecam_base)?,
+            None => drop(pci.add(Arc::new(PlatformFunction::host_bridge()))?),
+        }
+        let ecam = ecam_base..ecam_base + pci.ecam_len();
         let mut machine = Self {
             vcpus: None,
             watcher: None,
@@ -141,10 +145,10 @@ impl Machine {
         machine.memory = control.transpose()?;
 
         let maker = VcpuMaker::new(parts.hypervisor.caps(), &*vm, platform.topology);
-        let entry = |number| (number == 0).then(|| kernel.registers.clone());
+        let entry = |number| (number == 0).then(|| entry.clone());
         let vcpus = (0..count).map(|number| maker.create(&*vm, number, entry(number))).collect::<Result<_, _>>()?;
         parts.trace.mark(Milestone::Vcpus);
-        machine.watcher = machine.watch(parts, ecam, memory.map, &kernel)?;
+        machine.watcher = machine.watch(parts, ecam, memory.map, slide)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         if mode == Mode::Stand {
             machine.functions.suspend();
@@ -314,14 +318,14 @@ impl Machine {
         parts: &Parts,
         ecam: Range<u64>,
         memory: GuestMemoryMmap,
-        kernel: &LoadedKernel,
+        slide: Option<Slide>,
     ) -> Result<Option<Attached>, Failure> {
         if !parts.trace.is_on() {
             return Ok(None);
         }
         let functions = self.functions.on_the_root_bus();
         let system_map = parts.inputs.system_map.as_ref().map(File::try_clone).transpose()?;
-        let slide = kernel.slide.map_or(0, |slide| slide.virt.into());
+        let slide = slide.map_or(0, |slide| slide.virt.into());
         let view = View { functions, ecam, memory, slide, system_map };
         Ok(parts.trace.attach(view, &parts.config.lifecycle, parts.inbox)?)
     }
@@ -423,7 +427,7 @@ fn at_boot(platform: &Platform) -> Result<u8, Failure> {
     u8::try_from(count).map_err(|_| Failure::Host(format!("{count} vCPUs are more than a machine can have")))
 }
 
-fn insert(bus: &Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Failure> {
+pub(crate) fn insert(bus: &Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Failure> {
     bus.insert(base, len, device).map_err(|error| Failure::Host(format!("platform: {error}")))
 }
 
