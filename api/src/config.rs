@@ -16,6 +16,9 @@ use crate::units::{ByteSize, TimeSpan};
 pub struct VmConfig {
     /// What the VM boots.
     pub kernel: Kernel,
+    /// Firmware that boots first, and then starts the kernel. Without it: the kernel is entered directly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
     /// Its processors.
     #[serde(default)]
     pub cpus: Cpus,
@@ -59,6 +62,7 @@ impl VmConfig {
                 system_map: None,
                 cache: KernelCache::User,
             },
+            firmware: None,
             cpus: Cpus::default(),
             memory: Memory::default(),
             confidential: None,
@@ -93,6 +97,15 @@ pub struct Kernel {
     /// own. Only its owner may be able to write to it.
     #[serde(default, skip_serializing_if = "KernelCache::is_default")]
     pub cache: KernelCache,
+}
+
+/// Firmware for PCs, such as OVMF.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Firmware {
+    /// A file of code and variables in one, of whole pages and at most 16 MiB: Debian's package `ovmf-inteltdx` has one.
+    /// What the guest changes in its variables is lost when it is reset.
+    pub path: PathBuf,
 }
 
 /// Where unpacked kernels are kept.

@@ -37,8 +37,8 @@ pub use body::{BodyError, parse_body};
 pub use client::{Client, ClientError, Events, Options, Response};
 pub use confidential::{Confidential, Identity, QuoteService, Tdx};
 pub use config::{
-    BootUntil, Cpus, Hugepages, Kernel, KernelCache, Lifecycle, Memory, OnPanic, OnReset, Pci, Platform, Topology,
-    VmConfig,
+    BootUntil, Cpus, Firmware, Hugepages, Kernel, KernelCache, Lifecycle, Memory, OnPanic, OnReset, Pci, Platform,
+    Topology, VmConfig,
 };
 pub use device::{Console, DeviceConfig, Disk, Endpoint, Link, Net, Rng};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, field_of, pointer};

@@ -13,6 +13,8 @@ use crate::units::{ByteSize, TimeSpan, shorten};
 pub const MAX_VCPUS: u32 = 254;
 /// The least memory of a VM in bytes: the first megabyte, which holds the platform's tables, and a tiny guest.
 pub const MIN_MEMORY: u64 = 2 << 20;
+/// The least memory of a VM with firmware in bytes.
+const MIN_FIRMWARE_MEMORY: u64 = 128 << 20;
 /// The size of a page in bytes: memory is a multiple of it.
 pub const PAGE_SIZE: u64 = 4096;
 /// The longest kernel command line in bytes: Linux's COMMAND_LINE_SIZE on x86 without the closing NUL.
@@ -66,6 +68,7 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
 pub fn validate_running(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
     let mut report = Report::default();
     kernel(&mut report, &config.kernel);
+    firmware(&mut report, config);
     cpus(&mut report, &config.cpus, host);
     memory(&mut report, &config.memory, host);
     max_memory(&mut report, &config.memory, host);
@@ -150,6 +153,33 @@ fn kernel(report: &mut Report, kernel: &Kernel) {
             "kernel.cmdline",
             format!("it is {} bytes long", cmdline.len()),
             format!("the kernel takes at most {MAX_CMDLINE_BYTES}"),
+        );
+    }
+}
+
+fn firmware(report: &mut Report, config: &VmConfig) {
+    let Some(firmware) = &config.firmware else { return };
+    if firmware.path.as_os_str().is_empty() {
+        report.add("firmware.path", "no firmware is named", "name a file, or leave firmware out");
+    } else {
+        path(report, "firmware.path", &firmware.path);
+    }
+    let size = config.memory.size;
+    if size.bytes() < MIN_FIRMWARE_MEMORY {
+        report.add("memory.size", format!("{size} are too little for firmware"), "give the VM 128M or more");
+    }
+    if config.pci.hotplug_ports > 0 {
+        report.add(
+            "pci.hotplug_ports",
+            "hot-plug ports would be where firmware looks for its chipset",
+            "leave them out, or leave firmware out",
+        );
+    }
+    if config.memory.share_kernel {
+        report.add(
+            "memory.share_kernel",
+            "firmware loads the kernel, and no page of it is shared",
+            "leave it out, or leave firmware out",
         );
     }
 }

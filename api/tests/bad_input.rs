@@ -27,8 +27,8 @@ fn every_unknown_field_is_reported_with_its_place_and_a_suggestion() {
         [
             "vm.yaml:1:19: kernel.cmdlne: «cmdlne» is no field here; did you mean «cmdline»? Known are: cache, cmdline, \
              initramfs, path, system_map",
-            "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: confidential, cpus, devices, kernel, \
-             lifecycle, memory, pci, platform, serial",
+            "vm.yaml:2:1: memroy: «memroy» is no field here; did you mean «memory»? Known are: confidential, cpus, devices, firmware, \
+             kernel, lifecycle, memory, pci, platform, serial",
             "vm.yaml:6:5: devices[0].read-only: «read-only» is no field here; did you mean «readonly»? Known are: direct, fd, id, \
              path, queues, readonly, serial, size, type",
         ]

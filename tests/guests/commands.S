@@ -6,8 +6,8 @@
     .include "prelude.inc"
 
     .set LINE_STATUS, COM1 + 5
-    .set SLEEP_CONTROL, 0x600
-    .set RESET, 0x602
+    .set SLEEP_CONTROL, 0x620
+    .set RESET, 0x622
     .set PVPANIC, 0x505
 
 main:

@@ -3,8 +3,8 @@
     .include "prelude.inc"
     .include "lapic.inc"
 
-    .set EVENTS, 0x604                  # reading tells what happened, and clears it
-    .set SLEEP_CONTROL, 0x600
+    .set EVENTS, 0x624                  # reading tells what happened, and clears it
+    .set SLEEP_CONTROL, 0x620
     .set POWER_BUTTON, 1
     .set EVENT_PIN, 9
     .set EVENT_VECTOR, 0x49

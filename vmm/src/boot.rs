@@ -2,11 +2,13 @@
 
 use api::{Problem, Problems, VmConfig};
 use arch::payload::PayloadError;
-use arch::{BootError, BootSource, KernelError, LoadedKernel, Platform, Topology};
+use arch::{BootError, BootSource, KernelError, LoadedKernel, Platform, Slide, Topology};
+use devices::legacy::FwCfgItems;
 use devices::virtio::rng::kernel_random;
-use hal::{GpaRange, HostCaps};
+use hal::{BootRegisters, GpaRange, HostCaps};
 
 use crate::Failure;
+use crate::firmware;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
 use crate::memory::{self, FirstPages, Ram};
@@ -22,7 +24,11 @@ pub struct Loaded {
     /// What the platform shows.
     pub platform: Platform,
     /// Where the boot processor begins.
-    pub kernel: LoadedKernel,
+    pub entry: BootRegisters,
+    /// How far the kernel was moved, where it is known.
+    pub slide: Option<Slide>,
+    /// What firmware finds by fw_cfg, where it boots.
+    pub firmware: Option<FwCfgItems>,
     /// What is worth populating beside the guest ([`crate::kernel::Kernels::populate`]).
     pub first_pages: Option<FirstPages>,
 }
@@ -33,19 +39,11 @@ pub struct Loaded {
 /// [`Failure::BadInput`] where kernel, initramfs or command line cannot be booted; [`Failure::Host`] where the host has
 /// no such memory.
 pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) -> Result<Loaded, Failure> {
-    let topology = topology(config)?;
+    let (platform, pluggable) = platform(config, caps.physical_address_bits)?;
     let ram = config.memory.size.bytes();
-    let (pluggable, most) = pluggable(&config.memory)?;
-    let field = if pluggable.is_some() { "memory.max" } else { "memory.size" };
-    let mut platform = Platform::direct_boot(most, caps.physical_address_bits, topology)
-        .map_err(|error| bad(field, &error.to_string()))?;
-    platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
-    platform.pvpanic = config.platform.pvpanic;
-    platform.pluggable = config.cpus.max.map(|_| config.cpus.count);
-    for bridge in &mut platform.host_bridges {
-        bridge.last_bus = config.pci.hotplug_ports;
+    if let Some(file) = &inputs.firmware {
+        return firmware::load(file, platform, pluggable, config, inputs, trace);
     }
-
     let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Taken);
     let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
@@ -78,7 +76,27 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     trace.mark(Milestone::Kernel);
     tell(&kernel, &image, config.memory.share_kernel);
     let first_pages = image.unpacked().and_then(|_| memory.first_pages(&config.memory));
-    Ok(Loaded { memory, pluggable, platform, kernel, first_pages })
+    let LoadedKernel { registers: entry, slide, .. } = kernel;
+    Ok(Loaded { memory, pluggable, platform, entry, slide, firmware: None, first_pages })
+}
+
+/// What the guest is shown, and where memory lies that can be plugged, if any can.
+///
+/// # Errors
+/// [`Failure::BadInput`] where memory or vCPUs cannot be so.
+pub fn platform(config: &VmConfig, physical_address_bits: u8) -> Result<(Platform, Option<GpaRange>), Failure> {
+    let topology = topology(config)?;
+    let (pluggable, most) = pluggable(&config.memory)?;
+    let field = if pluggable.is_some() { "memory.max" } else { "memory.size" };
+    let make = if config.firmware.is_some() { Platform::firmware_boot } else { Platform::direct_boot };
+    let mut platform = make(most, physical_address_bits, topology).map_err(|error| bad(field, &error.to_string()))?;
+    platform.serial = config.serial_endpoint() != (api::Endpoint::Off {});
+    platform.pvpanic = config.platform.pvpanic;
+    platform.pluggable = config.cpus.max.map(|_| config.cpus.count);
+    for bridge in &mut platform.host_bridges {
+        bridge.last_bus = config.pci.hotplug_ports;
+    }
+    Ok((platform, pluggable))
 }
 
 /// Where memory lies that can be plugged, if any can, and the RAM that would reach as far up as all of it does.
@@ -152,12 +170,12 @@ fn topology(config: &VmConfig) -> Result<Topology, Failure> {
     topology.map_err(|error| bad("cpus.topology", &error.to_string()))
 }
 
-fn bad(field: &str, problem: &str) -> Failure {
+pub(crate) fn bad(field: &str, problem: &str) -> Failure {
     Failure::BadInput(Problems(vec![Problem::new(field, problem, "")]))
 }
 
 /// Puts the field and the file in front of what is wrong with it.
-fn bad_boot(config: &VmConfig, error: &BootError) -> Failure {
+pub(crate) fn bad_boot(config: &VmConfig, error: &BootError) -> Failure {
     let kernel = &config.kernel;
     match error {
         BootError::Payload(error) => bad("kernel.path", &format!("{}: {error}", kernel.path.display())),

@@ -19,6 +19,8 @@ use crate::request::Descriptors;
 
 /// The opened inputs of a VM.
 pub struct Inputs {
+    /// The firmware that boots first.
+    pub firmware: Option<File>,
     /// The kernel file.
     pub kernel: File,
     /// What makes it ready to be loaded.
@@ -54,6 +56,10 @@ impl Inputs {
             .initramfs
             .as_ref()
             .map(|path| open_regular(path, "kernel.initramfs", "a cpio archive", &mut problems));
+        let firmware = config
+            .firmware
+            .as_ref()
+            .map(|firmware| open_regular(&firmware.path, "firmware.path", "OVMF, in one file", &mut problems));
         let system_map = system_map(config, &mut problems);
         let mut devices = BTreeMap::new();
         for (index, device) in config.devices.iter().enumerate() {
@@ -65,7 +71,8 @@ impl Inputs {
         match (kernel, initramfs) {
             (Some(kernel), initramfs) if problems.is_empty() => {
                 let kernels = Kernels::default();
-                Ok(Self { kernel, kernels, initramfs: initramfs.flatten(), system_map, devices })
+                let (firmware, initramfs) = (firmware.flatten(), initramfs.flatten());
+                Ok(Self { firmware, kernel, kernels, initramfs, system_map, devices })
             }
             _ => Err(problems),
         }

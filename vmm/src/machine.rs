@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
 use api::{Confidential, DeviceConfig, Problem, VmConfig};
-use arch::{LoadedKernel, Platform, layout};
+use arch::{Platform, Slide, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Serial};
-use devices::pci::{HostBridge, PciSegment, RootPort, SlotObserver, Windows};
+use devices::pci::{PciSegment, PlatformFunction, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
 use devices::virtio::mem::MemControl;
 use hal::{Ability, GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
@@ -22,6 +22,7 @@ use crate::Failure;
 use crate::boot::Loaded;
 use crate::devices::DeviceCounters;
 use crate::endpoints::Endpoints;
+use crate::firmware;
 use crate::functions::{Functions, Place};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
@@ -99,7 +100,7 @@ impl Machine {
     /// # Errors
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
-        let Loaded { memory, pluggable, platform, kernel, first_pages } = loaded;
+        let Loaded { memory, pluggable, platform, entry, slide, firmware, first_pages } = loaded;
         let count = at_boot(&platform)?;
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory, pluggable.as_ref())?;
@@ -112,18 +113,13 @@ impl Machine {
         let ioapic = devices.ioapic.clone();
         insert(&mmio, layout::IOAPIC.start, layout::IOAPIC.len, ioapic.clone())?;
 
-        let bridge = platform.host_bridges.first().ok_or_else(|| Failure::Host("a platform without PCI".into()))?;
-        let ecam_base = bridge.ecam_base;
-        let windows = Windows { low: addresses(bridge.mmio32), high: addresses(bridge.mmio64) };
-        let pci = Arc::new(PciSegment::new(mmio.clone(), windows));
-        let interrupts: Arc<dyn Interrupts> = Arc::new(seam.clone());
-        let observer: Arc<dyn SlotObserver> = Arc::new(parts.inbox.clone());
-        pci.add_ports(parts.config.pci.hotplug_ports, &interrupts, &observer)?;
-        insert(&mmio, ecam_base, pci.ecam_len(), pci.clone())?;
-        pci.add(Arc::new(HostBridge::new()))?;
-        show_ports(&*vm, &pci, ecam_base)?;
-        let ecam = ecam_base..ecam_base + pci.ecam_len();
+        let (pci, ecam_base) = add_pci(parts, &platform, &seam, &mmio)?;
         let shown = GuestMemoryAtomic::new(memory.map.clone());
+        match firmware {
+            Some(items) => firmware::add_chipset(items, shown.clone(), &pci, &pio, parts.inbox, ecam_base)?,
+            None => drop(pci.add(Arc::new(PlatformFunction::host_bridge()))?),
+        }
+        let ecam = ecam_base..ecam_base + pci.ecam_len();
         let mut machine = Self {
             vcpus: None,
             watcher: None,
@@ -144,10 +140,10 @@ impl Machine {
         machine.memory = control.transpose()?;
 
         let maker = VcpuMaker::new(parts.hypervisor.caps(), &*vm, platform.topology);
-        let entry = |number| (number == 0).then(|| kernel.registers.clone());
+        let entry = |number| (number == 0).then(|| entry.clone());
         let vcpus = (0..count).map(|number| maker.create(&*vm, number, entry(number))).collect::<Result<_, _>>()?;
         parts.trace.mark(Milestone::Vcpus);
-        machine.watcher = machine.watch(parts, ecam, memory.map, &kernel)?;
+        machine.watcher = machine.watch(parts, ecam, memory.map, slide)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
         if mode == Mode::Stand {
             machine.functions.suspend();
@@ -318,14 +314,14 @@ impl Machine {
         parts: &Parts,
         ecam: Range<u64>,
         memory: GuestMemoryMmap,
-        kernel: &LoadedKernel,
+        slide: Option<Slide>,
     ) -> Result<Option<Attached>, Failure> {
         if !parts.trace.is_on() {
             return Ok(None);
         }
         let functions = self.functions.on_the_root_bus();
         let system_map = parts.inputs.system_map.as_ref().map(File::try_clone).transpose()?;
-        let slide = kernel.slide.map_or(0, |slide| slide.virt.into());
+        let slide = slide.map_or(0, |slide| slide.virt.into());
         let view = View { functions, ecam, memory, slide, system_map };
         Ok(parts.trace.attach(view, &parts.config.lifecycle, parts.inbox)?)
     }
@@ -365,6 +361,24 @@ fn create_vm(
         vm.memory().map(Slot::new(region.clone()))?;
     }
     Ok(vm)
+}
+
+/// PCI with its root ports, and where its configuration space begins.
+fn add_pci(
+    parts: &Parts,
+    platform: &Platform,
+    seam: &VmSeam,
+    mmio: &Arc<Bus>,
+) -> Result<(Arc<PciSegment>, u64), Failure> {
+    let bridge = platform.host_bridges.first().ok_or_else(|| Failure::Host("a platform without PCI".into()))?;
+    let windows = Windows { low: addresses(bridge.mmio32), high: addresses(bridge.mmio64) };
+    let pci = Arc::new(PciSegment::new(mmio.clone(), windows));
+    let interrupts: Arc<dyn Interrupts> = Arc::new(seam.clone());
+    let observer: Arc<dyn SlotObserver> = Arc::new(parts.inbox.clone());
+    pci.add_ports(parts.config.pci.hotplug_ports, &interrupts, &observer)?;
+    insert(mmio, bridge.ecam_base, pci.ecam_len(), pci.clone())?;
+    show_ports(&*seam.0, &pci, bridge.ecam_base)?;
+    Ok((pci, bridge.ecam_base))
 }
 
 /// Has the guest read the hot-plug ports' configuration space in memory: a booting Linux reads some 200 registers of each,
@@ -443,7 +457,7 @@ fn at_boot(platform: &Platform) -> Result<u8, Failure> {
     u8::try_from(count).map_err(|_| Failure::Host(format!("{count} vCPUs are more than a machine can have")))
 }
 
-fn insert(bus: &Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Failure> {
+pub(crate) fn insert(bus: &Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Failure> {
     bus.insert(base, len, device).map_err(|error| Failure::Host(format!("platform: {error}")))
 }
 

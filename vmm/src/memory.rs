@@ -87,6 +87,19 @@ pub fn create(ranges: &[GpaRange], config: &api::Memory) -> Result<Ram, Error> {
 }
 
 impl Ram {
+    /// The same with one more region above all others, for firmware: anonymous pages whatever the rest is, since they are few.
+    ///
+    /// # Errors
+    /// As [`create`].
+    pub fn with_firmware(mut self, range: GpaRange) -> Result<Self, Error> {
+        let plain = api::Memory { transparent_huge_pages: false, ..api::Memory::default() };
+        self.regions.extend(create(&[range], &plain)?.regions);
+        self.regions.sort_by_key(|region| region.start_addr());
+        self.map = GuestMemoryMmap::from_arc_regions(self.regions.clone())
+            .map_err(|error| Error::Mapping { mib: range.len >> 20, problem: error.to_string() })?;
+        Ok(self)
+    }
+
     /// The pages that Linux touches first whatever it boots with: its memory map, an entry of 64 bytes for each page,
     /// and its first allocations, which it takes from the end of memory downwards. `None` where they are there already.
     pub fn first_pages(&self, config: &api::Memory) -> Option<FirstPages> {

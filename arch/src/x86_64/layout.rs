@@ -7,6 +7,7 @@
 //! 0xfec0_0000  I/O APIC
 //! 0xfee0_0000  local APICs; the address range of message-signalled interrupts
 //! 0xfeff_c000  pages that a hypervisor may need for itself
+//! 0xff00_0000  firmware, where one boots: it ends at 4 GiB
 //! 0x1_0000_0000  RAM that the hole from 0xc000_0000 pushed up, then memory that is plugged while the guest runs, then the
 //!                64-bit MMIO window for BARs
 //! ```
@@ -55,6 +56,10 @@ pub const IOAPIC: GpaRange = GpaRange { start: 0xfec0_0000, len: 0x1000 };
 pub const LAPIC: GpaRange = GpaRange { start: 0xfee0_0000, len: 0x10_0000 };
 /// Pages that a hypervisor may put into the guest's address space for its own use: nothing else may lie there.
 pub const HYPERVISOR_PAGES: GpaRange = GpaRange { start: 0xfeff_c000, len: 0x4000 };
+/// The place for firmware, whose last byte is the last below 4 GiB.
+pub const FIRMWARE: GpaRange = GpaRange { start: 0xff00_0000, len: 0x100_0000 };
+/// The window for 32-bit BARs where firmware boots: OVMF takes the addresses behind ECAM, up to here, for it.
+pub const FIRMWARE_MMIO32: GpaRange = GpaRange { start: ECAM.start + ECAM.len, len: 0x0c00_0000 };
 /// The window for 64-bit BARs starts and ends at a multiple of this, in bytes. It is never smaller.
 pub const MMIO64_GRANULE: u64 = 0x4000_0000;
 
@@ -72,12 +77,22 @@ pub const BOOT_MARKER_PORT: u16 = 0x508;
 /// The port of the panic device, one byte: reading tells the events it knows, writing reports one.
 pub const PVPANIC_PORT: u16 = 0x505;
 
+/// The address and data ports of PCI configuration space, where firmware boots: eight ports.
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// The firmware configuration device, where firmware boots: twelve ports. Named in no ACPI table.
+pub const FW_CFG_PORT: u16 = 0x510;
+/// The index and data ports of the real-time clock, where firmware boots: two ports. Named in no ACPI table.
+pub const CMOS_PORT: u16 = 0x70;
+/// Power management registers of a chipset, where firmware boots: twelve ports. OVMF switches off by those here, wherever
+/// else the chipset says that they are. Named in no ACPI table.
+pub const PM_PORT: u16 = 0x600;
+
 /// The sleep control register, one byte (ACPI 6.5 §4.8.3.7): the sleep type in bits 4:2, bit 5 makes it so.
-pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
+pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x620;
 /// The sleep status register, one byte (ACPI 6.5 §4.8.3.7): bit 7 is set on waking, and is cleared by writing it.
-pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
+pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x621;
 /// The reset register, one byte: writing [`ACPI_RESET_VALUE`] resets the machine.
-pub const ACPI_RESET_PORT: u16 = 0x602;
+pub const ACPI_RESET_PORT: u16 = 0x622;
 /// What is written to the reset register.
 pub const ACPI_RESET_VALUE: u8 = 1;
 /// The sleep type that means off (S5) in the sleep control register.
@@ -86,7 +101,7 @@ pub const ACPI_SLEEP_TYPE_S5: u8 = 5;
 pub const ACPI_SLEEP_CONTROL_S5: u8 = ACPI_SLEEP_TYPE_S5 << 2 | 1 << 5;
 
 /// The generic event device's register, four bytes: reading tells which events have happened, and clears them.
-pub const GED_PORT: u16 = 0x604;
+pub const GED_PORT: u16 = 0x624;
 /// Bytes of the generic event device's register.
 pub const GED_PORT_SIZE: u8 = 4;
 /// The generic event device's pin of the I/O APIC: edge-triggered, active high.
@@ -255,9 +270,11 @@ mod tests {
             GpaRange { start: HIGH_RAM_START, len: HOLE_START - HIGH_RAM_START },
             MMIO32,
             ECAM,
+            FIRMWARE_MMIO32,
             IOAPIC,
             LAPIC,
             HYPERVISOR_PAGES,
+            FIRMWARE,
             GpaRange { start: HOLE_END, len: 0 },
         ];
         for pair in fixed.windows(2) {

@@ -3,6 +3,7 @@
 pub mod acpi;
 mod boot;
 mod cpuid;
+pub mod firmware;
 pub mod layout;
 mod msr;
 mod platform;

@@ -23,8 +23,12 @@ pub struct Platform {
     pub vga: bool,
     /// There is a keyboard controller at ports 0x60 and 0x64.
     pub i8042: bool,
-    /// There is a real-time clock at ports 0x70 and 0x71.
+    /// There is a real-time clock at ports 0x70 and 0x71, for the operating system to drive.
     pub cmos_rtc: bool,
+    /// Firmware boots, and finds the chipset that it looks for: a host bridge and an LPC bridge that it knows, a timer, a
+    /// clock, and ports for PCI configuration space, resets and its own configuration. The ACPI tables tell of none of
+    /// these: an operating system that looks for them pays for each with an exit.
+    pub firmware: bool,
     /// There is a serial port at [`layout::COM1_PORT`].
     pub serial: bool,
     /// There is a panic device at [`layout::PVPANIC_PORT`].
@@ -69,6 +73,7 @@ impl Platform {
             vga: false,
             i8042: false,
             cmos_rtc: false,
+            firmware: false,
             serial: true,
             pvpanic: true,
             ioapic_pins: layout::GED_PIN + 1,
@@ -82,6 +87,26 @@ impl Platform {
                 proximity: None,
             }],
         })
+    }
+}
+
+impl Platform {
+    /// The platform for a firmware such as OVMF: as for a directly booted Linux, which the firmware then starts, with the
+    /// chipset that it looks for, and 32-bit BARs where it puts them.
+    ///
+    /// OVMF knows its platform by the host bridge. As QEMU's q35 it asks for ACPI tables, memory map and kernel by fw_cfg. It
+    /// knows Cloud Hypervisor's, too, which would spare the chipset; but then tables come through the hand-off blocks, where
+    /// a page or two must hold all, memory through a PVH start info, and there is no way to give it a kernel.
+    ///
+    /// # Errors
+    /// As [`Platform::direct_boot`].
+    pub fn firmware_boot(ram_bytes: u64, physical_address_bits: u8, topology: Topology) -> Result<Self, LayoutError> {
+        let mut platform = Self::direct_boot(ram_bytes, physical_address_bits, topology)?;
+        platform.firmware = true;
+        for bridge in &mut platform.host_bridges {
+            bridge.mmio32 = layout::FIRMWARE_MMIO32;
+        }
+        Ok(platform)
     }
 }
 

@@ -1,15 +1,21 @@
-//! The platform's few registers outside PCI: serial ports, power management, panic and reset.
+//! The platform's few registers outside PCI: serial ports, power management, panic and reset, and what firmware looks for.
 
 mod acpi;
+mod cmos;
 mod debug_exit;
+mod fw_cfg;
 mod i8042;
+mod pm_timer;
 mod processors;
 mod pvpanic;
 mod serial;
 
 pub use acpi::AcpiRegisters;
+pub use cmos::Cmos;
 pub use debug_exit::DebugExit;
+pub use fw_cfg::{FwCfg, FwCfgContents, FwCfgError, FwCfgItems};
 pub use i8042::I8042;
+pub use pm_timer::PmTimer;
 pub use processors::{ProcessorObserver, Processors};
 pub use pvpanic::PvPanic;
 pub use serial::{Serial, SerialPeer, SerialState};
@@ -36,7 +42,7 @@ pub trait PlatformEvents: Send + Sync {
 }
 
 #[cfg(test)]
-mod testing {
+pub(crate) mod testing {
     use std::sync::{Arc, Mutex};
 
     use super::*;

@@ -16,6 +16,8 @@ const BAR0: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 
+/// Command register: the function answers to accesses of I/O ports.
+const COMMAND_IO: u16 = 1;
 /// Command register: the function answers to memory accesses.
 const COMMAND_MEMORY: u8 = 1 << 1;
 /// Command register bits that do something or that drivers expect to keep: memory, bus master, INTx disable.
@@ -140,6 +142,11 @@ impl ConfigSpace {
         config.set_writable(CACHE_LINE, &[0xff]);
         config.set_writable(INTERRUPT_LINE, &[0xff]);
         config
+    }
+
+    /// Lets the guest switch the function's answers to accesses of I/O ports on and off, too.
+    pub(super) fn allow_io(&mut self) {
+        self.set_writable(COMMAND, &(COMMAND_WRITABLE | COMMAND_IO).to_le_bytes());
     }
 
     /// Adds a base address register of `size` bytes (a power of two of at least 16), not prefetchable.

@@ -5,14 +5,16 @@
 //! memory-mapped registers, wherever the guest puts them. There are no INTx interrupts and no I/O BARs.
 
 mod config;
-mod host_bridge;
 mod msix;
+mod platform;
+mod ports;
 mod root_port;
 mod segment;
 
 pub use config::{Bar, BarKind, Bars, ConfigSpace, ConfigState, Identity};
-pub use host_bridge::HostBridge;
 pub use msix::{MsixCapability, MsixState, MsixVectors};
+pub use platform::PlatformFunction;
+pub use ports::ConfigPorts;
 pub use root_port::{Indicator, RootPort, SlotObserver};
 pub use segment::{Address, Error, MAX_PORTS, PciSegment, Windows};
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::{Bus, BusDevice};
 use devices::pci::{
-    Address, BarKind, Bars, ConfigSpace, HostBridge, Identity, Indicator, MsixCapability, PciFunction, PciSegment,
+    Address, BarKind, Bars, ConfigSpace, Identity, Indicator, MsixCapability, PciFunction, PciSegment, PlatformFunction,
     SlotObserver, Windows,
 };
 use devices::seam::Interrupts;
@@ -183,7 +183,7 @@ impl Segment {
             Arc::new(VirtioPci::new("rng0", device, layout::memory(), interrupts, doorbells).expect("a function"))
         };
         let places: [(u8, u8, Arc<dyn PciFunction>); 6] = [
-            (0, 0, Arc::new(HostBridge::new())),
+            (0, 0, Arc::new(PlatformFunction::host_bridge())),
             (1, 0, virtio()),
             (2, 0, cards[0].clone()),
             (2, 3, cards[1].clone()),

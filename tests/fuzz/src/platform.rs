@@ -18,7 +18,7 @@ const COM1: u64 = 0x3f8;
 const DEBUG_EXIT: u64 = 0xf4;
 const I8042_PORT: u64 = 0x60;
 const PVPANIC: u64 = 0x505;
-const ACPI: u64 = 0x600;
+const ACPI: u64 = 0x620;
 const PROCESSORS: u64 = 0x6f8;
 /// Processors that may be there, and the offset of the first one's status.
 const MOST_PROCESSORS: u8 = 8;

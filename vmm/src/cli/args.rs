@@ -283,6 +283,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub kernel: Option<String>,
 
+    /// Boot this firmware first, which then starts the kernel: OVMF with code and variables in one file
+    #[arg(long, value_name = "FILE", help_heading = "Boot")]
+    pub firmware: Option<String>,
+
     /// Give the kernel this initial file system (a cpio archive, compressed or not)
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub initramfs: Option<String>,

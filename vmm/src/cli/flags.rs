@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use api::{
-    BootUntil, ByteSize, Confidential, Console, DeviceConfig, Disk, Endpoint, Hugepages, KindName, Link, MacAddr, Net,
-    OnPanic, OnReset, Problem, Rng, Tdx, Topology, VmConfig, did_you_mean,
+    BootUntil, ByteSize, Confidential, Console, DeviceConfig, Disk, Endpoint, Firmware, Hugepages, KindName, Link,
+    MacAddr, Net, OnPanic, OnReset, Problem, Rng, Tdx, Topology, VmConfig, did_you_mean,
 };
 
 use vmm::sandbox::Mode;
@@ -26,29 +26,7 @@ pub struct Flags {
 impl Flags {
     /// Changes `config` as `args` say: a flag for a single field replaces it, a flag for a device adds one.
     pub fn apply(&mut self, args: &RunArgs, config: &mut VmConfig) {
-        if let Some(kernel) = &args.kernel {
-            self.origin("kernel.path", "--kernel", kernel);
-            config.kernel.path = kernel.into();
-        } else if args.config.is_none() {
-            self.origins.push(("kernel.path".to_owned(), "--kernel".to_owned()));
-            self.add("--kernel", "no kernel is named", "give --kernel FILE, or --config FILE with a kernel in it");
-        }
-        if let Some(initramfs) = &args.initramfs {
-            self.origin("kernel.initramfs", "--initramfs", initramfs);
-            config.kernel.initramfs = Some(initramfs.into());
-        }
-        if let Some(cmdline) = &args.cmdline {
-            self.origin("kernel.cmdline", "--cmdline", cmdline);
-            config.kernel.cmdline = Some(cmdline.clone());
-        }
-        if let Some(cache) = &args.kernel_cache {
-            self.origin("kernel.cache", "--kernel-cache", cache);
-            config.kernel.cache = PathBuf::from(cache).into();
-        }
-        if let Some(map) = &args.system_map {
-            self.origin("kernel.system_map", "--system-map", map);
-            config.kernel.system_map = Some(map.into());
-        }
+        self.boot(args, config);
         if let Some(text) = &args.boot_timeout {
             self.boot_timeout(text, config);
         }
@@ -86,6 +64,37 @@ impl Flags {
             }
         }
         self.devices(args, config);
+    }
+
+    /// What boots: firmware, kernel and what the kernel gets.
+    fn boot(&mut self, args: &RunArgs, config: &mut VmConfig) {
+        if let Some(kernel) = &args.kernel {
+            self.origin("kernel.path", "--kernel", kernel);
+            config.kernel.path = kernel.into();
+        } else if args.config.is_none() {
+            self.origins.push(("kernel.path".to_owned(), "--kernel".to_owned()));
+            self.add("--kernel", "no kernel is named", "give --kernel FILE, or --config FILE with a kernel in it");
+        }
+        if let Some(firmware) = &args.firmware {
+            self.origin("firmware.path", "--firmware", firmware);
+            config.firmware = Some(Firmware { path: firmware.into() });
+        }
+        if let Some(initramfs) = &args.initramfs {
+            self.origin("kernel.initramfs", "--initramfs", initramfs);
+            config.kernel.initramfs = Some(initramfs.into());
+        }
+        if let Some(cmdline) = &args.cmdline {
+            self.origin("kernel.cmdline", "--cmdline", cmdline);
+            config.kernel.cmdline = Some(cmdline.clone());
+        }
+        if let Some(cache) = &args.kernel_cache {
+            self.origin("kernel.cache", "--kernel-cache", cache);
+            config.kernel.cache = PathBuf::from(cache).into();
+        }
+        if let Some(map) = &args.system_map {
+            self.origin("kernel.system_map", "--system-map", map);
+            config.kernel.system_map = Some(map.into());
+        }
     }
 
     /// What `--sandbox` says. It is no part of the configuration: whoever may configure the VM is not who decides on the

@@ -91,6 +91,7 @@ fn slot<'args>(
         "log-format" => Slot::One(&mut log.format),
         "config" => Slot::One(&mut args.config),
         "kernel" => Slot::One(&mut args.kernel),
+        "firmware" => Slot::One(&mut args.firmware),
         "initramfs" => Slot::One(&mut args.initramfs),
         "cmdline" => Slot::One(&mut args.cmdline),
         "kernel-cache" => Slot::One(&mut args.kernel_cache),

@@ -461,7 +461,7 @@ impl Bench {
     fn boot_unpacked(&self) -> String {
         let (loaded, log) = self.boot();
         let loaded = loaded.unwrap();
-        assert_eq!(loaded.kernel.registers.regs.rip, TEXT as u64);
+        assert_eq!(loaded.entry.regs.rip, TEXT as u64);
         let mut text = vec![0; 600 << 10];
         loaded.memory.map.read_slice(&mut text, GuestAddress(TEXT as u64)).unwrap();
         assert!(text == bytes(1, 600 << 10), "the text is not what was packed");
@@ -555,7 +555,7 @@ fn a_kernel_that_cannot_be_entered_unpacks_itself_and_is_not_called_damaged() {
     bench.kernel(&image);
     for _ in 0..2 {
         let (loaded, log) = bench.boot();
-        assert_eq!(loaded.unwrap().kernel.registers.regs.rip, TEXT as u64 + 0x200, "the decompressor's entry point");
+        assert_eq!(loaded.unwrap().entry.regs.rip, TEXT as u64 + 0x200, "the decompressor's entry point");
         assert_eq!(log.matches("the kernel unpacks itself").count(), 1, "{log}");
         assert!(log.contains("its setup header gives an alignment of 0x1000"), "{log}");
         assert!(!log.contains("WARN"), "{log}");
@@ -570,6 +570,6 @@ fn a_payload_that_cannot_be_unpacked_unpacks_itself() {
     image[0x800] ^= 0x40;
     bench.kernel(&image);
     let (loaded, _) = bench.boot();
-    assert_eq!(loaded.unwrap().kernel.registers.regs.rip, TEXT as u64 + 0x200);
+    assert_eq!(loaded.unwrap().entry.regs.rip, TEXT as u64 + 0x200);
     assert!(bench.names().is_empty(), "{:?}", bench.names());
 }

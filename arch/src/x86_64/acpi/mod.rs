@@ -1,6 +1,7 @@
 //! The ACPI tables of a hardware-reduced platform: RSDP, XSDT, FADT, MADT, MCFG and DSDT (ACPI 6.5 §5.2).
 
 mod dsdt;
+mod linked;
 mod processors;
 mod tables;
 #[cfg(test)]
@@ -11,6 +12,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
+pub use self::linked::{LOADER_FILE, LinkedTables, RSDP_FILE, TABLES_FILE, link};
 use super::layout;
 use super::platform::Platform;
 
@@ -60,16 +62,30 @@ pub fn write(memory: &GuestMemoryMmap, platform: &Platform) -> Result<(), AcpiEr
 /// All tables as one piece of memory that will lie at `base`, the RSDP first.
 fn build(platform: &Platform, base: u64) -> Vec<u8> {
     let mut area = Area { base, bytes: vec![0; Rsdp::len()] };
+    let xsdt = place_tables(&mut area, platform).xsdt;
+    area.finish(&Rsdp::new(OEM_ID, xsdt))
+}
+
+/// Where tables are that have addresses of others, or that others have the addresses of.
+struct Places {
+    fadt: u64,
+    xsdt: u64,
+    /// How many tables the XSDT lists.
+    listed: usize,
+}
+
+/// Appends all tables but the RSDP.
+fn place_tables(area: &mut Area, platform: &Platform) -> Places {
     let dsdt = area.add(&dsdt::build(platform));
     let fadt = area.add(&tables::fadt(platform, dsdt));
     let madt = area.add(&tables::madt(platform));
     let mcfg = area.add(&tables::mcfg(&platform.host_bridges));
+    let listed = [fadt, madt, mcfg];
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [fadt, madt, mcfg] {
+    for table in listed {
         xsdt.add_entry(table);
     }
-    let xsdt = area.add(&xsdt);
-    area.finish(&Rsdp::new(OEM_ID, xsdt))
+    Places { fadt, xsdt: area.add(&xsdt), listed: listed.len() }
 }
 
 /// Tables one behind the other.

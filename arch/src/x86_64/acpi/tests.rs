@@ -153,8 +153,8 @@ fn the_fadt_declares_absent_hardware_absent() {
     // HW_REDUCED_ACPI and RESET_REG_SUP.
     assert_eq!(u32_at(fadt, 112) & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
     assert_eq!(&fadt[116..120], [1, 8, 0, 1]);
-    assert_eq!((u64_at(fadt, 120), fadt[128]), (0x602, 1));
-    assert_eq!((u64_at(fadt, 248), u64_at(fadt, 260)), (0x600, 0x601));
+    assert_eq!((u64_at(fadt, 120), fadt[128]), (0x622, 1));
+    assert_eq!((u64_at(fadt, 248), u64_at(fadt, 260)), (0x620, 0x621));
 
     let mut firmware = platform(1);
     (firmware.vga, firmware.i8042, firmware.cmos_rtc) = (true, true, true);
@@ -173,6 +173,57 @@ fn the_mcfg_ends_at_the_last_bus_in_use() {
     assert_eq!(mcfg.len(), 44 + 16);
     assert_eq!(u64_at(mcfg, 44), 0xe000_0000);
     assert_eq!(mcfg[52..56], [0, 0, 0, 3]);
+}
+
+/// Does what a script says, as firmware does, with the tables at [`BASE`]. Returns them with the root pointer in front.
+fn run_script(linked: &LinkedTables) -> Vec<u8> {
+    let (mut tables, mut rsdp) = (linked.tables.clone(), linked.rsdp.clone());
+    let room = rsdp.len().next_multiple_of(64);
+    let base = BASE + u64::try_from(room).unwrap();
+    let mut allocated = Vec::new();
+    for command in linked.loader.chunks_exact(128) {
+        let name = |at: usize| {
+            let bytes = command[at..at + 56].iter().copied().take_while(|byte| *byte != 0).collect();
+            String::from_utf8(bytes).unwrap()
+        };
+        let number = |at: usize| usize::try_from(u32_at(command, at)).unwrap();
+        let file = name(4);
+        let bytes = if file == "etc/acpi/rsdp" { &mut rsdp } else { &mut tables };
+        match command[0] {
+            1 => allocated.push((file, number(60), command[64])),
+            2 => {
+                assert_eq!((name(60).as_str(), command[120]), ("etc/acpi/tables", 8));
+                let at = number(116);
+                let address = base + u64_at(bytes, at);
+                bytes[at..at + 8].copy_from_slice(&address.to_le_bytes());
+            }
+            3 => {
+                let (at, start, length) = (number(60), number(64), number(68));
+                bytes[at] = sum(&bytes[start..start + length]).wrapping_neg();
+            }
+            other => panic!("command {other}"),
+        }
+    }
+    assert_eq!(allocated, [("etc/acpi/tables".to_owned(), 64, 1), ("etc/acpi/rsdp".to_owned(), 16, 2)]);
+    rsdp.resize(room, 0);
+    rsdp.extend(tables);
+    rsdp
+}
+
+#[test]
+fn tables_that_firmware_links_are_the_same_and_sound() {
+    for platform in [platform(1), pluggable_platform(1, 254)] {
+        let linked = link(&platform);
+        assert_eq!(linked, link(&platform));
+        let area = run_script(&linked);
+        let tables = walk(&area);
+        let direct = build(&platform, BASE);
+        for (table, other) in tables.iter().zip(walk(&direct)) {
+            assert_eq!(sum(table), 0, "checksum of {}", String::from_utf8_lossy(&table[..4]));
+            assert_eq!((&table[..8], table.len()), (&other[..8], other.len()));
+        }
+        assert_eq!(find(&tables, b"DSDT"), find(&walk(&direct), b"DSDT"));
+    }
 }
 
 /// Everything that a platform can show at once.

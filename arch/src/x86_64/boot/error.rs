@@ -120,6 +120,11 @@ pub enum KernelError {
         /// The memory that would do, in MiB.
         mib: u64,
     },
+    /// Firmware cannot start it.
+    #[error(
+        "firmware starts a bzImage with an EFI stub, or another EFI executable of less than 4 GiB, and this is {0}"
+    )]
+    NotEfi(&'static str),
     /// The protocol that was asked for is not the kernel's.
     #[error("the kernel cannot be started by the {wanted} protocol: {reason}")]
     Protocol {

@@ -12,7 +12,7 @@ use super::plan::Kernel;
 use super::{registers, write_boot_data};
 
 /// A boot loader without an assigned number.
-const LOADER_UNDEFINED: u8 = 0xff;
+pub(super) const LOADER_UNDEFINED: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
 /// "HdrS".
 const HEADER_MAGIC: u32 = 0x5372_6448;

@@ -4,6 +4,7 @@
 //! checked against the file's size and the guest's RAM. Only then is anything written to guest memory.
 
 mod bzimage;
+mod efi;
 mod elf;
 mod error;
 mod image;
@@ -13,7 +14,7 @@ mod map;
 pub mod payload;
 mod plan;
 mod pvh;
-mod registers;
+pub(super) mod registers;
 mod relocation;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ use std::fs::File;
 use hal::{BootRegisters, CpuidEntry, GpaRange};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+pub(super) use self::efi::{EfiKernel, initramfs_size, kernel as efi_kernel, setup_with_loader};
 pub use self::error::{BootError, CmdlineError, InitramfsError, KernelError, MemoryError};
 use self::image::FileImage;
 pub use self::image::{KernelImage, Sink};
@@ -171,7 +173,7 @@ pub fn gigabyte_pages(cpuid: &[CpuidEntry]) -> bool {
     cpuid.iter().any(|leaf| leaf.function == 0x8000_0001 && leaf.edx & 1 << 26 != 0)
 }
 
-fn check_cmdline(cmdline: &str, kernel_max: u64) -> Result<(), CmdlineError> {
+pub(super) fn check_cmdline(cmdline: &str, kernel_max: u64) -> Result<(), CmdlineError> {
     let max = kernel_max.min(layout::CMDLINE_MAX - 1);
     let bytes = cmdline.len();
     if u64::try_from(bytes).map_or(true, |bytes| bytes > max) {

@@ -15,6 +15,11 @@ const CODE_32: u32 = 0xc09b;
 const CODE_64: u32 = 0xa09b;
 /// Present, data, writable, accessed, of 4 KiB units.
 const DATA: u32 = 0xc093;
+/// Present, code, readable, accessed, and data, writable, accessed, both of 16 bits and counted in bytes.
+const CODE_16: u32 = 0x009b;
+const DATA_16: u32 = 0x0093;
+/// Present, a local descriptor table.
+const LOCAL_TABLE: u32 = 0x0082;
 /// Present, a busy task state segment: what VT-x demands of the task register.
 const BUSY_TASK: u32 = 0x008b;
 /// No segment at all.
@@ -22,6 +27,8 @@ const UNUSABLE: u32 = 1 << 16;
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
+const CR0_NW: u64 = 1 << 29;
+const CR0_CD: u64 = 1 << 30;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
@@ -49,6 +56,31 @@ pub(super) fn pvh(entry: u32) -> BootRegisters {
     let rip = u64::from(entry);
     let regs = Registers { rip, rbx: layout::PVH_START_INFO, rflags: RFLAGS_FIXED, ..Registers::default() };
     BootRegisters { regs, sregs: flat(CODE_32) }
+}
+
+/// After power-on (Intel SDM volume 3, §10.1.1, table 10-1): real mode, with a code segment whose base is not yet 16 times
+/// its selector.
+pub(in super::super) fn power_on() -> BootRegisters {
+    let segment = |access| Segment { base: 0, limit: 0xffff, selector: 0, access };
+    let data = segment(DATA_16);
+    let table = DescriptorTable { base: 0, limit: 0xffff };
+    let sregs = SystemRegisters {
+        cs: Segment { base: 0xffff_0000, selector: 0xf000, ..segment(CODE_16) },
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        tr: segment(BUSY_TASK),
+        ldt: segment(LOCAL_TABLE),
+        gdt: table,
+        idt: table,
+        cr0: CR0_CD | CR0_NW | CR0_ET,
+        apic_base: APIC_BASE,
+        ..SystemRegisters::default()
+    };
+    let regs = Registers { rip: 0xfff0, rflags: RFLAGS_FIXED, ..Registers::default() };
+    BootRegisters { regs, sregs }
 }
 
 /// Flat segments in protected mode.

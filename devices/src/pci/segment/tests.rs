@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, MmapRegion};
 
-use super::super::{ConfigSpace, HostBridge, Identity};
+use super::super::{ConfigSpace, Identity, PlatformFunction};
 use super::*;
 
 const WINDOWS: Windows = Windows { low: 0xc000_0000..0xc010_0000, high: 0x10_0000_0000..0x10_0010_0000 };
@@ -88,7 +88,7 @@ const BOTH: [(usize, BarKind, u64); 2] = [(0, BarKind::Memory64, 0x8000), (2, Ba
 #[test]
 fn functions_are_where_ecam_says() {
     let (_, segment) = segment();
-    assert_eq!(segment.add(Arc::new(HostBridge::new())).unwrap().to_string(), "00:00.0");
+    assert_eq!(segment.add(Arc::new(PlatformFunction::host_bridge())).unwrap().to_string(), "00:00.0");
     let second = segment.add(Plain::new(7, &[])).unwrap();
     assert_eq!(second, Address { device: 1, function: 0 });
     segment.add_at(Address { device: 1, function: 3 }, Plain::new(8, &[])).unwrap();
@@ -215,7 +215,7 @@ fn with_ports(count: u8) -> (Arc<Bus>, PciSegment) {
     let interrupts: Arc<dyn Interrupts> = Arc::new(crate::virtio::testing::FakeInterrupts::new());
     let observer: Arc<dyn SlotObserver> = Arc::new(Nobody);
     segment.add_ports(count, &interrupts, &observer).unwrap();
-    segment.add(Arc::new(HostBridge::new())).unwrap();
+    segment.add(Arc::new(PlatformFunction::host_bridge())).unwrap();
     (mmio, segment)
 }
 

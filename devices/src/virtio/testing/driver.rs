@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{DriverQueue, FakeDoorbells, FakeInterrupts, Used, guest_memory, wait};
 use crate::bus::Bus;
-use crate::pci::{Address, HostBridge, PciSegment, Windows};
+use crate::pci::{Address, PciSegment, PlatformFunction, Windows};
 use crate::virtio::VirtioDevice;
 use crate::virtio::transport::VirtioPci;
 
@@ -71,7 +71,7 @@ impl PciDriver {
         let windows = Windows { low: 0xc000_0000..0xe000_0000, high: 0x10_0000_0000..0x20_0000_0000 };
         let segment = Arc::new(PciSegment::new(Arc::clone(&mmio), windows));
         mmio.insert(ECAM, segment.ecam_len(), Arc::clone(&segment) as _).expect("ECAM on the bus");
-        segment.add(Arc::new(HostBridge::new())).expect("a host bridge");
+        segment.add(Arc::new(PlatformFunction::host_bridge())).expect("a host bridge");
         let (interrupts, doorbells) = (FakeInterrupts::new(), FakeDoorbells::new());
         let function =
             VirtioPci::new("test", device, memory.clone(), Arc::new(interrupts.clone()), Arc::new(doorbells.clone()));

@@ -34,12 +34,7 @@ pub(in super::super) fn map_range(arguments: &[u64; 6], host: &dyn ExitHandler) 
 ///
 /// # Safety
 /// `page` must be a mapped `kvm_run` with that exit, which nobody else uses meanwhile.
-pub(in super::super) unsafe fn answer_call(
-    page: *mut kvm_run,
-    vcpu: VcpuId,
-    info: [u64; 2],
-    host: &dyn ExitHandler,
-) {
+pub(in super::super) unsafe fn answer_call(page: *mut kvm_run, vcpu: VcpuId, info: [u64; 2], host: &dyn ExitHandler) {
     // SAFETY: the caller vouches for the page, whose union has room for this and is aligned for it.
     let exit = unsafe { &mut *(&raw mut (*page).__bindgen_anon_1).cast::<CallExit>() };
     let [first, second, ..] = exit.arguments;
@@ -169,7 +164,10 @@ mod tests {
             let host = answers(Conversion::Done, status);
             assert_eq!(call(0x10002, [0x5000, 0x2000, 0, 0, 0], &host).0, number);
             assert_eq!(call(0x10004, [0x30, 0, 0, 0, 0], &host).0, number);
-            assert_eq!(*host.asked.borrow(), ["GetQuote { gpa: 5000, size: 2000 }", "SetupEventNotify { vcpu: VcpuId(7), vector: 30 }"]);
+            assert_eq!(
+                *host.asked.borrow(),
+                ["GetQuote { gpa: 5000, size: 2000 }", "SetupEventNotify { vcpu: VcpuId(7), vector: 30 }"]
+            );
         }
         let host = answers(Conversion::Done, GuestCallStatus::Success);
         assert_eq!(call(0x10000, [1, 9, 9, 9, 9], &host), (0, [1, 2, 0x10, 0, 0]));

@@ -108,8 +108,8 @@ fn the_pvh_entry_is_32_bit_with_the_start_info() {
 #[test]
 fn the_reset_vector_writes_the_reset_register() {
     let (_, memory) = Case::new(&pvh_kernel()).load();
-    // mov dx, 0x602; mov al, 1; out dx, al
-    assert_eq!(read(&memory, 0xf_fff0, 6), [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee]);
+    // mov dx, 0x622; mov al, 1; out dx, al
+    assert_eq!(read(&memory, 0xf_fff0, 6), [0xba, 0x22, 0x06, 0xb0, 0x01, 0xee]);
 }
 
 #[test]

@@ -1,0 +1,138 @@
+use std::fs::File;
+use std::io::{Seek, Write};
+
+use super::super::boot::BootError;
+use super::super::{Platform, Topology, layout};
+use super::*;
+
+/// The least that is a bzImage with an EFI stub: boot sector, one sector of setup, some code.
+fn kernel() -> Vec<u8> {
+    let mut file = vec![0; 1024 + 100];
+    file[..2].copy_from_slice(b"MZ");
+    file[0x3c] = 0x40;
+    file[0x40..0x44].copy_from_slice(b"PE\0\0");
+    file[0x1f1] = 1;
+    file[0x201] = 0x66;
+    file[0x202..0x206].copy_from_slice(b"HdrS");
+    file[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+    file[0x211] = 1;
+    file[0x236] = 1;
+    file[0x238..0x23c].copy_from_slice(&100_u32.to_le_bytes());
+    file
+}
+
+fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+fn platform(ram: u64) -> Platform {
+    Platform::firmware_boot(ram, 46, Topology::flat(2).unwrap()).unwrap()
+}
+
+fn given(kernel: &[u8], initramfs: Option<&[u8]>, cmdline: &str) -> Result<Vec<Item>, BootError> {
+    let (kernel, initramfs) = (file(kernel), initramfs.map(file));
+    let given = GivenKernel { kernel: &kernel, initramfs: initramfs.as_ref(), cmdline, unsigned: true };
+    items(&platform(1 << 30), &layout::ram_ranges(1 << 30), Some(&given))
+}
+
+fn find(items: &[Item], key: ItemKey) -> Option<&ItemContents> {
+    items.iter().find(|item| item.key == key).map(|item| &item.contents)
+}
+
+fn bytes(items: &[Item], key: ItemKey) -> &[u8] {
+    match find(items, key) {
+        Some(ItemContents::Bytes(bytes)) => bytes,
+        other => panic!("{key:?}: {other:?}"),
+    }
+}
+
+#[test]
+fn firmware_ends_at_4_gib() {
+    assert_eq!(place(4 << 20), Ok(GpaRange { start: 0xffc0_0000, len: 4 << 20 }));
+    assert_eq!(place(16 << 20).map(|range| range.start), Ok(0xff00_0000));
+    for size in [0, 4095, 4097, (16 << 20) + 4096, u64::MAX] {
+        assert_eq!(place(size), Err(ImageError::Size(size)));
+    }
+    assert_eq!(check_reset_vector(&[0xff; 16]), Err(ImageError::NoResetVector));
+    assert_eq!(check_reset_vector(&[0; 16]), Err(ImageError::NoResetVector));
+    let mut vector = [0; 16];
+    vector[0] = 0xe9;
+    assert_eq!(check_reset_vector(&vector), Ok(()));
+    let entry = entry();
+    assert_eq!(entry.sregs.cs.base + entry.regs.rip, 0xffff_fff0);
+    assert_eq!(entry.sregs.cr0 & 1, 0);
+}
+
+#[test]
+fn a_kernel_is_given_whole_and_in_its_parts() {
+    let items = given(&kernel(), Some(b"cpio"), "quiet").unwrap();
+    assert_eq!(find(&items, ItemKey::Name("etc/boot/kernel")), Some(&ItemContents::Kernel(0..1124)));
+    // Only a bzImage's header says by whom it is loaded.
+    let mut setup = kernel()[..1024].to_vec();
+    setup[0x210] = 0xff;
+    assert_eq!(bytes(&items, ItemKey::Number(0x18)), setup);
+    assert_eq!(find(&items, ItemKey::Number(0x11)), Some(&ItemContents::Kernel(1024..1124)));
+    assert_eq!(find(&items, ItemKey::Number(0x12)), Some(&ItemContents::Initramfs(0..4)));
+    for (number, expected) in [(0x08, 100_u32), (0x17, 1024), (0x0b, 4), (0x14, 6)] {
+        assert_eq!(bytes(&items, ItemKey::Number(number)), expected.to_le_bytes(), "{number:#x}");
+    }
+    assert_eq!(bytes(&items, ItemKey::Number(0x15)), b"quiet\0");
+    assert_eq!(bytes(&items, ItemKey::Name("opt/org.tianocore/EnableLegacyLoader")), b"yes");
+    let items = given(&kernel(), None, "").unwrap();
+    assert_eq!((bytes(&items, ItemKey::Number(0x0b)), find(&items, ItemKey::Number(0x12))), (&[0; 4][..], None));
+}
+
+#[test]
+fn an_efi_executable_that_is_no_bzimage_has_no_setup() {
+    let mut file = kernel();
+    file[0x202] = 0;
+    let items = given(&file, None, "quiet").unwrap();
+    assert_eq!(find(&items, ItemKey::Number(0x11)), Some(&ItemContents::Kernel(0..1124)));
+    assert_eq!(bytes(&items, ItemKey::Number(0x17)), [0; 4]);
+}
+
+#[test]
+fn what_firmware_cannot_start_is_refused() {
+    let elf = [&b"\x7fELF"[..], &[0; 100]].concat();
+    let mut wild = kernel();
+    wild[0x3c..0x40].copy_from_slice(&[0xff; 4]);
+    let mut not_pe = kernel();
+    not_pe[0x40] = b'N';
+    let mut long = kernel();
+    long[0x1f1] = 40;
+    for (file, expected) in [
+        (&elf, "an ELF file"),
+        (&b"#!/bin/sh\n".to_vec(), "no EFI executable"),
+        (&not_pe, "no EFI executable"),
+        (&wild, "truncated"),
+        (&long, "truncated"),
+        (&b"MZ".to_vec(), "truncated"),
+        (&Vec::new(), "empty"),
+    ] {
+        let error = given(file, None, "").unwrap_err();
+        assert!(matches!(error, BootError::Kernel(_)) && error.to_string().contains(expected), "{error}");
+    }
+    assert!(matches!(given(&kernel(), Some(b""), ""), Err(BootError::Initramfs(_))));
+    assert!(matches!(given(&kernel(), None, &"x".repeat(200)), Err(BootError::Cmdline(_))));
+}
+
+#[test]
+fn memory_is_told_and_what_may_be_plugged_is_kept_free() {
+    let ram = layout::ram_ranges(4 << 30);
+    let all = items(&platform(4 << 30), &ram, None).unwrap();
+    let map = bytes(&all, ItemKey::Name("etc/e820"));
+    let expected: Vec<u8> = [(0_u64, 3_u64 << 30), (4 << 30, 1 << 30)]
+        .iter()
+        .flat_map(|(start, len)| [&start.to_le_bytes()[..], &len.to_le_bytes(), &1_u32.to_le_bytes()].concat())
+        .collect();
+    assert_eq!(map, expected);
+    assert_eq!(bytes(&all, ItemKey::Number(5)), [2, 0]);
+    assert_eq!(find(&all, ItemKey::Name("etc/reserved-memory-end")), None);
+    assert_eq!(find(&all, ItemKey::Name("etc/boot/kernel")), None);
+    let more = layout::pluggable_range(1 << 30, 3 << 30).unwrap();
+    let all = items(&platform(layout::ram_up_to(more)), &layout::ram_ranges(1 << 30), None).unwrap();
+    assert_eq!(bytes(&all, ItemKey::Name("etc/reserved-memory-end")), (7_u64 << 30).to_le_bytes());
+}

@@ -1,0 +1,125 @@
+//! Booting firmware: its file in memory, and the devices that it looks for.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use api::VmConfig;
+use arch::firmware::{self, GivenKernel, Item, ItemContents, ItemKey};
+use arch::{Platform, layout};
+use devices::bus::Bus;
+use devices::legacy::{Cmos, FwCfg, FwCfgContents, FwCfgItems, PmTimer};
+use devices::pci::{Address, ConfigPorts, PciSegment, PlatformFunction};
+use hal::GpaRange;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::Failure;
+use crate::boot::{Loaded, bad, bad_boot};
+use crate::inbox::Inbox;
+use crate::inputs::Inputs;
+use crate::machine::insert;
+use crate::memory::{self, Ram};
+use crate::pluggable::PluggableMemory;
+use crate::trace::{Milestone, Trace};
+
+/// Where firmware looks for the LPC bridge.
+const LPC: Address = Address { device: 31, function: 0 };
+
+/// Makes guest memory with firmware at its end below 4 GiB, and what it is to find of the machine.
+///
+/// # Errors
+/// [`Failure::BadInput`] where the firmware, or the kernel that it is given, cannot be booted; [`Failure::Host`] where the
+/// host has no such memory.
+pub fn load(
+    file: &File,
+    platform: Platform,
+    pluggable: Option<GpaRange>,
+    config: &VmConfig,
+    inputs: &Inputs,
+    trace: &Trace,
+) -> Result<Loaded, Failure> {
+    let ram = layout::ram_ranges(config.memory.size.bytes());
+    let image = read(file).map_err(|problem| bad_firmware(config, &problem))?;
+    let place = firmware::place(image.len() as u64).map_err(|error| bad_firmware(config, &error.to_string()))?;
+    let items = items(config, &platform, &ram, inputs)?;
+    let memory = memory::create(&ram, &config.memory)?.with_firmware(place)?;
+    let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
+    trace.mark(Milestone::Memory);
+    write(&memory, place, &image)?;
+    trace.mark(Milestone::Kernel);
+    let entry = firmware::entry();
+    Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware: Some(items), first_pages: None })
+}
+
+/// The whole file.
+fn read(file: &File) -> Result<Vec<u8>, String> {
+    let size = file.metadata().map_err(|error| format!("cannot be read: {error}"))?.len();
+    firmware::place(size).map_err(|error| error.to_string())?;
+    // At most 16 MiB.
+    let mut image = vec![0; usize::try_from(size).map_err(|error| error.to_string())?];
+    file.read_exact_at(&mut image, 0).map_err(|error| format!("cannot be read: {error}"))?;
+    if let Some(last) = image.last_chunk() {
+        firmware::check_reset_vector(last).map_err(|error| error.to_string())?;
+    }
+    Ok(image)
+}
+
+fn write(memory: &Ram, place: GpaRange, image: &[u8]) -> Result<(), Failure> {
+    let written = memory.map.write_slice(image, GuestAddress(place.start));
+    written.map_err(|error| Failure::Host(format!("the firmware could not be written to guest memory: {error}")))
+}
+
+/// What the firmware is to find by fw_cfg.
+fn items(config: &VmConfig, platform: &Platform, ram: &[GpaRange], inputs: &Inputs) -> Result<FwCfgItems, Failure> {
+    let cmdline = config.cmdline();
+    let given = GivenKernel {
+        kernel: &inputs.kernel,
+        initramfs: inputs.initramfs.as_ref(),
+        cmdline: &cmdline,
+        // Whoever chose the firmware of a plain VM chose its kernel, too.
+        unsigned: config.confidential.is_none(),
+    };
+    let mut items = FwCfgItems::default();
+    for Item { key, contents } in
+        firmware::items(platform, ram, Some(&given)).map_err(|error| bad_boot(config, &error))?
+    {
+        let contents = match (contents, &inputs.initramfs) {
+            (ItemContents::Bytes(bytes), _) => FwCfgContents::Bytes(bytes),
+            (ItemContents::Kernel(range), _) => FwCfgContents::File(inputs.kernel.try_clone()?, range),
+            (ItemContents::Initramfs(range), Some(file)) => FwCfgContents::File(file.try_clone()?, range),
+            (ItemContents::Initramfs(_), None) => continue,
+        };
+        let added = match key {
+            ItemKey::Number(number) => items.add(number, contents),
+            ItemKey::Name(name) => items.add_named(name, contents),
+        };
+        added.map_err(|error| Failure::Host(error.to_string()))?;
+    }
+    Ok(items)
+}
+
+/// Puts the chipset that firmware looks for into the machine.
+///
+/// # Errors
+/// [`Failure::Host`] where something else is in its place.
+pub fn add_chipset(
+    items: FwCfgItems,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    pci: &Arc<PciSegment>,
+    ports: &Bus,
+    inbox: &Inbox,
+    ecam: u64,
+) -> Result<(), Failure> {
+    let events = Arc::new(inbox.clone());
+    pci.add(Arc::new(PlatformFunction::q35_host_bridge(ecam)))?;
+    pci.add_at(LPC, Arc::new(PlatformFunction::ich9_lpc(layout::PM_PORT)))?;
+    insert(ports, layout::PM_PORT.into(), PmTimer::LEN, Arc::new(PmTimer::new(events.clone())))?;
+    insert(ports, layout::CMOS_PORT.into(), Cmos::LEN, Arc::new(Cmos::default()))?;
+    insert(ports, layout::PCI_CONFIG_PORT.into(), ConfigPorts::LEN, Arc::new(ConfigPorts::new(pci.clone(), events)))?;
+    insert(ports, layout::FW_CFG_PORT.into(), FwCfg::LEN, Arc::new(FwCfg::new(items, memory)))
+}
+
+fn bad_firmware(config: &VmConfig, problem: &str) -> Failure {
+    let path = config.firmware.as_ref().map(|firmware| firmware.path.display().to_string()).unwrap_or_default();
+    bad("firmware.path", &format!("{path}: {problem}"))
+}
