@@ -87,6 +87,9 @@ pub struct VmInfo {
     /// The configuration as the machine has it: with everything that was left open filled in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub running: Option<VmConfig>,
+    /// The measurement of a trust domain's beginning (MRTD), in 96 hexadecimal digits, while it is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mrtd: Option<String>,
 }
 
 /// How a guest is to be switched off.

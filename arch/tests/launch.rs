@@ -131,7 +131,7 @@ impl ExitHandler for Converts<'_> {
 
     fn guest_call(&self, call: GuestCall) -> GuestCallStatus {
         match call {
-            GuestCall::SetupEventNotify { vector: 32..=255 } => GuestCallStatus::Success,
+            GuestCall::SetupEventNotify { vector: 32..=255, .. } => GuestCallStatus::Success,
             GuestCall::SetupEventNotify { .. } => GuestCallStatus::InvalidOperand,
             GuestCall::GetQuote { .. } => GuestCallStatus::Unsupported,
         }

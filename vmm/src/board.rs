@@ -50,6 +50,7 @@ impl Board {
             outcome: None,
             config: None,
             running: None,
+            mrtd: None,
         };
         Self(Mutex::new(State {
             info,

@@ -8,6 +8,7 @@ use devices::virtio::rng::kernel_random;
 use hal::{BootRegisters, GpaRange, HostCaps};
 
 use crate::Failure;
+use crate::confidential::Measured;
 use crate::firmware;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
@@ -29,6 +30,8 @@ pub struct Loaded {
     pub slide: Option<Slide>,
     /// What firmware finds by fw_cfg, where it boots.
     pub firmware: Option<FwCfgItems>,
+    /// What it begins with, where that is measured.
+    pub measured: Option<Measured>,
     /// What is worth populating beside the guest ([`crate::kernel::Kernels::populate`]).
     pub first_pages: Option<FirstPages>,
 }
@@ -77,7 +80,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     tell(&kernel, &image, config.memory.share_kernel);
     let first_pages = image.unpacked().and_then(|_| memory.first_pages(&config.memory));
     let LoadedKernel { registers: entry, slide, .. } = kernel;
-    Ok(Loaded { memory, pluggable, platform, entry, slide, firmware: None, first_pages })
+    Ok(Loaded { memory, pluggable, platform, entry, slide, firmware: None, measured: None, first_pages })
 }
 
 /// What the guest is shown, and where memory lies that can be plugged, if any can.

@@ -10,13 +10,15 @@ use arch::{Platform, layout};
 use devices::bus::Bus;
 use devices::legacy::{Cmos, FwCfg, FwCfgContents, FwCfgItems, PmTimer};
 use devices::pci::{Address, ConfigPorts, PciSegment, PlatformFunction};
-use hal::GpaRange;
+use hal::{Boot, GpaRange};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::{Loaded, bad, bad_boot};
+use crate::confidential::Measured;
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
+use crate::kinds;
 use crate::machine::insert;
 use crate::memory::{self, Ram};
 use crate::pluggable::PluggableMemory;
@@ -45,10 +47,17 @@ pub fn load(
     let memory = memory::create(&ram, &config.memory)?.with_firmware(place)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
-    write(&memory, place, &image)?;
+    let measured = if kinds::name(config.kind()).traits().boot == Boot::Measured {
+        let measured = Measured { firmware: image, ram };
+        measured.plan().map_err(|error| bad_firmware(config, &error.to_string()))?;
+        Some(measured)
+    } else {
+        write(&memory, place, &image)?;
+        None
+    };
     trace.mark(Milestone::Kernel);
-    let entry = firmware::entry();
-    Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware: Some(items), first_pages: None })
+    let (entry, firmware) = (firmware::entry(), Some(items));
+    Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware, measured, first_pages: None })
 }
 
 /// The whole file.

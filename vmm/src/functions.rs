@@ -116,6 +116,9 @@ impl Functions {
         let pci = Arc::new(VirtioPci::new(&id, device, self.memory.clone(), seam.clone(), seam)?);
         let told = troubles.clone();
         pci.on_broken(move |reason| told.broken(reason));
+        if self.seam.0.kind().dma_needs_sharing {
+            pci.require_access_platform();
+        }
         if stand {
             pci.suspend();
         }

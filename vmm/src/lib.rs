@@ -8,6 +8,7 @@
 
 pub mod board;
 pub mod boot;
+pub mod confidential;
 pub mod devices;
 pub mod endpoints;
 mod firmware;
@@ -16,6 +17,7 @@ pub mod host;
 pub mod inbox;
 pub mod inputs;
 pub mod kernel;
+pub mod kinds;
 pub mod machine;
 pub mod memory;
 pub mod notify;

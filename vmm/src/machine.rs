@@ -7,19 +7,20 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
-use api::{Confidential, DeviceConfig, Problem, VmConfig};
-use arch::{Platform, Slide, layout};
+use api::{DeviceConfig, Problem, VmConfig};
+use arch::{CpuidTable, Platform, Slide, layout};
 use devices::bus::{Bus, BusDevice};
 use devices::ioapic::IoApic;
 use devices::legacy::{AcpiRegisters, DebugExit, I8042, Processors, PvPanic, Serial};
 use devices::pci::{PciSegment, PlatformFunction, RootPort, SlotObserver, Windows};
 use devices::seam::Interrupts;
 use devices::virtio::mem::MemControl;
-use hal::{Ability, GpaRange, Hypervisor, MsiRoute, Slot, Vm, VmKind, VmSpec};
+use hal::{Ability, Boot, BootRegisters, GpaRange, Hypervisor, MsiRoute, Slot, Vcpu, VcpuId, Vm, VmSpec};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::Failure;
 use crate::boot::Loaded;
+use crate::confidential::{self, Guest};
 use crate::devices::DeviceCounters;
 use crate::endpoints::Endpoints;
 use crate::firmware;
@@ -66,6 +67,10 @@ pub struct Machine {
     ecam_base: u64,
     /// Interrupts all vCPUs, once it was needed.
     nmi: Option<Box<dyn MsiRoute>>,
+    /// Dropped after the vCPUs, and by no thread of theirs.
+    confidential: Option<Arc<Guest>>,
+    /// What was measured of a trust domain before it ran.
+    mrtd: Option<String>,
     vm: Arc<dyn Vm>,
 }
 
@@ -100,7 +105,7 @@ impl Machine {
     /// # Errors
     /// [`Failure::Host`] where the hypervisor or the host refuses; nothing is left behind.
     pub fn create(parts: &Parts, loaded: Loaded, mode: Mode) -> Result<Self, Failure> {
-        let Loaded { memory, pluggable, platform, entry, slide, firmware, first_pages } = loaded;
+        let Loaded { memory, pluggable, platform, entry, slide, firmware, measured, first_pages } = loaded;
         let count = at_boot(&platform)?;
         let mut threads = VcpuThreads::spawn(parts.hypervisor.caps().backend, count, parts.inbox)?;
         let vm = create_vm(parts, &platform, &memory, pluggable.as_ref())?;
@@ -114,7 +119,9 @@ impl Machine {
         insert(&mmio, layout::IOAPIC.start, layout::IOAPIC.len, ioapic.clone())?;
 
         let (pci, ecam_base) = add_pci(parts, &platform, &seam, &mmio)?;
-        let shown = GuestMemoryAtomic::new(memory.map.clone());
+        let private = vm.kind().private_memory;
+        let shown = GuestMemoryAtomic::new(if private { GuestMemoryMmap::new() } else { memory.map.clone() });
+        let confidential = Guest::of_machine(parts, &seam, &memory, &shown)?;
         match firmware {
             Some(items) => firmware::add_chipset(items, shown.clone(), &pci, &pio, parts.inbox, ecam_base)?,
             None => drop(pci.add(Arc::new(PlatformFunction::host_bridge()))?),
@@ -130,6 +137,8 @@ impl Machine {
             mmio: mmio.clone(),
             ecam_base,
             nmi: None,
+            confidential: confidential.clone(),
+            mrtd: None,
             vm: vm.clone(),
         };
         for device in &parts.config.devices {
@@ -140,11 +149,11 @@ impl Machine {
         machine.memory = control.transpose()?;
 
         let maker = VcpuMaker::new(parts.hypervisor.caps(), &*vm, platform.topology);
-        let entry = |number| (number == 0).then(|| entry.clone());
-        let vcpus = (0..count).map(|number| maker.create(&*vm, number, entry(number))).collect::<Result<_, _>>()?;
+        let vcpus = create_vcpus(&maker, &*vm, count, &entry)?;
+        machine.mrtd = measured.map(|measured| measured.launch(&*vm)).transpose()?;
         parts.trace.mark(Milestone::Vcpus);
         machine.watcher = machine.watch(parts, ecam, memory.map, slide)?;
-        let exits = Arc::new(ExitBuses { pio, mmio, ioapic });
+        let exits = Arc::new(ExitBuses { pio, mmio, ioapic, confidential });
         if mode == Mode::Stand {
             machine.functions.suspend();
         }
@@ -249,6 +258,11 @@ impl Machine {
         }
     }
 
+    /// The measurement of a trust domain's beginning (MRTD), in hexadecimal digits.
+    pub fn mrtd(&self) -> Option<&str> {
+        self.mrtd.as_deref()
+    }
+
     /// Bytes of memory that the guest has plugged.
     pub fn plugged_memory(&self) -> u64 {
         self.memory.as_ref().map_or(0, MemControl::plugged)
@@ -340,6 +354,7 @@ impl Drop for Machine {
         self.vcpus = None;
         self.watcher = None;
         self.functions.suspend();
+        drop(self.confidential.take());
         // The bus holds the PCI segment, and the segment the bus.
         if let Err(error) = self.mmio.remove(self.ecam_base) {
             tracing::error!("taking the machine apart: {error}");
@@ -355,7 +370,10 @@ fn create_vm(
 ) -> Result<Arc<dyn Vm>, Failure> {
     // Those that may come included. Ids have gaps where a topology's counts are no powers of two.
     let max_vcpus = platform.topology.vcpu_ids().iter().map(|id| u32::from(id.0) + 1).max().unwrap_or(1);
-    let spec = VmSpec { kind: kind(parts.config), max_vcpus, ..VmSpec::default() };
+    let caps = parts.hypervisor.caps();
+    let cpuid = || CpuidTable::new(caps, None, platform.topology).for_vcpu(VcpuId(0));
+    let kind = confidential::kind(parts.config.confidential.as_ref(), cpuid);
+    let spec = VmSpec { kind, max_vcpus, ..VmSpec::default() };
     let vm: Arc<dyn Vm> = Arc::from(parts.hypervisor.create(&spec)?);
     for region in memory.regions.iter().chain(pluggable.map(PluggableMemory::region)) {
         vm.memory().map(Slot::new(region.clone()))?;
@@ -397,13 +415,15 @@ fn show_ports(vm: &dyn Vm, pci: &PciSegment, ecam: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-fn kind(config: &VmConfig) -> VmKind {
-    match &config.confidential {
-        None => VmKind::Standard,
-        Some(Confidential::Tdx(_)) => VmKind::Tdx(hal::TdxSpec::default()),
-        Some(Confidential::Snp {}) => VmKind::Snp(hal::SnpSpec::default()),
-        Some(Confidential::SoftwareProtected {}) => VmKind::SoftwareProtected,
-    }
+/// The vCPUs that there are at boot. Where the launch is measured, it sets the registers.
+fn create_vcpus(
+    maker: &VcpuMaker,
+    vm: &dyn Vm,
+    count: u8,
+    entry: &BootRegisters,
+) -> Result<Vec<Box<dyn Vcpu>>, Failure> {
+    let entry = |number| (number == 0 && vm.kind().boot == Boot::Registers).then(|| entry.clone());
+    (0..count).map(|number| maker.create(vm, number, entry(number))).collect()
 }
 
 /// Puts the platform's few registers on the bus of I/O ports. Only pins of the I/O APIC that a device uses are

@@ -13,6 +13,7 @@ use devices::bus::Bus;
 use devices::ioapic::IoApic;
 use hal::{Conversion, Exit, ExitHandler, GpaRange, GuestCall, GuestCallStatus, Kick, Vcpu, Visibility};
 
+use crate::confidential::Guest;
 use crate::inbox::{Event, Inbox, VcpuEnd};
 use crate::sandbox;
 use crate::trace::Trace;
@@ -29,6 +30,8 @@ pub struct ExitBuses {
     pub mmio: Arc<Bus>,
     /// Told of the end of level-triggered interrupts.
     pub ioapic: Arc<IoApic>,
+    /// Where a confidential guest's memory is made private and shared, and its calls are answered.
+    pub confidential: Option<Arc<Guest>>,
 }
 
 impl ExitHandler for ExitBuses {
@@ -52,13 +55,12 @@ impl ExitHandler for ExitBuses {
         self.ioapic.end_of_interrupt(vector);
     }
 
-    // There are no machines of a confidential kind yet.
-    fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
-        Conversion::Invalid
+    fn convert(&self, range: GpaRange, to: Visibility) -> Conversion {
+        self.confidential.as_ref().map_or(Conversion::Invalid, |guest| guest.convert(range, to))
     }
 
-    fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
-        GuestCallStatus::Unsupported
+    fn guest_call(&self, call: GuestCall) -> GuestCallStatus {
+        self.confidential.as_ref().map_or(GuestCallStatus::Unsupported, |guest| guest.call(call))
     }
 }
 
@@ -441,7 +443,7 @@ mod tests {
         let vm = fake.create(&VmSpec { max_vcpus: count.into(), ..VmSpec::default() }).unwrap();
         let vcpus: Vec<_> = (0..count).map(|id| vm.create_vcpu(VcpuId(id)).unwrap()).collect();
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(24)) });
+        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(24)), confidential: None });
         let inbox = Inbox::new().unwrap();
         let mut threads = VcpuThreads::spawn("test", count, &inbox).unwrap();
         threads.run(vcpus, &buses, &Trace::off(), mode);
@@ -499,7 +501,7 @@ mod tests {
         let fake = Fake::new();
         let (mut threads, _inbox) = start(&fake, 3, Mode::Run);
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
-        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(0)) });
+        let buses = Arc::new(ExitBuses { pio, mmio, ioapic: Arc::new(IoApic::new(0)), confidential: None });
         for round in 0..200 {
             if round % 2 == 0 {
                 threads.pause().unwrap();

@@ -103,7 +103,7 @@ impl Source {
             self.flags.problems.iter().filter(|one| !self.problems.contains(one)).cloned().collect();
         self.problems.extend(late);
         let config = self.config(|config| {
-            let mut problems = api::validate(config, &HostFacts::unlimited());
+            let mut problems = vmm::kinds::validate(config, &HostFacts::unlimited());
             problems.extend(Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default());
             problems
         });
@@ -195,7 +195,7 @@ fn end(outcome: &Outcome) -> ExitCode {
 /// Prints a configuration with its defaults filled in, or its problems.
 pub fn validate(args: &RunArgs, format: Format) -> ExitCode {
     let source = Source::read(args);
-    let check = |config: &VmConfig| api::validate(config, &HostFacts::unlimited());
+    let check = |config: &VmConfig| vmm::kinds::validate(config, &HostFacts::unlimited());
     let checked = source.config(check).and_then(|config| match check(&config) {
         problems if problems.is_empty() => Ok(config),
         problems => Err(problems),

@@ -19,7 +19,7 @@ pub(super) fn change_config(
         Change::PutDevice { device, descriptors } => {
             let id = device.id().to_owned();
             let same = prepared.given.devices.contains(&device);
-            Ok(match prepared.put_device(*device, |config| api::validate(config, facts), descriptors)? {
+            Ok(match prepared.put_device(*device, |config| crate::kinds::validate(config, facts), descriptors)? {
                 true => (Answer::Created, Some(EventKind::DeviceAdded { id })),
                 false => (Answer::Done, (!same).then_some(EventKind::DeviceChanged { id })),
             })

@@ -4,6 +4,7 @@
 //! What a guest's report means says [`decide`]; which requests are carried out in which phase says [`admit`].
 
 mod change;
+mod consoles;
 mod decide;
 mod hotplug;
 mod memory;
@@ -17,7 +18,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::{EventKind, HostFacts, JobKind, JobState, Outcome, PhaseName, ProblemDocument, Reason, Shutdown, VmConfig};
-use devices::endpoint::ReserveError;
 use devices::legacy::PlatformEvent;
 use hal::Hypervisor;
 use nix::sys::signal::Signal;
@@ -252,7 +252,11 @@ impl Owner {
 
     fn enter(&self, reason: Reason, change: impl FnOnce(&mut api::VmInfo)) {
         let phase = self.phase.name();
-        self.board.enter(phase, reason, change);
+        let mrtd = self.phase.mrtd();
+        self.board.enter(phase, reason, |info| {
+            info.mrtd = mrtd;
+            change(info);
+        });
         self.manager.status(&format!("the VM is {phase}"));
         tracing::debug!(%phase, ?reason, "phase");
     }
@@ -578,18 +582,6 @@ impl Owner {
             },
             Phase::Empty | Phase::Stopped(_) => Ok(Answer::Done),
         }
-    }
-
-    fn open_console(&mut self, id: &str, take_over: bool) -> Result<Answer, Refusal> {
-        let Some(live) = self.phase.live() else { return Ok(Answer::Done) };
-        let endpoint = live.endpoints.get(id);
-        let endpoint = endpoint.ok_or_else(|| Refusal::Missing(format!("there is no console «{id}»")))?;
-        endpoint.reserve(take_over).map(Answer::Console).map_err(|error| match error {
-            ReserveError::Elsewhere => Refusal::Conflict(format!(
-                "«{id}» leads elsewhere on the host: give it the endpoint {{\"type\": \"api\"}} to reach it here"
-            )),
-            ReserveError::Taken => Refusal::Conflict(format!("«{id}» has a client already: take it over, or wait")),
-        })
     }
 }
 

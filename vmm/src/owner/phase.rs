@@ -8,6 +8,7 @@ use api::{DeviceConfig, Outcome, PhaseName, Problem, Problems, VmConfig};
 use crate::Failure;
 use crate::endpoints::Endpoints;
 use crate::inputs::{DeviceInput, Inputs};
+use crate::kinds;
 use crate::machine::Machine;
 use crate::request::{Descriptors, Refusal};
 
@@ -65,6 +66,14 @@ impl Phase {
             Self::Ready(prepared) => Some(prepared),
             Self::Running(live) | Self::Paused(live) => Some(&live.prepared),
             Self::Empty | Self::Stopped(_) => None,
+        }
+    }
+
+    /// The measurement of a trust domain's beginning, where there is one.
+    pub fn mrtd(&self) -> Option<String> {
+        match self {
+            Self::Running(live) | Self::Paused(live) => live.machine.mrtd().map(str::to_owned),
+            _ => None,
         }
     }
 
@@ -165,7 +174,7 @@ impl Prepared {
     pub fn open(given: VmConfig, facts: &api::HostFacts, mut descriptors: Descriptors) -> Result<Self, Failure> {
         let mut config = given.clone();
         config.fill_defaults();
-        let mut problems = api::validate(&config, facts);
+        let mut problems = kinds::validate(&config, facts);
         let inputs = Inputs::open(&config, &mut descriptors).map_err(|found| problems.extend(found));
         match inputs {
             Ok(inputs) if problems.is_empty() => Ok(Self { given, config, inputs, ports: BTreeMap::new() }),
@@ -281,7 +290,7 @@ impl Prepared {
     pub fn change(&mut self, facts: &api::HostFacts, change: impl Fn(&mut VmConfig)) -> Result<(), Refusal> {
         let mut config = self.config.clone();
         change(&mut config);
-        let problems = api::validate(&config, facts);
+        let problems = kinds::validate(&config, facts);
         if !problems.is_empty() {
             return Err(Refusal::Problems(Problems(problems)));
         }

@@ -37,6 +37,7 @@ pub fn vm(vm: &VmInfo) -> String {
         ("last event", vm.sequence.to_string()),
     ];
     lines.extend(vm.outcome.as_ref().map(|outcome| ("outcome", outcome.to_string())));
+    lines.extend(vm.mrtd.as_ref().map(|mrtd| ("MRTD", mrtd.clone())));
     let Some(config) = vm.running.as_ref().or(vm.config.as_ref()) else { return facts(lines) };
     let path = |path: &std::path::Path| path.display().to_string();
     lines.extend(config.firmware.as_ref().map(|firmware| ("firmware", path(&firmware.path))));
@@ -219,6 +220,7 @@ mod tests {
             outcome: Some(Outcome::Crashed { reason: "\u{1b}[2J".into() }),
             config: Some(config),
             running: None,
+            mrtd: None,
         };
         assert_eq!(
             vm(&info),

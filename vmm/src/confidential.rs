@@ -1,0 +1,370 @@
+//! What a confidential guest's machine has beside a plain one: memory that devices reach only where the guest shares it, its
+//! launch, and the calls that the guest makes to the monitor.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use api::{Confidential, QuoteService, Tdx};
+use arch::tdx::{LaunchPlan, measure};
+use devices::seam::Interrupts;
+use hal::{
+    Conversion, CpuidEntry, GpaRange, GuestCall, GuestCallStatus, SharedRanges, SnpSpec, TdxSpec, Visibility, Vm,
+    VmKind,
+};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::Failure;
+use crate::machine::Parts;
+use crate::memory::Ram;
+use crate::quotes::{self, CallStatus, Quotes, SharedMemory};
+use crate::seams::VmSeam;
+
+/// The most ranges of memory that a guest may share apart from each other: each is a mapping of the monitor's own.
+const MOST_RANGES: usize = 8192;
+const PAGE: u64 = 4096;
+
+/// The kind of VM that a configuration asks for. `cpuid`: the leaves of its boot processor.
+pub fn kind(confidential: Option<&Confidential>, cpuid: impl FnOnce() -> Vec<CpuidEntry>) -> VmKind {
+    match confidential {
+        None => VmKind::Standard,
+        Some(Confidential::Tdx(tdx)) => VmKind::Tdx(trust_domain(tdx, cpuid())),
+        Some(Confidential::Snp {}) => VmKind::Snp(SnpSpec::default()),
+        Some(Confidential::SoftwareProtected {}) => VmKind::SoftwareProtected,
+    }
+}
+
+fn trust_domain(tdx: &Tdx, cpuid: Vec<CpuidEntry>) -> TdxSpec {
+    let bytes = |identity: Option<api::Identity>| identity.map(api::Identity::bytes);
+    TdxSpec {
+        attributes: if tdx.sept_ve_disable { TdxSpec::SEPT_VE_DISABLE } else { 0 },
+        config_id: bytes(tdx.config_id),
+        owner: bytes(tdx.owner),
+        owner_config: bytes(tdx.owner_config),
+        cpuid,
+    }
+}
+
+/// What a guest whose beginning is measured starts with.
+pub struct Measured {
+    /// The firmware's file.
+    pub firmware: Vec<u8>,
+    /// The guest's RAM without it, in ascending order.
+    pub ram: Vec<GpaRange>,
+}
+
+impl Measured {
+    /// What is added to the guest, in its order.
+    ///
+    /// # Errors
+    /// What is wrong with the firmware, or with the RAM for it.
+    pub fn plan(&self) -> Result<LaunchPlan<'_>, arch::tdx::PlanError> {
+        LaunchPlan::from_firmware(&self.firmware, &self.ram)
+    }
+
+    /// Launches the VM, whose vCPUs and memory are there, and says what its MRTD is, in hexadecimal digits.
+    ///
+    /// # Errors
+    /// [`Failure::Host`] where the hypervisor refuses a step.
+    pub fn launch(&self, vm: &dyn Vm) -> Result<String, Failure> {
+        let Some(launch) = vm.launch() else {
+            return Err(Failure::Host("this kind of VM is not launched with measured firmware".into()));
+        };
+        let plan = self.plan().map_err(|error| Failure::Host(error.to_string()))?;
+        launch.begin(plan.hand_off)?;
+        for region in &plan.regions {
+            launch.add(region.memory, &region.contents, region.measured)?;
+        }
+        launch.finish()?;
+        for change in launch.changes() {
+            tracing::info!("{change}");
+        }
+        let mrtd: String = measure::mrtd(&plan).iter().map(|byte| format!("{byte:02x}")).collect();
+        tracing::info!("the trust domain is launched: its MRTD is {mrtd}");
+        Ok(mrtd)
+    }
+}
+
+/// Which memory of a VM is shared.
+struct OfVm(Arc<dyn Vm>);
+
+impl SharedMemory for OfVm {
+    fn is_shared(&self, range: GpaRange) -> bool {
+        self.0.memory().is_shared(range)
+    }
+}
+
+/// The shared memory of a confidential guest, and who answers its calls.
+pub struct Guest {
+    vm: Arc<dyn Vm>,
+    ram: Vec<Arc<GuestRegionMmap>>,
+    /// What devices reach.
+    view: GuestMemoryAtomic<GuestMemoryMmap>,
+    shared: Mutex<Shared>,
+    quotes: Option<Quotes>,
+}
+
+impl fmt::Debug for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guest").finish_non_exhaustive()
+    }
+}
+
+/// What is shared, and how devices see it.
+#[derive(Default, Clone)]
+struct Shared {
+    ranges: SharedRanges,
+    /// A mapping for each range, by its start.
+    regions: BTreeMap<u64, Arc<GuestRegionMmap>>,
+}
+
+/// Why memory cannot be as the guest wants it.
+enum Refused {
+    /// It shares too many ranges.
+    TooMany,
+    /// The host has no mapping left, now.
+    NoMapping(String),
+}
+
+impl Shared {
+    /// The same with a range in another state. Ranges that stay as they are keep their mappings.
+    fn with(&self, range: GpaRange, to: Visibility, ram: &[Arc<GuestRegionMmap>]) -> Result<Self, Refused> {
+        let mut ranges = self.ranges.clone();
+        for part in ram.iter().filter_map(|region| range_of(region).common(range)) {
+            match to {
+                Visibility::Shared => ranges.insert(part),
+                Visibility::Private => ranges.remove(part),
+            }
+        }
+        // Regions that touch are one range, and still two mappings.
+        let parts = ranges
+            .ranges()
+            .into_iter()
+            .flat_map(|range| ram.iter().filter_map(move |region| Some((region, range_of(region).common(range)?))));
+        let mut regions = BTreeMap::new();
+        for (region, part) in parts {
+            let known = self.regions.get(&part.start).filter(|known| known.len() == part.len);
+            let mapped = known.map_or_else(|| map_again(region, part), |known| Ok(known.clone()));
+            regions.insert(part.start, mapped.map_err(Refused::NoMapping)?);
+            if regions.len() > MOST_RANGES {
+                return Err(Refused::TooMany);
+            }
+        }
+        Ok(Self { ranges, regions })
+    }
+}
+
+fn range_of(region: &GuestRegionMmap) -> GpaRange {
+    GpaRange { start: region.start_addr().0, len: region.len() }
+}
+
+/// Maps a part of guest memory's file once more.
+fn map_again(region: &GuestRegionMmap, part: GpaRange) -> Result<Arc<GuestRegionMmap>, String> {
+    let file = region.file_offset().ok_or("memory without a file cannot be shared in parts")?;
+    let offset = file.start() + (part.start - region.start_addr().0);
+    let len = usize::try_from(part.len).map_err(|error| error.to_string())?;
+    let mapping = MmapRegion::from_file(FileOffset::from_arc(file.arc().clone(), offset), len);
+    let mapping = mapping.map_err(|error| error.to_string())?;
+    GuestRegionMmap::new(mapping, GuestAddress(part.start)).map(Arc::new).ok_or_else(|| "beyond all addresses".into())
+}
+
+impl Guest {
+    /// A guest that has shared nothing of its RAM, which is a file mapped shared, yet. Devices are to reach `view` alone.
+    pub fn new(
+        vm: Arc<dyn Vm>,
+        ram: Vec<Arc<GuestRegionMmap>>,
+        view: GuestMemoryAtomic<GuestMemoryMmap>,
+        quotes: Option<Quotes>,
+    ) -> Self {
+        Self { vm, ram, view, shared: Mutex::default(), quotes }
+    }
+
+    /// The guest of a machine, where it is a confidential one. Devices are to reach `view` alone.
+    ///
+    /// # Errors
+    /// [`Failure::Host`] where there is no thread or interrupt for its quotes.
+    pub fn of_machine(
+        parts: &Parts,
+        seam: &VmSeam,
+        memory: &Ram,
+        view: &GuestMemoryAtomic<GuestMemoryMmap>,
+    ) -> Result<Option<Arc<Self>>, Failure> {
+        let vm = &seam.0;
+        if !vm.kind().private_memory {
+            return Ok(None);
+        }
+        let quotes = match &parts.config.confidential {
+            Some(Confidential::Tdx(tdx)) => Some(Quotes::new(quotes::Parts {
+                memory: memory.map.clone(),
+                shared: Arc::new(OfVm(vm.clone())),
+                interrupt: Arc::from(seam.create()?),
+                service: tdx.quote_service.clone().map(address),
+                counters: Arc::default(),
+            })?),
+            _ => None,
+        };
+        Ok(Some(Arc::new(Self::new(vm.clone(), memory.regions.clone(), view.clone(), quotes))))
+    }
+
+    /// Makes memory private or shared, as the guest wants it. A device that is at work on what becomes private finds an
+    /// error with its next access.
+    pub fn convert(&self, range: GpaRange, to: Visibility) -> Conversion {
+        if !range.start.is_multiple_of(PAGE) || !range.len.is_multiple_of(PAGE) {
+            return Conversion::Invalid;
+        }
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = match shared.with(range, to, &self.ram) {
+            Ok(next) => next,
+            Err(Refused::TooMany) => {
+                tracing::warn!("the guest shares more than {MOST_RANGES} ranges of its memory");
+                return Conversion::Invalid;
+            }
+            Err(Refused::NoMapping(problem)) => {
+                tracing::warn!("memory that the guest shares cannot be mapped: {problem}");
+                return Conversion::Retry;
+            }
+        };
+        // Devices let go of what becomes private before it does, and reach what becomes shared once it is.
+        if to == Visibility::Private {
+            self.show(&next);
+        }
+        if let Err(error) = self.vm.memory().convert(range, to) {
+            tracing::warn!("memory is not {to:?} as the guest wants it: {error}");
+            self.show(&shared);
+            return Conversion::Invalid;
+        }
+        *shared = next;
+        self.show(&shared);
+        Conversion::Done
+    }
+
+    fn show(&self, shared: &Shared) {
+        let regions: Vec<_> = shared.regions.values().cloned().collect();
+        // They come in order and do not overlap.
+        let map =
+            if regions.is_empty() { Ok(GuestMemoryMmap::new()) } else { GuestMemoryMmap::from_arc_regions(regions) };
+        match (map, self.view.lock()) {
+            (Ok(map), Ok(view)) => view.replace(map),
+            (Err(error), _) => tracing::error!("shared memory is shown to no device: {error}"),
+            (_, Err(_)) => tracing::error!("shared memory is shown to no device"),
+        }
+    }
+
+    /// Answers a call of the guest's.
+    pub fn call(&self, call: GuestCall) -> GuestCallStatus {
+        let Some(quotes) = &self.quotes else { return GuestCallStatus::Unsupported };
+        let status = match call {
+            GuestCall::GetQuote { gpa, size } => quotes.get_quote(gpa, size),
+            GuestCall::SetupEventNotify { vcpu, vector } => quotes.set_up_event_notify(vcpu.0.into(), vector),
+        };
+        match status {
+            CallStatus::Success => GuestCallStatus::Success,
+            CallStatus::Retry => GuestCallStatus::Retry,
+            CallStatus::InvalidOperand => GuestCallStatus::InvalidOperand,
+            CallStatus::AlignError => GuestCallStatus::AlignError,
+            CallStatus::Unsupported => GuestCallStatus::Unsupported,
+        }
+    }
+}
+
+fn address(service: QuoteService) -> quotes::Address {
+    match service {
+        QuoteService::Unix(path) => quotes::Address::Unix(path),
+        QuoteService::Vsock { cid, port } => quotes::Address::Vsock { cid, port },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hal::fake::Fake;
+    use hal::{HostCaps, Hypervisor, KindName, Slot, TdxSpec, VmKind, VmSpec};
+    use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
+
+    use super::*;
+    use crate::memory;
+
+    const MIB: u64 = 1 << 20;
+
+    struct Bench {
+        guest: Guest,
+        vm: Arc<dyn Vm>,
+        view: GuestMemoryAtomic<GuestMemoryMmap>,
+        ram: memory::Ram,
+    }
+
+    /// Two regions that touch, of 1 MiB each, and one apart from them.
+    fn bench() -> Bench {
+        let caps = HostCaps { kinds: vec![KindName::Tdx], ..Fake::new().caps().clone() };
+        let spec = VmSpec { kind: VmKind::Tdx(TdxSpec::default()), max_vcpus: 1, ..VmSpec::default() };
+        let vm: Arc<dyn Vm> = Arc::from(Fake::with_caps(caps).create(&spec).unwrap());
+        let ranges = [0, MIB, 4 * MIB].map(|start| GpaRange { start, len: MIB });
+        let config = api::Memory { shared: true, ..api::Memory::default() };
+        let ram = memory::create(&ranges, &config).unwrap();
+        for region in &ram.regions {
+            vm.memory().map(Slot::new(region.clone())).unwrap();
+        }
+        let view = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None);
+        Bench { guest, vm, view, ram }
+    }
+
+    impl Bench {
+        fn convert(&self, start: u64, len: u64, to: Visibility) -> Conversion {
+            self.guest.convert(GpaRange { start, len }, to)
+        }
+
+        /// Whether devices reach a byte.
+        fn reach(&self, address: u64) -> bool {
+            self.view.memory().read_obj::<u8>(GuestAddress(address)).is_ok()
+        }
+    }
+
+    #[test]
+    fn devices_reach_what_is_shared_and_nothing_else() {
+        let bench = bench();
+        assert!(!bench.reach(0) && !bench.reach(4 * MIB));
+        assert_eq!(bench.convert(2 * PAGE, 4 * PAGE, Visibility::Shared), Conversion::Done);
+        let reached: Vec<u64> = (0..8).filter(|page| bench.reach(page * PAGE)).collect();
+        assert_eq!(reached, [2, 3, 4, 5]);
+        // It is the guest's own memory, seen once more.
+        bench.view.memory().write_obj(0x1234_u16, GuestAddress(3 * PAGE)).unwrap();
+        assert_eq!(bench.ram.map.read_obj::<u16>(GuestAddress(3 * PAGE)).unwrap(), 0x1234);
+        assert_eq!(bench.convert(4 * PAGE, PAGE, Visibility::Private), Conversion::Done);
+        assert!(bench.reach(5 * PAGE) && bench.reach(3 * PAGE) && !bench.reach(4 * PAGE));
+        let shared = [(2 * PAGE, 2 * PAGE), (5 * PAGE, PAGE)].map(|(start, len)| GpaRange { start, len });
+        assert_eq!(bench.vm.memory().shared(), shared);
+    }
+
+    #[test]
+    fn a_range_over_two_regions_is_shared_in_both_and_holes_are_nobodys() {
+        let bench = bench();
+        assert_eq!(bench.convert(MIB - PAGE, 4 * MIB, Visibility::Shared), Conversion::Done);
+        let over_both = bench.view.memory().get_slices(GuestAddress(MIB - PAGE), 2 * 4096).all(|slice| slice.is_ok());
+        assert!(over_both && bench.reach(4 * MIB) && !bench.reach(3 * MIB));
+        assert_eq!(bench.convert(1 << 40, PAGE, Visibility::Shared), Conversion::Done, "a device's registers");
+        assert_eq!(bench.convert(1 << 40, PAGE, Visibility::Private), Conversion::Invalid);
+        assert_eq!(bench.convert(PAGE / 2, PAGE, Visibility::Shared), Conversion::Invalid);
+        assert!(!bench.reach(PAGE), "what was refused is as it was");
+    }
+
+    #[test]
+    fn a_guest_cannot_have_the_monitor_map_without_end() {
+        let mut bench = bench();
+        let len = (2 * MOST_RANGES as u64 + 8) * PAGE;
+        bench.ram =
+            memory::create(&[GpaRange { start: 0, len }], &api::Memory { shared: true, ..Default::default() }).unwrap();
+        let guest = Guest::new(bench.vm.clone(), bench.ram.regions.clone(), bench.view.clone(), None);
+        let mut shared = Shared::default();
+        for page in 0..MOST_RANGES as u64 {
+            shared.ranges.insert(GpaRange { start: 2 * page * PAGE, len: PAGE });
+        }
+        let full = shared.with(GpaRange { start: 0, len: PAGE }, Visibility::Shared, &guest.ram);
+        assert!(full.is_ok_and(|full| full.regions.len() == MOST_RANGES));
+        let one_more = GpaRange { start: len - PAGE, len: PAGE };
+        assert!(matches!(shared.with(one_more, Visibility::Shared, &guest.ram), Err(Refused::TooMany)));
+        let fewer = shared.with(GpaRange { start: 0, len: 8 * PAGE }, Visibility::Private, &guest.ram);
+        assert!(fewer.is_ok_and(|fewer| fewer.regions.len() == MOST_RANGES - 4));
+    }
+}
