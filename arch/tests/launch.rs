@@ -58,26 +58,34 @@ struct Launched {
     calls: u64,
 }
 
+/// The parts of a trust domain with this much memory, before its launch, and the plan for that.
+type Parts<'a> = (Box<dyn Vm>, Vec<Box<dyn Vcpu>>, Vec<Slot>, LaunchPlan<'a>);
+
+fn prepare<'a>(firmware: &'a [u8], kvm: &Kvm, gib: u64, vcpus: u32) -> Parts<'a> {
+    let ram = layout::ram_ranges(gib << 30);
+    let plan = LaunchPlan::from_firmware(firmware, &ram).unwrap();
+    let topology = Topology::flat(vcpus).unwrap();
+    let cpuid = CpuidTable::new(kvm.caps(), None, topology);
+    let spec = TdxSpec { cpuid: cpuid.for_vcpu(VcpuId(0)), ..Default::default() };
+    let vm = kvm.create(&VmSpec { kind: VmKind::Tdx(spec), max_vcpus: vcpus, ..Default::default() }).unwrap();
+    let vcpus = topology.vcpu_ids().into_iter().map(|id| {
+        let mut vcpu = vm.create_vcpu(id).unwrap();
+        vcpu.reset(&ResetState { cpuid: cpuid.for_vcpu(id), ..Default::default() }).unwrap();
+        vcpu
+    });
+    let vcpus = vcpus.collect();
+    // Firmware is memory that ends at 4 GiB.
+    let len = firmware.len() as u64;
+    let slots = ram.into_iter().chain([GpaRange { start: FOUR_GIB - len, len }]).map(slot);
+    let slots = slots.inspect(|slot| _ = vm.memory().map(slot.clone()).unwrap()).collect();
+    (vm, vcpus, slots, plan)
+}
+
 impl Launched {
     fn new(firmware: &[u8], kvm: &Kvm, gib: u64, vcpus: u32) -> Self {
         let log = tempfile::NamedTempFile::new().unwrap();
         recorder::log::to(Some(log.reopen().unwrap()));
-        let ram = layout::ram_ranges(gib << 30);
-        let plan = LaunchPlan::from_firmware(firmware, &ram).unwrap();
-        let topology = Topology::flat(vcpus).unwrap();
-        let cpuid = CpuidTable::new(kvm.caps(), None, topology);
-        let spec = TdxSpec { cpuid: cpuid.for_vcpu(VcpuId(0)), ..Default::default() };
-        let vm = kvm.create(&VmSpec { kind: VmKind::Tdx(spec), max_vcpus: vcpus, ..Default::default() }).unwrap();
-        let vcpus = topology.vcpu_ids().into_iter().map(|id| {
-            let mut vcpu = vm.create_vcpu(id).unwrap();
-            vcpu.reset(&ResetState { cpuid: cpuid.for_vcpu(id), ..Default::default() }).unwrap();
-            vcpu
-        });
-        let vcpus = vcpus.collect();
-        // Firmware is memory that ends at 4 GiB.
-        let len = firmware.len() as u64;
-        let slots = ram.into_iter().chain([GpaRange { start: FOUR_GIB - len, len }]).map(slot);
-        let slots: Vec<Slot> = slots.inspect(|slot| _ = vm.memory().map(slot.clone()).unwrap()).collect();
+        let (vm, vcpus, slots, plan) = prepare(firmware, kvm, gib, vcpus);
         let launch = vm.launch().unwrap();
         launch.begin(plan.hand_off).unwrap();
         plan.regions.iter().for_each(|region| launch.add(region.memory, &region.contents, region.measured).unwrap());
@@ -271,4 +279,77 @@ fn a_trust_domain_lets_go_of_all_it_has() {
     assert!(launched.vm.create_vcpu(VcpuId(0)).err().unwrap().to_string().contains("after the launch has begun"));
     drop(launched);
     assert_eq!(private_files().len(), 0);
+}
+
+#[test]
+fn each_step_of_a_launch_out_of_order_is_refused() {
+    let _alone = RECORDER.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some((firmware, kvm)) = host() else { return };
+    let log = tempfile::NamedTempFile::new().unwrap();
+    recorder::log::to(Some(log.reopen().unwrap()));
+    let (vm, mut vcpus, _, plan) = prepare(&firmware, &kvm, 2, 1);
+    let launch = vm.launch().unwrap();
+    let refused = |result: hal::Result<()>, why: &str| {
+        let error = result.expect_err(why).to_string();
+        assert!(error.contains(why), "{error}");
+    };
+    let page = GpaRange { start: 0x10_0000, len: 0x1000 };
+    refused(launch.add(page, &[], false), "has not begun");
+    refused(launch.finish(), "has not begun");
+    refused(vcpus[0].run(&Converts(&*vm)).map(|_| ()), "not sealed");
+    refused(vcpus[0].reset(&ResetState::default()), "a new VM");
+    refused(vcpus[0].reset(&ResetState { entry: Some(Default::default()), ..Default::default() }), "TDX module sets");
+    refused(
+        vm.memory().map(Slot { readonly: true, ..slot(GpaRange { start: 1 << 40, ..page }) }).map(|_| ()),
+        "read-only",
+    );
+    refused(
+        vm.memory().map(Slot { log_dirty: true, ..slot(GpaRange { start: 1 << 40, ..page }) }).map(|_| ()),
+        "dirty",
+    );
+    refused(vm.create_vcpu(VcpuId(1)).map(|_| ()), "there are 0 to 0");
+    launch.begin(plan.hand_off).unwrap();
+    refused(launch.begin(plan.hand_off), "begun already");
+    refused(vm.create_vcpu(VcpuId(0)).map(|_| ()), "after the launch has begun");
+    for (range, contents, why) in [
+        (GpaRange { start: page.start + 8, ..page }, 0, "whole pages"),
+        (GpaRange { len: 0, ..page }, 0, "whole pages"),
+        (page, 4097, "longer"),
+        (GpaRange { start: 0xfec0_0000, ..page }, 0, "private memory of one slot"),
+        (GpaRange { start: (2 << 30) - 0x1000, len: 0x2000 }, 0, "private memory of one slot"),
+    ] {
+        refused(launch.add(range, &vec![0; contents], true), why);
+    }
+    vm.memory().convert(page, Visibility::Shared).unwrap();
+    refused(launch.add(page, &[], true), "private memory of one slot");
+    launch.finish().unwrap();
+    refused(launch.finish(), "sealed already");
+    refused(launch.add(GpaRange { start: 0x20_0000, ..page }, &[], true), "sealed");
+    // Nothing of this reached the kernel to be refused there.
+    assert!(!fs::read_to_string(log.path()).unwrap().contains("refused"));
+    for spec in [
+        VmSpec { dirty_tracking: hal::DirtyTracking::Bitmap, max_vcpus: 1, kind: VmKind::Tdx(TdxSpec::default()) },
+        VmSpec { max_vcpus: 0, kind: VmKind::Tdx(TdxSpec::default()), ..Default::default() },
+        VmSpec {
+            max_vcpus: 1,
+            kind: VmKind::Tdx(TdxSpec { attributes: 1, ..Default::default() }),
+            ..Default::default()
+        },
+    ] {
+        assert!(matches!(kvm.create(&spec), Err(Error::Unsupported(_))), "{spec:?}");
+    }
+}
+
+/// A guest that shares every second page makes the monitor remember as many pieces as that.
+#[test]
+fn memory_is_shared_in_so_many_pieces_and_no_more() {
+    let _alone = RECORDER.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some((firmware, kvm)) = host() else { return };
+    recorder::log::to(None);
+    let (vm, _vcpus, _, _) = prepare(&firmware, &kvm, 2, 1);
+    let page = |number: u64| GpaRange { start: number * 0x2000, len: 0x1000 };
+    (0..65_536).for_each(|number| vm.memory().convert(page(number), Visibility::Shared).unwrap());
+    assert!(vm.memory().convert(page(65_536), Visibility::Shared).unwrap_err().to_string().contains("too many pieces"));
+    vm.memory().convert(page(7), Visibility::Private).unwrap();
+    vm.memory().convert(page(65_536), Visibility::Shared).unwrap();
 }

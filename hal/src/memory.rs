@@ -81,8 +81,8 @@ pub trait Memory: Send + Sync {
     /// stays untouched. Addresses without memory are shared as they are: a guest may say so of devices.
     ///
     /// # Errors
-    /// [`crate::Error::Invalid`] where the VM's kind has no private memory, the range is not of whole pages, or what is to be
-    /// private is not all mapped; [`crate::Error::System`] where the hypervisor refuses.
+    /// [`crate::Error::Invalid`] where the VM's kind has no private memory, the range is not of whole pages, what is to be
+    /// private is not all mapped, or too many separate pieces are shared; [`crate::Error::System`] where the hypervisor refuses.
     fn convert(&self, range: GpaRange, to: Visibility) -> Result<()>;
 
     /// Whether guest and monitor see the same in all of a mapped range: always, where the VM's kind has no private memory.

@@ -60,6 +60,11 @@ impl SharedRanges {
         range.len > 0 && self.ends.range(..end).next_back().is_some_and(|(_, &last)| last > range.start)
     }
 
+    /// How many ranges there are.
+    pub fn pieces(&self) -> usize {
+        self.ends.len()
+    }
+
     /// All ranges, in ascending order.
     pub fn ranges(&self) -> Vec<GpaRange> {
         self.ends.iter().map(|(&start, &end)| GpaRange { start, len: end - start }).collect()
@@ -113,6 +118,7 @@ mod tests {
             }
             (from..to).for_each(|page| pages[usize::try_from(page).unwrap()] = add);
             let joined = shared.ranges().windows(2).all(|two| two[0].start + two[0].len < two[1].start);
+            assert_eq!(shared.pieces(), shared.ranges().len());
             let covered: u64 = shared.ranges().iter().map(|range| range.len / 0x1000).sum();
             assert!(joined && covered == pages.iter().filter(|page| **page).count() as u64);
         }

@@ -18,6 +18,9 @@ use super::vm::Shared;
 use crate::{DirtyLog, Error, GpaRange, Memory, Result, SharedRanges, Slot, SlotId, Visibility};
 
 const PAGE: u64 = 4096;
+/// The most ranges that a guest may share, none beside another: what devices of the host's can be told of, and few enough to
+/// remember. Linux shares some dozens. Making memory private may split a range, so that has as much room again.
+const MAX_PIECES: usize = 65_536;
 
 /// The slots of a VM, by their number in KVM.
 pub(super) struct Slots {
@@ -138,6 +141,10 @@ impl Slots {
             slots.values().filter_map(|mapped| mapped.slot.range().common(range)).map(|part| part.len).sum();
         if to == Visibility::Private && mapped != len {
             return Err(not_convertible("there is no memory in a part of the range"));
+        }
+        let room = if to == Visibility::Shared { MAX_PIECES } else { 2 * MAX_PIECES };
+        if shared.pieces() >= room {
+            return Err(not_convertible("memory is shared in too many pieces: share pages beside each other"));
         }
         // What is so already is left out, and what slots side by side have becomes one range.
         let mut changing = SharedRanges::default();

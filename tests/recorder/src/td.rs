@@ -36,8 +36,8 @@ struct Td {
     /// The leaves of INIT_VM, once it was called.
     cpuid: Option<Vec<CpuidEntry>>,
     slots: BTreeMap<u32, Region>,
-    /// What is private: start and end.
-    private: Vec<(u64, u64)>,
+    /// What is private: the end of each range, by its start.
+    private: BTreeMap<u64, u64>,
     /// There is an interrupt chip.
     chip: bool,
     /// vCPUs whose CPUID has x2APIC.
@@ -53,9 +53,16 @@ struct Td {
 impl Td {
     /// Notes that addresses are private, or are not.
     fn set_private(&mut self, start: u64, end: u64, private: bool) {
-        let ranges = std::mem::take(&mut self.private);
-        let rest = ranges.into_iter().flat_map(|(from, to)| [(from, to.min(start)), (from.max(end), to)]);
-        self.private = rest.filter(|(from, to)| from < to).chain(private.then_some((start, end))).collect();
+        while let Some((from, to)) = self.private.range(..end).next_back().map(|(from, to)| (*from, *to))
+            && to > start
+        {
+            self.private.remove(&from);
+            self.private
+                .extend([(from, to.min(start)), (from.max(end), to)].into_iter().filter(|(from, to)| from < to));
+        }
+        if private {
+            self.private.insert(start, end);
+        }
     }
 }
 
@@ -347,7 +354,8 @@ unsafe fn init_mem_region(td: &mut Td, id: usize, command: &mut Command) -> Resu
     let end = pages.checked_mul(4096).and_then(|len| start.checked_add(len)).ok_or(libc::EINVAL)?;
     let private =
         |slot: &Region| slot.flags & abi::MEM_GUEST_MEMFD != 0 && slot.start <= start && end <= slot.start + slot.len;
-    let private = td.slots.values().any(private) && td.private.iter().any(|(from, to)| *from <= start && end <= *to);
+    let private =
+        td.slots.values().any(private) && td.private.range(..=start).next_back().is_some_and(|(_, to)| end <= *to);
     if !td.initialized.contains(&id) || !private {
         return Err(libc::EINVAL);
     }
