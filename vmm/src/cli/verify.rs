@@ -145,7 +145,7 @@ fn expected(args: &VerifyArgs) -> Result<Vec<(&'static str, String)>, Failure> {
 /// What a configuration says of its trust domain.
 fn configured(path: &Path) -> Result<Vec<(&'static str, String)>, Failure> {
     let config = ConfigText::read(path).map_err(|problem| Failure::Input("config", problem.to_string()))?;
-    let config = config.parse().map_err(|problems| Failure::Input("config", problems.to_string()))?;
+    let config = config.parse().map_err(|problems| named(path, "config", &problems.to_string()))?;
     let Some(Confidential::Tdx(tdx)) = config.confidential else {
         return Err(named(path, "config", "it is of no trust domain: confidential: {kind: tdx}"));
     };
