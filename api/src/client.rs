@@ -25,8 +25,8 @@ use serde::de::DeserializeOwned;
 use self::wire::{Chunks, Line, MAX_BODY, connect, read_body, read_byte_by_byte, read_head, write_request};
 use crate::routes::{CONSOLE_PROTOCOL, Operation, Verb, encoded, route_of};
 use crate::{
-    DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, Pong, ProblemDocument, Shutdown, Vcpus, VcpusPatch,
-    Version, VmConfig, VmInfo,
+    DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, Pong, ProblemDocument, Quotes, Shutdown, Vcpus,
+    VcpusPatch, Version, VmConfig, VmInfo,
 };
 
 /// How long a stream of events may be silent. The monitor says something every 15 seconds.
@@ -253,6 +253,9 @@ impl Client {
     }
     pub fn memory(&mut self) -> Result<MemoryInfo> {
         self.get(Operation::GetMemory, "")
+    }
+    pub fn quotes(&mut self) -> Result<Quotes> {
+        self.get(Operation::GetQuotes, "")
     }
     pub fn jobs(&mut self) -> Result<Vec<Job>> {
         self.get(Operation::ListJobs, "")

@@ -48,7 +48,7 @@ pub use openapi::{OPENAPI_JSON, SCHEMAS, openapi};
 pub use outcome::Outcome;
 pub use parse::{ConfigText, MAX_CONFIG_BYTES, parse};
 pub use problem::{Position, Problem, Problems};
-pub use quote::{QuoteAnswer, QuoteField, QuoteQuestion, QuoteSignature};
+pub use quote::{QuoteAnswer, QuoteField, QuoteQuestion, QuoteServiceState, QuoteSignature, Quotes};
 pub use schema::{SCHEMA_JSON, schema};
 pub use suggest::did_you_mean;
 pub use units::{ByteSize, MacAddr, TimeSpan, UnitError};

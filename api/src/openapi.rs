@@ -8,8 +8,8 @@ use crate::diagnose::{tag, type_named, words};
 use crate::routes::{Content, EVENT_STREAM, Operation, ROUTES, Route};
 use crate::schema::unfold;
 use crate::{
-    DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, PROBLEM_JSON, Pong, ProblemDocument, Shutdown,
-    Vcpus, VcpusPatch, Version, VmConfig, VmInfo,
+    DeviceConfig, Event, HostReport, Job, MemoryInfo, MemoryPatch, PROBLEM_JSON, Pong, ProblemDocument, Quotes,
+    Shutdown, Vcpus, VcpusPatch, Version, VmConfig, VmInfo,
 };
 
 /// The description of the API as text, as it is committed. A test holds it equal to what [`openapi`] generates, so that
@@ -32,6 +32,7 @@ pub fn openapi() -> Value {
     register::<VcpusPatch>(&mut generator);
     register::<MemoryInfo>(&mut generator);
     register::<MemoryPatch>(&mut generator);
+    register::<Quotes>(&mut generator);
     register::<Shutdown>(&mut generator);
     register::<HostReport>(&mut generator);
     register::<Version>(&mut generator);

@@ -53,6 +53,7 @@ pub enum Operation {
     PatchVcpus,
     GetMemory,
     PatchMemory,
+    GetQuotes,
     OpenConsole,
     ListJobs,
     GetJob,
@@ -303,6 +304,16 @@ pub const ROUTES: &[Route] = &[
         ],
         problems: &[400, 404, 409, 412, 422],
         ..get(Operation::PatchMemory, "patch_memory", "/api/v1/vm/memory", "Change the size of the VM's memory.")
+    },
+    Route {
+        replies: &[json("The quotes.", "Quotes")],
+        problems: &[404],
+        ..get(
+            Operation::GetQuotes,
+            "get_quotes",
+            "/api/v1/vm/quotes",
+            "Show what became of the quotes that a trust domain asked for, and how the quote service is.",
+        )
     },
     Route {
         replies: &[Success {

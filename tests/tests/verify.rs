@@ -124,6 +124,22 @@ fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     let by_der = [&firmware[..], &signed[..2], &["--root-ca", der.to_str().unwrap()]].concat();
     verify(&quote, &by_der).expect_code(0);
 
+    // As configured, and as it is not.
+    let config = folder.path().join("vm.yaml");
+    let configured = |owner: &str, more: &str| {
+        let tdx = format!("{{kind: tdx, config_id: \"{}\", owner: \"{owner}\"{more}}}", "22".repeat(48));
+        fs::write(&config, format!("kernel: {{path: vmlinuz}}\nconfidential: {tdx}\n")).unwrap();
+        [&signed[..], &["--config", config.to_str().unwrap()]].concat()
+    };
+    let theirs = format!(", owner_config: \"{}\"", "44".repeat(48));
+    let report = said(&quote, &configured(&"33".repeat(48), &theirs), 0);
+    assert_eq!(field(&report, "attributes")["expected"], "0000001000000000");
+    let off = theirs.clone() + ", sept_ve_disable: false";
+    for (owner, more, name) in [("34", &*theirs, "mrowner"), ("33", "", "mrownerconfig"), ("33", &off, "attributes")] {
+        let run = verify(&quote, &configured(&owner.repeat(48), more)).expect_code(9);
+        assert!(run.output().contains(&format!("DIFFERS   {name} ")), "{run}");
+    }
+
     // Another report's data, another firmware, another root, and a bit.
     let run = verify(&quote, &[&signed[..], &["--report-data", "deadbeee"]].concat()).expect_code(9);
     assert!(run.output().contains("DIFFERS   reportdata deadbeef"), "{run}");
@@ -162,12 +178,16 @@ fn what_cannot_be_used_is_refused_by_its_flag() {
     short.truncate(700);
     fs::write(path("short"), short).unwrap();
     verify(Path::new(&path("short")), &["--fields-only"]).expect_code(2);
+    fs::write(path("plain.yaml"), "kernel: {path: vmlinuz}\n").unwrap();
     let collateral = path("collateral.json");
     for (args, message) in [
         (&["--fields-only", "--report-data", "abc"][..], "--report-data abc: it must be at most 64 bytes"),
         (&["--fields-only", "--report-data", "zz"], "--report-data zz: "),
         (&["--fields-only", "--report-data", &"0".repeat(130)], ": it must be at most 64 bytes"),
         (&["--fields-only", "--firmware", "/nonexistent"], "/nonexistent: No such file"),
+        (&["--fields-only", "--config", "/nonexistent"], "/nonexistent: there is no such file"),
+        (&["--fields-only", "--config", &path("plain.yaml")], "plain.yaml: it is of no trust domain"),
+        (&["--fields-only", "--config", &path("text")], "text: fields (`name: value`) must stand here"),
         (&["--collateral", "/dev/zero"], "/dev/zero: it is longer than 2 MiB"),
         (&["--collateral", &collateral, "--root-ca", "/nonexistent"], "/nonexistent: No such file"),
         (&[], "--collateral <FILE>"),

@@ -30,6 +30,7 @@ use crate::inputs::Inputs;
 use crate::memory::Ram;
 use crate::pluggable::PluggableMemory;
 use crate::processors::{Pluggable, VcpuMaker};
+use crate::quotes::QuoteCounters;
 use crate::seams::VmSeam;
 use crate::trace::{Attached, Milestone, Trace, View};
 use crate::troubles::Troubles;
@@ -87,6 +88,8 @@ pub struct MachineCounters {
     pub memory: Vec<Range<u64>>,
     /// Interrupt routes of the hypervisor's that devices hold.
     pub routes: Arc<AtomicUsize>,
+    /// Quotes, of a machine whose guest can ask for them.
+    pub quotes: Option<Arc<QuoteCounters>>,
 }
 
 /// Address and data of the message that is a non-maskable interrupt for all processors (Intel SDM, volume 3, §11.11).
@@ -319,6 +322,7 @@ impl Machine {
             faults: self.functions.faults(),
             memory: self.functions.host_memory(),
             routes: self.vm.irqs().routes_held(),
+            quotes: None,
         })
     }
 

@@ -8,15 +8,16 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use api::{QuoteService, QuoteServiceState};
 use dcap_qvl::QuoteCollateralV3;
 use dcap_qvl::quote::{Quote, TDReport10};
 use dcap_qvl::verify::QuoteVerifier;
 use devices::seam::{Interrupt, MsiMessage};
-use hal::GpaRange;
+use hal::{GpaRange, GuestCall, GuestCallStatus};
 use halyard_qgs::{Platform, Registers, Service};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm::quotes::{Address, CallStatus, Parts, QuoteCounters, Quotes, ServiceState, SharedMemory};
+use vmm::quotes::{Parts, QuoteCounters, Quotes, SharedMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const GPA: u64 = 0x4000;
@@ -58,7 +59,7 @@ impl Guest {
             memory: memory.clone(),
             shared: Arc::new(All),
             interrupt: Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap())),
-            service: Some(Address::Unix(socket.to_owned())),
+            service: Some(QuoteService::Unix(socket.to_owned())),
             counters: counters.clone(),
         });
         Self { quotes: quotes.unwrap(), memory, counters }
@@ -69,7 +70,7 @@ impl Guest {
         let len = u32::try_from(report.len()).unwrap();
         let header = [&1_u64.to_le_bytes()[..], &[0; 8], &len.to_le_bytes(), &[0; 4], report].concat();
         self.memory.write_slice(&header, GuestAddress(GPA)).unwrap();
-        assert_eq!(self.quotes.get_quote(GPA, LEN), CallStatus::Success);
+        assert_eq!(self.quotes.call(0, GuestCall::GetQuote { gpa: GPA, size: LEN }), GuestCallStatus::Success);
         let status = loop {
             match self.memory.load(GuestAddress(GPA + 8), Ordering::Acquire).unwrap() {
                 u64::MAX => thread::yield_now(),
@@ -134,7 +135,7 @@ fn a_quote_of_a_report_is_accepted_and_one_flipped_bit_is_not() {
             assert!(own.verify(&flipped, &collateral, now).is_err(), "bit {bit} of byte {at} is of no account");
         }
     }
-    assert_eq!(guest.counters.figures().service, Some(ServiceState::Answers));
+    assert_eq!(guest.counters.figures().service, QuoteServiceState::Answers);
 }
 
 #[test]
@@ -148,7 +149,8 @@ fn what_the_module_did_not_report_is_not_quoted() {
     }
     assert_eq!(guest.quote(&report[..1023]), Err(FAILED));
     assert!(guest.quote(&report).is_ok());
-    assert_eq!(guest.counters.figures().ends, [1, 0, 0, 7]);
+    let figures = guest.counters.figures();
+    assert_eq!((figures.given, figures.failed, figures.invalid), (1, 7, 1));
 }
 
 /// The time from a guest's call to its answer, but for what the service takes. `make bench` runs it.

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use hal::GpaRange;
+use hal::{GpaRange, GuestCallStatus};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm::quotes::{Answer, Asked, Buffer, CallStatus, Question, REPORT_LEN, SharedMemory, Status, WireError};
+use vmm::quotes::{Answer, Asked, Buffer, Question, REPORT_LEN, SharedMemory, Status, WireError};
 
 use crate::allocated;
 
@@ -74,13 +74,13 @@ impl Call {
     }
 
     /// What it is to return, by the rules one after the other.
-    fn expected(&self) -> Result<(), CallStatus> {
-        let invalid = Err(CallStatus::InvalidOperand);
+    fn expected(&self) -> Result<(), GuestCallStatus> {
+        let invalid = Err(GuestCallStatus::InvalidOperand);
         if self.len == 0 {
             return invalid;
         }
         if self.gpa % PAGE != 0 || self.len % PAGE != 0 {
-            return Err(CallStatus::AlignError);
+            return Err(GuestCallStatus::AlignError);
         }
         let Some(end) = self.gpa.checked_add(self.len).filter(|_| self.len <= 128 << 10) else { return invalid };
         let pages = self.gpa / PAGE..end / PAGE;

@@ -187,6 +187,10 @@ pub struct VerifyArgs {
     #[arg(value_name = "QUOTE")]
     pub quote: PathBuf,
 
+    /// Attributes, configuration and owner are to be those of this configuration, of a trust domain
+    #[arg(long, value_name = "FILE", help_heading = "What it is to be")]
+    pub config: Option<PathBuf>,
+
     /// MRTD is to be that of a trust domain with this firmware
     #[arg(long, value_name = "FILE", help_heading = "What it is to be")]
     pub firmware: Option<PathBuf>,

@@ -229,6 +229,6 @@ mod tests {
         for name in ["run", "serve", "validate", "probe", "measure", "verify", "schema", "ctl"] {
             assert!(found.iter().any(|word| word == name), "{name} is not in {found:?}");
         }
-        assert_eq!(found.len(), 7, "{found:?}");
+        assert_eq!(found.len(), 8, "{found:?}");
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api::{QuoteAnswer, QuoteField, QuoteQuestion, QuoteSignature};
+use api::{Confidential, ConfigText, Identity, QuoteAnswer, QuoteField, QuoteQuestion, QuoteSignature};
 use serde::Serialize;
 
 use super::args::VerifyArgs;
@@ -26,6 +26,8 @@ const PROGRAM: &str = "halyard-verify";
 const LONGEST: u64 = 2 << 20;
 /// Bytes of what a report's user may put into it.
 const REPORT_DATA: usize = 64;
+/// A trust domain's attribute SEPT_VE_DISABLE (Intel TDX Module ABI Specification, ATTRIBUTES). No other is asked for.
+const SEPT_VE_DISABLE: u64 = 1 << 28;
 /// A platform with which nothing is wrong.
 const UP_TO_DATE: &str = "UpToDate";
 
@@ -122,7 +124,7 @@ fn report(args: &VerifyArgs) -> Result<Report, Failure> {
 
 /// What fields of the quote are to be, by their names.
 fn expected(args: &VerifyArgs) -> Result<Vec<(&'static str, String)>, Failure> {
-    let mut expected = Vec::new();
+    let mut expected = args.config.as_deref().map(configured).transpose()?.unwrap_or_default();
     if let Some(firmware) = &args.firmware {
         let mrtd = mrtd(firmware).map_err(|(field, problem)| Failure::Input(field, problem))?;
         expected.push(("mrtd", mrtd));
@@ -138,6 +140,23 @@ fn expected(args: &VerifyArgs) -> Result<Vec<(&'static str, String)>, Failure> {
         expected.push(("reportdata", format!("{digits:0<width$}", width = 2 * REPORT_DATA)));
     }
     Ok(expected)
+}
+
+/// What a configuration says of its trust domain.
+fn configured(path: &Path) -> Result<Vec<(&'static str, String)>, Failure> {
+    let config = ConfigText::read(path).map_err(|problem| Failure::Input("config", problem.to_string()))?;
+    let config = config.parse().map_err(|problems| named(path, "config", &problems.to_string()))?;
+    let Some(Confidential::Tdx(tdx)) = config.confidential else {
+        return Err(named(path, "config", "it is of no trust domain: confidential: {kind: tdx}"));
+    };
+    let attributes = if tdx.sept_ve_disable { SEPT_VE_DISABLE } else { 0 };
+    let identity = |identity: Option<Identity>| identity.unwrap_or(Identity::new([0; 48])).to_string();
+    Ok(vec![
+        ("attributes", hex(&attributes.to_le_bytes())),
+        ("mrconfigid", identity(tdx.config_id)),
+        ("mrowner", identity(tdx.owner)),
+        ("mrownerconfig", identity(tdx.owner_config)),
+    ])
 }
 
 /// Whether a signature is one that the caller takes.

@@ -11,11 +11,11 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use hal::GpaRange;
+use hal::{GpaRange, GuestCallStatus};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
+use super::SharedMemory;
 use super::wire::REPORT_LEN;
-use super::{CallStatus, SharedMemory};
 
 /// Bytes of the header.
 const HEADER_LEN: usize = 24;
@@ -78,29 +78,29 @@ impl Buffer {
         shared: &Arc<dyn SharedMemory>,
         gpa: u64,
         len: u64,
-    ) -> Result<Asked, CallStatus> {
+    ) -> Result<Asked, GuestCallStatus> {
         if len == 0 {
-            return Err(CallStatus::InvalidOperand);
+            return Err(GuestCallStatus::InvalidOperand);
         }
         if !gpa.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
-            return Err(CallStatus::AlignError);
+            return Err(GuestCallStatus::AlignError);
         }
         let range = GpaRange { start: gpa, len };
         if len > LONGEST || gpa.checked_add(len).is_none() || !shared.is_shared(range) {
-            return Err(CallStatus::InvalidOperand);
+            return Err(GuestCallStatus::InvalidOperand);
         }
         let buffer = Self { memory: memory.clone(), shared: shared.clone(), range };
-        let slice = buffer.slice().ok_or(CallStatus::InvalidOperand)?;
+        let slice = buffer.slice().ok_or(GuestCallStatus::InvalidOperand)?;
         let mut header = [0; HEADER_LEN];
-        slice.read_slice(&mut header, 0).map_err(|_| CallStatus::InvalidOperand)?;
+        slice.read_slice(&mut header, 0).map_err(|_| GuestCallStatus::InvalidOperand)?;
         let [.., a, b, c, d, _, _, _, _] = header;
         let report_len = u32::from_le_bytes([a, b, c, d]);
         if !header.starts_with(&VERSION.to_le_bytes()) || u64::from(report_len) > len - HEADER_LEN as u64 {
-            return Err(CallStatus::InvalidOperand);
+            return Err(GuestCallStatus::InvalidOperand);
         }
         let report = if report_len as usize == REPORT_LEN {
             let mut report = Box::new([0; REPORT_LEN]);
-            slice.read_slice(&mut *report, HEADER_LEN).map_err(|_| CallStatus::InvalidOperand)?;
+            slice.read_slice(&mut *report, HEADER_LEN).map_err(|_| GuestCallStatus::InvalidOperand)?;
             Some(report)
         } else {
             None

@@ -1,22 +1,12 @@
 //! What is known of the quote service and counted of quotes. It outlives the machine, whose engine it is that counts.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::service::{Address, Fault};
+use api::{QuoteService, QuoteServiceState, Quotes};
 
-/// How the quote service was when it was last asked.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum ServiceState {
-    /// Nobody has asked yet.
-    #[default]
-    Unknown,
-    /// It answers.
-    Answers,
-    /// It does not, and why.
-    Fails(String),
-}
+use super::service::Fault;
 
 /// Kinds of end that a guest's request has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,16 +24,6 @@ pub enum End {
 impl End {
     /// All kinds.
     pub const ALL: [Self; 4] = [Self::Quote, Self::Absent, Self::Late, Self::Failed];
-
-    /// Its name, for metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Quote => "quote",
-            Self::Absent => "absent",
-            Self::Late => "late",
-            Self::Failed => "failed",
-        }
-    }
 }
 
 impl From<&Fault> for End {
@@ -71,14 +51,12 @@ pub struct QuoteCounters {
     nanoseconds: AtomicU64,
     /// The longest of these times.
     longest: AtomicU64,
-    /// There is a service to ask.
-    configured: AtomicBool,
     service: Mutex<Service>,
 }
 
 #[derive(Debug, Default)]
 struct Service {
-    state: ServiceState,
+    state: QuoteServiceState,
     /// When the log was told of it last.
     told: Option<Instant>,
 }
@@ -86,46 +64,32 @@ struct Service {
 /// The log is told of changes no more often than that: guests have a hand in them.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
-/// A moment of [`QuoteCounters`].
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct QuoteFigures {
-    /// Requests that have ended, by their ends.
-    pub ends: [u64; 4],
-    /// Calls that were refused because of what they gave.
-    pub invalid: u64,
-    /// Calls that were told to come again, since too many were in flight.
-    pub retried: u64,
-    /// Requests in flight.
-    pub in_flight: usize,
-    /// From request to answer, of all requests that have ended.
-    pub time: Duration,
-    /// The longest of these times.
-    pub longest: Duration,
-    /// How the service was when it was last asked; `None` where there is none to ask.
-    pub service: Option<ServiceState>,
-}
-
 impl QuoteCounters {
     /// All figures as they are now.
-    pub fn figures(&self) -> QuoteFigures {
-        QuoteFigures {
-            ends: self.ends.each_ref().map(get),
+    pub fn figures(&self) -> Quotes {
+        let [given, absent, late, failed] = self.ends.each_ref().map(get);
+        Quotes {
+            service: self.lock().state.clone(),
+            in_flight: u64::try_from(self.in_flight.load(Ordering::Relaxed)).unwrap_or(u64::MAX),
+            given,
+            absent,
+            late,
+            failed,
             invalid: get(&self.invalid),
             retried: get(&self.retried),
-            in_flight: self.in_flight.load(Ordering::Relaxed),
-            time: Duration::from_nanos(get(&self.nanoseconds)),
-            longest: Duration::from_nanos(get(&self.longest)),
-            service: self.configured.load(Ordering::Relaxed).then(|| self.state()),
+            time_us: get(&self.nanoseconds) / 1000,
+            longest_us: get(&self.longest) / 1000,
         }
     }
 
-    /// How the service was when it was last asked.
-    pub fn state(&self) -> ServiceState {
-        self.lock().state.clone()
+    /// Whether the service answered when it was last asked.
+    pub(super) fn answers(&self) -> bool {
+        self.lock().state == QuoteServiceState::Answers
     }
 
+    /// There is a service, which was not asked yet.
     pub(super) fn configure(&self) {
-        self.configured.store(true, Ordering::Relaxed);
+        self.lock().state = QuoteServiceState::Unknown;
     }
 
     pub(super) fn refused(&self, again: bool) {
@@ -155,11 +119,11 @@ impl QuoteCounters {
     }
 
     /// Notes how the service is, and tells the log where that has changed.
-    pub(super) fn note(&self, address: &Address, outcome: Result<(), &Fault>) {
+    pub(super) fn note(&self, address: &QuoteService, outcome: Result<(), &Fault>) {
         let new = match outcome {
             // The service did all that it could.
-            Ok(()) | Err(Fault::Room { .. }) => ServiceState::Answers,
-            Err(fault) => ServiceState::Fails(fault.to_string()),
+            Ok(()) | Err(Fault::Room { .. }) => QuoteServiceState::Answers,
+            Err(fault) => QuoteServiceState::Fails { reason: fault.to_string() },
         };
         let mut service = self.lock();
         if service.state == new {
@@ -168,7 +132,7 @@ impl QuoteCounters {
         if service.told.is_none_or(|told| told.elapsed() >= LOG_EVERY) {
             service.told = Some(Instant::now());
             match &new {
-                ServiceState::Fails(why) => tracing::warn!("the quote service at {address}: {why}"),
+                QuoteServiceState::Fails { reason: why } => tracing::warn!("the quote service at {address}: {why}"),
                 _ => tracing::info!("the quote service at {address} answers"),
             }
         }

@@ -1,5 +1,5 @@
-//! Quotes for a trust domain: what its calls GetQuote, SetupEventNotifyInterrupt and GetTdVmCallInfo are answered with
-//! (Intel TDX Guest-Hypervisor Communication Interface).
+//! Quotes for a trust domain: what its calls GetQuote and SetupEventNotifyInterrupt are answered with (Intel TDX
+//! Guest-Hypervisor Communication Interface).
 //!
 //! A quote is a report of the TDX module's, signed by Intel's Quote Generation Service, which is a program of the host's.
 //! A vCPU's thread only takes the guest's report and says that its request is in flight ([`Quotes::get_quote`]); a
@@ -21,14 +21,15 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use api::QuoteService;
 use devices::seam::{Interrupt, MsiMessage};
-use hal::GpaRange;
+use hal::{GpaRange, GuestCall, GuestCallStatus};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vm_memory::GuestMemoryMmap;
 
 pub use buffer::{Asked, Buffer, Status};
-pub use counters::{End, QuoteCounters, QuoteFigures, ServiceState};
-pub use service::{Address, Fault};
+pub use counters::QuoteCounters;
+pub use service::Fault;
 pub use wire::{Answer, Question, REPORT_LEN, REQUEST_LEN, WireError};
 
 use crate::sandbox;
@@ -56,59 +57,11 @@ const BRIEF: Duration = Duration::from_millis(8);
 const FIRST_VECTOR: u64 = 32;
 /// Where messages for local APICs are written (Intel SDM, volume 3, §11.11.1).
 const MSI_ADDRESS: u64 = 0xfee0_0000;
-/// The call SetupEventNotifyInterrupt, in the first word of what GetTdVmCallInfo tells of calls.
-const SETUP_EVENT_NOTIFY: u64 = 1 << 1;
-
-/// What a call of a trust domain returns (TDG.VP.VMCALL's status, in R10).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CallStatus {
-    /// It was done, or is in flight.
-    Success,
-    /// To be made again, later.
-    Retry,
-    /// It gives what it cannot.
-    InvalidOperand,
-    /// What it gives is not aligned.
-    AlignError,
-    /// There is no such call.
-    Unsupported,
-}
-
-impl CallStatus {
-    /// As the guest gets it.
-    pub fn code(self) -> u64 {
-        match self {
-            Self::Success => 0,
-            Self::Retry => 1,
-            Self::InvalidOperand => 1 << 63,
-            Self::AlignError => (1 << 63) + 2,
-            Self::Unsupported => (1 << 63) + 3,
-        }
-    }
-}
 
 /// Which memory of its guest the monitor may look at.
 pub trait SharedMemory: Send + Sync {
     /// Whether all of a range is shared.
     fn is_shared(&self, range: GpaRange) -> bool;
-}
-
-/// What the hypervisor says of the calls that it knows beside the base ones: what it answers itself, and what it lets the
-/// monitor answer (Linux, `struct kvm_tdx_capabilities`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct KnownCalls {
-    /// What it answers itself, for R11 and R12.
-    pub kernel: [u64; 2],
-    /// What it lets the monitor answer, for R11 and R12.
-    pub monitor: [u64; 2],
-}
-
-impl KnownCalls {
-    /// R11 to R14 of GetTdVmCallInfo's answer; `None` where there is no such leaf.
-    pub fn info(&self, leaf: u64) -> Option<[u64; 4]> {
-        let ([kernel, more], [monitor, _]) = (self.kernel, self.monitor);
-        (leaf == 1).then_some([kernel | monitor & SETUP_EVENT_NOTIFY, more, 0, 0])
-    }
 }
 
 /// What quotes are made with.
@@ -120,7 +73,7 @@ pub struct Parts {
     /// The interrupt with which the guest is told of answers, which it may set up.
     pub interrupt: Arc<dyn Interrupt>,
     /// Where the quote service listens, if there is one. It need not be there yet.
-    pub service: Option<Address>,
+    pub service: Option<QuoteService>,
     /// Where is counted.
     pub counters: Arc<QuoteCounters>,
 }
@@ -182,10 +135,18 @@ impl Quotes {
         Ok(Self { memory, shared, notice, counters, line })
     }
 
+    /// Answers a call of the guest's, from the vCPU with this local APIC id. It may take a few milliseconds.
+    pub fn call(&self, apic_id: u32, call: GuestCall) -> GuestCallStatus {
+        match call {
+            GuestCall::GetQuote { gpa, size } => self.get_quote(gpa, size),
+            GuestCall::SetupEventNotify { vector } => self.set_up_event_notify(apic_id, vector),
+        }
+    }
+
     /// The guest asks for a quote, in a buffer of `len` bytes at `gpa`, of which the bit that says that an address is
     /// shared was taken away. What the call returns; the buffer's own status tells of the quote. Where the guest has set up
     /// no interrupt, the answer is waited for, a few milliseconds at most.
-    pub fn get_quote(&self, gpa: u64, len: u64) -> CallStatus {
+    fn get_quote(&self, gpa: u64, len: u64) -> GuestCallStatus {
         let Asked { buffer, report } = match Buffer::take(&self.memory, &self.shared, gpa, len) {
             Ok(asked) => asked,
             Err(status) => {
@@ -195,16 +156,16 @@ impl Quotes {
         };
         let Some(line) = &self.line else {
             buffer.tell(Status::Unavailable);
-            return CallStatus::Success;
+            return GuestCallStatus::Success;
         };
         let Some(report) = report else {
             self.counters.refused(false);
             buffer.tell(Status::Failed);
-            return CallStatus::Success;
+            return GuestCallStatus::Success;
         };
         let Some(place) = Place::take(&self.counters) else {
             self.counters.refused(true);
-            return CallStatus::Retry;
+            return GuestCallStatus::Retry;
         };
         buffer.tell(Status::InFlight);
         let (answered, answer) = channel();
@@ -213,13 +174,13 @@ impl Quotes {
             // Nothing is ever sent: the end of the request ends the wait.
             let _ = answer.recv_timeout(BRIEF);
         }
-        CallStatus::Success
+        GuestCallStatus::Success
     }
 
     /// The guest's vCPU with this local APIC id wants the interrupt `vector` for answers from now on.
-    pub fn set_up_event_notify(&self, apic_id: u32, vector: u64) -> CallStatus {
+    fn set_up_event_notify(&self, apic_id: u32, vector: u64) -> GuestCallStatus {
         let Some(vector) = u8::try_from(vector).ok().filter(|vector| u64::from(*vector) >= FIRST_VECTOR) else {
-            return CallStatus::InvalidOperand;
+            return GuestCallStatus::InvalidOperand;
         };
         // The lowest eight bits of the id in their old place, the others where x2APIC has them.
         let id = u64::from(apic_id);
@@ -227,18 +188,18 @@ impl Quotes {
         match self.notice.interrupt.set(Some(MsiMessage { address, data: vector.into() })) {
             Ok(()) => {
                 self.notice.wanted.store(true, Ordering::Release);
-                CallStatus::Success
+                GuestCallStatus::Success
             }
             Err(error) => {
                 tracing::error!("the interrupt for quotes: {error}");
-                CallStatus::Retry
+                GuestCallStatus::Retry
             }
         }
     }
 }
 
 impl Line {
-    fn new(address: Address, pace: Pace, notice: &Arc<Notice>, counters: &Arc<QuoteCounters>) -> io::Result<Self> {
+    fn new(address: QuoteService, pace: Pace, notice: &Arc<Notice>, counters: &Arc<QuoteCounters>) -> io::Result<Self> {
         counters.configure();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (requests, orders) = channel();

@@ -1,12 +1,11 @@
 //! A connection to the Quote Generation Service: one for each question, which is sent in one piece, since Intel's service
 //! takes what it reads first for the beginning of a message each time. Nothing here waits.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use api::QuoteService;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::sockopt::SocketError;
@@ -20,29 +19,6 @@ use super::wire::{Answer, WireError};
 const AGAIN: Duration = Duration::from_millis(20);
 /// Bytes that are received at once.
 const PIECE: usize = 16 << 10;
-
-/// Where the service listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Address {
-    /// At a Unix socket: Intel's, where its configuration has no port, at `/var/run/tdx-qgs/qgs.socket`.
-    Unix(PathBuf),
-    /// At a port of a virtual machine's or the host's: Intel's, as it is shipped, at 4050.
-    Vsock {
-        /// The context id: 2 is the host that this one is a guest of, 1 this host itself.
-        cid: u32,
-        /// The port.
-        port: u32,
-    },
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unix(path) => path.display().fmt(f),
-            Self::Vsock { cid, port } => write!(f, "vsock {cid}:{port}"),
-        }
-    }
-}
 
 /// Why a question is not answered.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +80,7 @@ impl Connection {
     ///
     /// # Errors
     /// [`Fault::Absent`] and [`Fault::Connection`].
-    pub fn open(address: &Address, question: Vec<u8>) -> Result<Self, Fault> {
+    pub fn open(address: &QuoteService, question: Vec<u8>) -> Result<Self, Fault> {
         Ok(Self { step: begin(address, &question)?, question })
     }
 
@@ -129,7 +105,7 @@ impl Connection {
     ///
     /// # Errors
     /// [`Fault`]: there will be no answer.
-    pub fn go_on(mut self, address: &Address) -> Result<Progress, Fault> {
+    pub fn go_on(mut self, address: &QuoteService) -> Result<Progress, Fault> {
         self.step = match self.step {
             Step::Refused { .. } => begin(address, &self.question)?,
             Step::Connecting(socket) => match getsockopt(&socket, SocketError) {
@@ -149,17 +125,17 @@ impl Connection {
 }
 
 /// Makes a connection, and asks where that takes no time.
-fn begin(address: &Address, question: &[u8]) -> Result<Step, Fault> {
+fn begin(address: &QuoteService, question: &[u8]) -> Result<Step, Fault> {
     let absent = |errno: Errno| Fault::Absent(errno.into());
     let family = match address {
-        Address::Unix(_) => AddressFamily::Unix,
-        Address::Vsock { .. } => AddressFamily::Vsock,
+        QuoteService::Unix(_) => AddressFamily::Unix,
+        QuoteService::Vsock { .. } => AddressFamily::Vsock,
     };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(family, SockType::Stream, flags, None).map_err(absent)?;
     let connected = match address {
-        Address::Unix(path) => connect(socket.as_raw_fd(), &UnixAddr::new(path).map_err(absent)?),
-        Address::Vsock { cid, port } => connect(socket.as_raw_fd(), &VsockAddr::new(*cid, *port)),
+        QuoteService::Unix(path) => connect(socket.as_raw_fd(), &UnixAddr::new(path).map_err(absent)?),
+        QuoteService::Vsock { cid, port } => connect(socket.as_raw_fd(), &VsockAddr::new(*cid, *port)),
     };
     match connected {
         Ok(()) => ask(socket, question),

@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::Instant;
 
+use api::{QuoteServiceState, Quotes as Figures};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -85,7 +86,7 @@ impl Guest {
             memory: self.memory.clone(),
             shared: self.shared.clone(),
             interrupt: self.bell.clone(),
-            service: service.then(|| Address::Unix(self.path())),
+            service: service.then(|| QuoteService::Unix(self.path())),
             counters: self.counters.clone(),
         };
         self.quotes = Some(Quotes::with_pace(parts, pace).unwrap());
@@ -114,13 +115,13 @@ impl Guest {
     }
 
     /// Puts a report into a buffer, and asks.
-    fn ask_at(&self, gpa: u64, fill: u8) -> CallStatus {
+    fn ask_at(&self, gpa: u64, fill: u8) -> GuestCallStatus {
         let header = [&1_u64.to_le_bytes()[..], &[0; 8], &1024_u32.to_le_bytes(), &[9; 4], &[fill; 1024]].concat();
         self.memory.write_slice(&header, GuestAddress(gpa)).unwrap();
         self.quotes().get_quote(gpa, LEN)
     }
 
-    fn ask(&self) -> CallStatus {
+    fn ask(&self) -> GuestCallStatus {
         self.ask_at(GPA, 7)
     }
 
@@ -146,10 +147,10 @@ impl Guest {
     }
 
     /// Waits until the service is in this state.
-    fn wait_for(&self, what: &str, is: impl Fn(&ServiceState) -> bool) {
+    fn wait_for(&self, what: &str, is: impl Fn(&QuoteServiceState) -> bool) {
         let until = Instant::now() + Duration::from_secs(20);
-        while !is(&self.counters.state()) {
-            assert!(Instant::now() < until, "{what} is not seen: {:?}", self.counters.state());
+        while !is(&self.counters.figures().service) {
+            assert!(Instant::now() < until, "{what} is not seen: {:?}", self.counters.figures().service);
             thread::yield_now();
         }
     }
@@ -192,7 +193,7 @@ pub fn with_the_sandbox() {
         guest.connect(true, PACE);
         for vector in [0, 0x40] {
             guest.quotes().set_up_event_notify(0, vector);
-            assert_eq!(guest.ask(), CallStatus::Success);
+            assert_eq!(guest.ask(), GuestCallStatus::Success);
             assert_eq!(guest.wait(), (0, b"inside".to_vec()));
         }
         // Its folder cannot be removed from here.
@@ -200,6 +201,11 @@ pub fn with_the_sandbox() {
         std::mem::forget(guest);
     });
     owner.join().unwrap();
+}
+
+/// How many requests ended with a quote, without a service, late, and with an error.
+fn ends(quotes: &Figures) -> [u64; 4] {
+    [quotes.given, quotes.absent, quotes.late, quotes.failed]
 }
 
 const FAILED: u64 = 1 << 63;
@@ -214,14 +220,16 @@ fn a_guest_has_its_quote_when_the_call_returns() {
         let body = [&2_u32.to_le_bytes()[..], &5000_u32.to_le_bytes(), b"id", &[3; 5000]].concat();
         message(1, 1, 0, &body).chunks(700).for_each(|piece| stream.write_all(piece).unwrap());
     });
-    guest.wait_for("the service", |state| *state == ServiceState::Answers || matches!(state, ServiceState::Fails(_)));
-    assert_eq!(guest.ask(), CallStatus::Success);
+    guest.wait_for("the service", |state| {
+        *state == QuoteServiceState::Answers || matches!(state, QuoteServiceState::Fails { .. })
+    });
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.wait(), (0, vec![3; 5000]));
     assert!(guest.bell.event.read().is_err(), "an interrupt that was not set up");
     let figures = guest.counters.figures();
-    assert_eq!((figures.ends, figures.in_flight), ([1, 0, 0, 0], 0));
-    assert_eq!(figures.service, Some(ServiceState::Answers));
-    assert!(figures.time > Duration::ZERO && figures.longest == figures.time);
+    assert_eq!((ends(&figures), figures.in_flight), ([1, 0, 0, 0], 0));
+    assert_eq!(figures.service, QuoteServiceState::Answers);
+    assert!(figures.time_us > 0 && figures.longest_us == figures.time_us);
     // The header beside its status and the quote's length is the guest's.
     let header: [u8; 24] = guest.memory.read_obj(GuestAddress(GPA)).unwrap();
     assert_eq!(header[..8], 1_u64.to_le_bytes());
@@ -236,19 +244,19 @@ fn calls_that_give_what_they_cannot_are_refused_as_qemu_does() {
     let before: Vec<u8> = (0..MEMORY).map(|at| at.to_le_bytes()[0]).collect();
     guest.memory.write_slice(&before, GuestAddress(0)).unwrap();
     for (gpa, len, status) in [
-        (GPA, 0, CallStatus::InvalidOperand),
-        (GPA + 1, 0, CallStatus::InvalidOperand),
-        (GPA + 1, PAGE, CallStatus::AlignError),
-        (GPA, PAGE + 1, CallStatus::AlignError),
+        (GPA, 0, GuestCallStatus::InvalidOperand),
+        (GPA + 1, 0, GuestCallStatus::InvalidOperand),
+        (GPA + 1, PAGE, GuestCallStatus::AlignError),
+        (GPA, PAGE + 1, GuestCallStatus::AlignError),
         // Not of version 1.
-        (GPA, PAGE, CallStatus::InvalidOperand),
-        (GPA, LEN + PAGE, CallStatus::InvalidOperand),
-        (GPA, u64::MAX - 4095, CallStatus::InvalidOperand),
-        (0x8_0000, PAGE, CallStatus::InvalidOperand),
-        (0x7_f000, 2 * PAGE, CallStatus::InvalidOperand),
-        (MEMORY.into(), PAGE, CallStatus::InvalidOperand),
-        (u64::from(MEMORY) - PAGE, 2 * PAGE, CallStatus::InvalidOperand),
-        (u64::MAX - 4095, PAGE, CallStatus::InvalidOperand),
+        (GPA, PAGE, GuestCallStatus::InvalidOperand),
+        (GPA, LEN + PAGE, GuestCallStatus::InvalidOperand),
+        (GPA, u64::MAX - 4095, GuestCallStatus::InvalidOperand),
+        (0x8_0000, PAGE, GuestCallStatus::InvalidOperand),
+        (0x7_f000, 2 * PAGE, GuestCallStatus::InvalidOperand),
+        (MEMORY.into(), PAGE, GuestCallStatus::InvalidOperand),
+        (u64::from(MEMORY) - PAGE, 2 * PAGE, GuestCallStatus::InvalidOperand),
+        (u64::MAX - 4095, PAGE, GuestCallStatus::InvalidOperand),
     ] {
         assert_eq!(quotes.get_quote(gpa, len), status, "{len:#x} bytes at {gpa:#x}");
     }
@@ -261,16 +269,16 @@ fn calls_that_give_what_they_cannot_are_refused_as_qemu_does() {
         guest.memory.write_obj(report_len, GuestAddress(GPA + 16)).unwrap();
         quotes.get_quote(GPA, PAGE)
     };
-    assert_eq!(with(0, 1024), CallStatus::InvalidOperand);
-    assert_eq!(with(2, 1024), CallStatus::InvalidOperand);
-    assert_eq!(with(1 << 32 | 1, 1024), CallStatus::InvalidOperand);
-    assert_eq!(with(1, 4096 - 23), CallStatus::InvalidOperand);
-    assert_eq!(with(1, u32::MAX), CallStatus::InvalidOperand);
+    assert_eq!(with(0, 1024), GuestCallStatus::InvalidOperand);
+    assert_eq!(with(2, 1024), GuestCallStatus::InvalidOperand);
+    assert_eq!(with(1 << 32 | 1, 1024), GuestCallStatus::InvalidOperand);
+    assert_eq!(with(1, 4096 - 23), GuestCallStatus::InvalidOperand);
+    assert_eq!(with(1, u32::MAX), GuestCallStatus::InvalidOperand);
     assert_eq!(guest.counters.figures().invalid, 17);
     // Nobody is there to be asked.
-    assert_eq!(with(1, 1024), CallStatus::Success);
+    assert_eq!(with(1, 1024), GuestCallStatus::Success);
     assert_eq!(guest.wait(), (UNAVAILABLE, vec![]));
-    assert_eq!(guest.counters.figures().service, None);
+    assert_eq!(guest.counters.figures().service, QuoteServiceState::Off);
 }
 
 #[test]
@@ -280,7 +288,7 @@ fn what_is_no_report_does_not_reach_the_service() {
     for len in [0, 1023, 1025, (128 << 10) - 24] {
         guest.memory.write_obj(1_u64, GuestAddress(GPA)).unwrap();
         guest.memory.write_obj(len, GuestAddress(GPA + 16)).unwrap();
-        assert_eq!(guest.quotes().get_quote(GPA, LEN), CallStatus::Success);
+        assert_eq!(guest.quotes().get_quote(GPA, LEN), GuestCallStatus::Success);
         assert_eq!(guest.status_at(GPA), FAILED);
     }
     assert_eq!(guest.counters.figures().invalid, 4);
@@ -299,15 +307,15 @@ fn sixteen_are_in_flight_and_the_next_is_told_to_come_again() {
         });
     });
     // With an interrupt, no vCPU waits for an answer.
-    assert_eq!(guest.quotes().set_up_event_notify(0, 0x40), CallStatus::Success);
+    assert_eq!(guest.quotes().set_up_event_notify(0, 0x40), GuestCallStatus::Success);
     let places: Vec<u64> = (0..17).map(|number| GPA + number * 2 * PAGE).collect();
     for gpa in &places[..16] {
         guest.memory.write_obj(1_u64, GuestAddress(*gpa)).unwrap();
         guest.memory.write_obj(1024_u32, GuestAddress(gpa + 16)).unwrap();
-        assert_eq!(guest.quotes().get_quote(*gpa, PAGE), CallStatus::Success);
+        assert_eq!(guest.quotes().get_quote(*gpa, PAGE), GuestCallStatus::Success);
         assert_eq!(guest.status_at(*gpa), u64::MAX);
     }
-    assert_eq!(guest.ask_at(places[16], 1), CallStatus::Retry);
+    assert_eq!(guest.ask_at(places[16], 1), GuestCallStatus::Retry);
     assert_eq!(guest.status_at(places[16]), 0, "a call that is to be made again changes its buffer");
     let figures = guest.counters.figures();
     assert_eq!((figures.in_flight, figures.retried), (16, 1));
@@ -318,7 +326,7 @@ fn sixteen_are_in_flight_and_the_next_is_told_to_come_again() {
         assert_eq!(guest.wait_at(*gpa), (0, b"at last".to_vec()));
     }
     give.send(()).unwrap();
-    assert_eq!(guest.ask_at(places[16], 1), CallStatus::Success);
+    assert_eq!(guest.ask_at(places[16], 1), GuestCallStatus::Success);
     assert_eq!(guest.wait_at(places[16]), (0, b"at last".to_vec()));
     assert_eq!(guest.counters.figures().in_flight, 0);
 }
@@ -343,25 +351,27 @@ fn services_that_do_not_behave_fail_the_request_and_no_more() {
         let _ = stream.write_all(&answer);
     });
     for (_, why) in &answers {
-        assert_eq!(guest.ask(), CallStatus::Success);
+        assert_eq!(guest.ask(), GuestCallStatus::Success);
         assert_eq!(guest.wait(), (FAILED, vec![]), "{why}");
-        let ServiceState::Fails(told) = guest.counters.state() else { panic!("{why} is not told") };
+        let QuoteServiceState::Fails { reason: told } = guest.counters.figures().service else {
+            panic!("{why} is not told")
+        };
         assert!(told.starts_with(why), "{told}");
     }
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.wait(), (0, b"good".to_vec()));
     let figures = guest.counters.figures();
-    assert_eq!((figures.ends, figures.in_flight), ([1, 0, 0, answers.len() as u64], 0));
-    assert_eq!(figures.service, Some(ServiceState::Answers));
+    assert_eq!((ends(&figures), figures.in_flight), ([1, 0, 0, u64::try_from(answers.len()).unwrap()], 0));
+    assert_eq!(figures.service, QuoteServiceState::Answers);
 }
 
 #[test]
 fn a_quote_that_has_no_room_is_none() {
     let guest = Guest::new(true);
     guest.serve(|stream, _| stream.write_all(&quote(&[1; (128 << 10) - 23])).unwrap());
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.wait(), (FAILED, vec![]));
-    assert_eq!(guest.counters.figures().service, Some(ServiceState::Answers));
+    assert_eq!(guest.counters.figures().service, QuoteServiceState::Answers);
     // Nothing behind the buffer was written.
     assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(GPA + LEN)).unwrap(), 0);
 }
@@ -373,35 +383,35 @@ fn a_silent_service_is_given_up_in_time() {
     // Until the monitor ends the connection.
     guest.serve(|stream, _| drop(stream.read(&mut [0])));
     let asked = Instant::now();
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.status_at(GPA), u64::MAX, "it waits for a service that takes its time");
     assert_eq!(guest.wait(), (UNAVAILABLE, vec![]));
     assert!(asked.elapsed() >= pace.patience);
-    assert_eq!(guest.counters.figures().ends, [0, 0, 1, 0]);
+    assert_eq!(ends(&guest.counters.figures()), [0, 0, 1, 0]);
 }
 
 #[test]
 fn a_service_may_come_later_and_is_looked_for() {
     let guest = Guest::with_pace(true, Pace { probe: Duration::from_millis(5), ..PACE });
-    guest.wait_for("that nobody listens", |state| matches!(state, ServiceState::Fails(_)));
-    assert_eq!(guest.ask(), CallStatus::Success);
+    guest.wait_for("that nobody listens", |state| matches!(state, QuoteServiceState::Fails { .. }));
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.wait(), (UNAVAILABLE, vec![]));
-    assert_eq!(guest.counters.figures().ends, [0, 1, 0, 0]);
+    assert_eq!(ends(&guest.counters.figures()), [0, 1, 0, 0]);
     guest.serve(|stream, _| stream.write_all(&quote(b"here")).unwrap());
-    guest.wait_for("the service", |state| *state == ServiceState::Answers);
-    assert_eq!(guest.ask(), CallStatus::Success);
+    guest.wait_for("the service", |state| *state == QuoteServiceState::Answers);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.wait(), (0, b"here".to_vec()));
 }
 
 #[test]
 fn a_service_without_room_for_connections_is_asked_again() {
     let guest = Guest::new(true);
-    guest.wait_for("that nobody listens", |state| matches!(state, ServiceState::Fails(_)));
+    guest.wait_for("that nobody listens", |state| matches!(state, QuoteServiceState::Fails { .. }));
     let listener = UnixListener::bind(guest.path()).unwrap();
     // More connections than its queue has room for, which std makes 128 at the least.
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
     let waiting: Vec<UnixStream> = (0..2).map(|_| UnixStream::connect(guest.path()).unwrap()).collect();
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.status_at(GPA), u64::MAX);
     drop(waiting);
     let server = thread::spawn(move || {
@@ -419,14 +429,14 @@ fn a_service_without_room_for_connections_is_asked_again() {
 fn a_guest_that_set_an_interrupt_up_gets_it_after_its_answer() {
     let guest = Guest::new(true);
     for vector in [0, 31, 256, u64::MAX] {
-        assert_eq!(guest.quotes().set_up_event_notify(0, vector), CallStatus::InvalidOperand);
+        assert_eq!(guest.quotes().set_up_event_notify(0, vector), GuestCallStatus::InvalidOperand);
     }
     assert_eq!(*guest.bell.message.lock().unwrap(), None);
-    assert_eq!(guest.quotes().set_up_event_notify(0x0102_0305, 0xf1), CallStatus::Success);
+    assert_eq!(guest.quotes().set_up_event_notify(0x0102_0305, 0xf1), GuestCallStatus::Success);
     let message = MsiMessage { address: 0x0102_0300_fee0_5000, data: 0xf1 };
     assert_eq!(*guest.bell.message.lock().unwrap(), Some(message));
     guest.serve(|stream, _| stream.write_all(&quote(b"rung for")).unwrap());
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     let until = Instant::now() + Duration::from_secs(20);
     while guest.bell.event.read().is_err() {
         assert!(Instant::now() < until, "no interrupt");
@@ -444,7 +454,7 @@ fn what_the_guest_writes_to_its_buffer_meanwhile_changes_nothing() {
         memory.write_slice(&[0xff; 4096], GuestAddress(GPA)).unwrap();
         stream.write_all(&quote(b"the same")).unwrap();
     });
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     let until = Instant::now() + Duration::from_secs(20);
     while guest.status_at(GPA) != 0 {
         assert!(Instant::now() < until, "the guest is not answered");
@@ -460,7 +470,7 @@ fn nothing_is_written_to_a_buffer_that_is_private_by_now() {
         shared.0.lock().unwrap().insert(GPA);
         stream.write_all(&quote(b"a quote")).unwrap();
     });
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     let until = Instant::now() + Duration::from_secs(20);
     while guest.counters.figures().in_flight > 0 {
         assert!(Instant::now() < until, "the request does not end");
@@ -483,7 +493,7 @@ fn a_reset_gives_up_what_is_in_flight() {
             ended.send(()).unwrap();
         });
     });
-    assert_eq!(guest.ask(), CallStatus::Success);
+    assert_eq!(guest.ask(), GuestCallStatus::Success);
     assert_eq!(guest.counters.figures().in_flight, 1);
     drop(guest.quotes.take());
     assert_eq!(guest.counters.figures().in_flight, 0);
@@ -498,20 +508,12 @@ fn a_port_of_nobodys_is_unavailable() {
         memory: guest.memory.clone(),
         shared: guest.shared.clone(),
         interrupt: guest.bell.clone(),
-        service: Some(Address::Vsock { cid: 1, port: 4050 }),
+        service: Some(QuoteService::Vsock { cid: 1, port: 4050 }),
         counters: guest.counters.clone(),
     };
     let quotes = Quotes::new(parts).unwrap();
     guest.memory.write_obj(1_u64, GuestAddress(GPA)).unwrap();
     guest.memory.write_obj(1024_u32, GuestAddress(GPA + 16)).unwrap();
-    assert_eq!(quotes.get_quote(GPA, LEN), CallStatus::Success);
+    assert_eq!(quotes.get_quote(GPA, LEN), GuestCallStatus::Success);
     assert_eq!(guest.wait(), (UNAVAILABLE, vec![]));
-}
-
-#[test]
-fn calls_are_told_of_as_the_hypervisor_has_them() {
-    let known = KnownCalls { kernel: [0x5, 0x8], monitor: [0xf, 0xff] };
-    assert_eq!(known.info(1), Some([0x7, 0x8, 0, 0]));
-    assert_eq!(known.info(0), None);
-    assert_eq!(known.info(2), None);
 }

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use api::QuoteService;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
 use super::buffer::{Buffer, Status};
-use super::counters::{End, QuoteCounters, ServiceState};
-use super::service::{Address, Connection, Fault, Progress};
+use super::counters::{End, QuoteCounters};
+use super::service::{Connection, Fault, Progress};
 use super::wire::{Question, REPORT_LEN, platform_request, quote_request};
 use super::{MOST_IN_FLIGHT, Notice, Pace};
 
@@ -68,7 +69,7 @@ pub struct Flight {
 
 /// What the thread works with. Dropping it gives up all that is in flight: the guest's memory is not touched any more.
 pub struct Worker {
-    pub address: Address,
+    pub address: QuoteService,
     pub pace: Pace,
     pub requests: Receiver<Request>,
     /// Written when there are requests, and when there will be none any more.
@@ -123,7 +124,7 @@ impl Worker {
 
     /// When the service is to be looked for again; `None` where it answers.
     fn next_probe(&self) -> Option<Instant> {
-        (self.counters.state() != ServiceState::Answers).then(|| self.probed + self.pace.probe)
+        (!self.counters.answers()).then(|| self.probed + self.pace.probe)
     }
 
     fn begin(&mut self, asker: Asker, question: Vec<u8>) {

@@ -157,6 +157,7 @@ async fn route(context: &Arc<Context>, connection: &Arc<Connection>, mut request
             Answer::Job(job) => accepted(context, job),
             _ => part(context, Operation::GetVcpus),
         },
+        Operation::GetQuotes => quotes(context),
         Operation::PatchMemory => match change(context, headers, Change::Memory(parse(&body, "MemoryPatch")?)).await? {
             Answer::Job(job) => accepted(context, job),
             _ => part(context, Operation::GetMemory),
@@ -367,6 +368,12 @@ fn part(context: &Context, operation: Operation) -> Outcome {
         }
     };
     Ok(tagged(reply, generation))
+}
+
+fn quotes(context: &Context) -> Outcome {
+    let counters = context.board.counters().and_then(|counters| counters.quotes.clone());
+    let counters = counters.ok_or_else(|| Problem::new(StatusCode::NOT_FOUND, "no trust domain runs"))?;
+    Ok(json(StatusCode::OK, &counters.figures()))
 }
 
 async fn open_console(context: &Context, mut request: Request<Incoming>, id: String) -> Outcome {

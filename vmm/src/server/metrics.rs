@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use api::{JobState, PhaseName};
+use api::{JobState, PhaseName, QuoteServiceState, Quotes};
 
 use super::ApiCounters;
 use super::memory::{Reader, Resident};
@@ -20,6 +20,9 @@ pub async fn text(board: &Board, api: &ApiCounters, memory: &Reader) -> String {
         of_devices(&mut page, &counters);
         let help = "Interrupt routes of the hypervisor's that the machine holds.";
         page.gauge("halyard_interrupt_routes", help).sample(&[], counters.routes.load(Ordering::Relaxed));
+        if let Some(quotes) = &counters.quotes {
+            of_quotes(&mut page, &quotes.figures());
+        }
         if let Some(resident) = memory.resident(counters.memory.clone()).await {
             of_memory(&mut page, resident);
         }
@@ -166,6 +169,27 @@ fn of_devices(page: &mut Page, counters: &MachineCounters) {
     of_networks(page, counters);
 }
 
+fn of_quotes(page: &mut Page, quotes: &Quotes) {
+    let Quotes { service, in_flight, given, absent, late, failed, invalid, retried, time_us, longest_us } = quotes;
+    let mut ended = page.counter("halyard_quote_requests_total", "Quotes that the guest asked for, by their end.");
+    for (end, count) in [("given", given), ("absent", absent), ("late", late), ("failed", failed)] {
+        ended.sample(&[("end", &end)], count);
+    }
+    let help = "Calls for quotes that were refused: what they gave was wrong, or too many were in flight.";
+    let mut refused = page.counter("halyard_quote_refusals_total", help);
+    for (reason, count) in [("invalid", invalid), ("in-flight", retried)] {
+        refused.sample(&[("reason", &reason)], count);
+    }
+    page.gauge("halyard_quotes_in_flight", "Quotes that the guest waits for.").sample(&[], in_flight);
+    let help = "Time from request to answer of all quotes.";
+    page.counter("halyard_quote_request_seconds_total", help).sample(&[], seconds(time_us * 1000));
+    let help = "The longest time from request to answer.";
+    page.gauge("halyard_quote_request_longest_seconds", help).sample(&[], seconds(longest_us * 1000));
+    let help = "Whether the quote service answered when it was last asked.";
+    let answers = u8::from(*service == QuoteServiceState::Answers);
+    page.gauge("halyard_quote_service_up", help).sample(&[], answers);
+}
+
 fn of_memory(page: &mut Page, resident: Resident) {
     let Resident { guest, guest_huge, overhead } = resident;
     page.gauge("halyard_memory_guest_resident_bytes", "The guest's memory that the host has given it.")
@@ -280,6 +304,28 @@ mod tests {
             "halyard_disk_errors_total{device=\"d\"} 5\n",
             "halyard_disk_host_errors_total{device=\"d\"} 3\n",
             "halyard_device_faults_total{device=\"d\"} 7\n",
+        ] {
+            assert!(page.text.contains(line), "{line} is missing in\n{}", page.text);
+        }
+    }
+    #[test]
+    fn quotes_are_counted_by_their_ends() {
+        let quotes = Quotes {
+            service: QuoteServiceState::Answers,
+            given: 3,
+            late: 1,
+            retried: 2,
+            time_us: 1_500_000,
+            ..Quotes::default()
+        };
+        let mut page = Page::default();
+        of_quotes(&mut page, &quotes);
+        for line in [
+            "halyard_quote_requests_total{end=\"given\"} 3\n",
+            "halyard_quote_requests_total{end=\"late\"} 1\n",
+            "halyard_quote_refusals_total{reason=\"in-flight\"} 2\n",
+            "halyard_quote_request_seconds_total 1.500000000\n",
+            "halyard_quote_service_up 1\n",
         ] {
             assert!(page.text.contains(line), "{line} is missing in\n{}", page.text);
         }

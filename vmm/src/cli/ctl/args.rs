@@ -91,6 +91,8 @@ pub enum Verb {
         #[arg(long, requires = "size")]
         no_wait: bool,
     },
+    /// Show what became of the quotes that a trust domain asked for
+    Quotes,
     /// List, show, cancel and wait for jobs
     #[command(subcommand)]
     Jobs(JobsVerb),

@@ -105,6 +105,10 @@ impl Ctl {
                 let memory = client.memory()?;
                 self.answer(&memory, show::memory)
             }
+            Verb::Quotes => {
+                let quotes = client.quotes()?;
+                self.answer(&quotes, show::quotes)
+            }
             Verb::Jobs(verb) => self.jobs(verb),
             Verb::Events(which) => self.events(which),
             Verb::Console(which) => console::console(client, &which.id, which.take_over),

@@ -1,6 +1,6 @@
 //! What the API answers, for people.
 
-use api::{DeviceConfig, Endpoint, Event, Job, MemoryInfo, Vcpus, Version, VmInfo};
+use api::{DeviceConfig, Endpoint, Event, Job, MemoryInfo, QuoteServiceState, Quotes, Vcpus, Version, VmInfo};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -131,6 +131,27 @@ pub fn memory(memory: &MemoryInfo) -> String {
         ("locked", on(config.lock)),
     ]);
     facts(lines)
+}
+
+/// A trust domain's quotes.
+pub fn quotes(quotes: &Quotes) -> String {
+    let service = match &quotes.service {
+        QuoteServiceState::Off => "none".to_owned(),
+        QuoteServiceState::Unknown => "not asked yet".to_owned(),
+        QuoteServiceState::Answers => "answers".to_owned(),
+        QuoteServiceState::Fails { reason } => format!("fails: {reason}"),
+    };
+    facts(vec![
+        ("service", service),
+        ("in flight", quotes.in_flight.to_string()),
+        ("given", quotes.given.to_string()),
+        ("absent", quotes.absent.to_string()),
+        ("late", quotes.late.to_string()),
+        ("failed", quotes.failed.to_string()),
+        ("invalid", quotes.invalid.to_string()),
+        ("to be repeated", quotes.retried.to_string()),
+        ("longest", format!("{} µs", quotes.longest_us)),
+    ])
 }
 
 /// A list of jobs.
