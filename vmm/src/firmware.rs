@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use arch::firmware::{self, GivenKernel, Item, ItemContents, ItemKey};
+use arch::tdx::LaunchPlan;
 use arch::{Platform, layout};
 use devices::bus::Bus;
 use devices::legacy::{Cmos, FwCfg, FwCfgContents, FwCfgItems, PmTimer};
@@ -40,6 +41,12 @@ pub fn load(
 ) -> Result<Loaded, Failure> {
     let ram = layout::ram_ranges(config.memory.size.bytes());
     let image = read(file).map_err(|problem| bad_firmware(config, &problem))?;
+    if config.kind != (api::Kind::Standard {}) {
+        let plan = LaunchPlan::from_firmware(&image, &ram).map_err(|error| bad_firmware(config, &error.to_string()))?;
+        if let Some(warning) = warning_of_signature(&plan, &inputs.kernel) {
+            tracing::warn!("{}: {warning}", config.kernel.path.display());
+        }
+    }
     let place = firmware::place(image.len() as u64).map_err(|error| bad_firmware(config, &error.to_string()))?;
     let items = items(config, &platform, &ram, inputs)?;
     let memory = memory::create(&ram, &config.memory)?.with_firmware(place)?;
@@ -49,6 +56,22 @@ pub fn load(
     trace.mark(Milestone::Kernel);
     let entry = firmware::entry();
     Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware: Some(items), first_pages: None })
+}
+
+/// What may keep firmware that starts only signed executables from starting a kernel.
+pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static str> {
+    if !arch::tdx::events::variables(plan).secure_boot() {
+        return None;
+    }
+    Some(match firmware::is_signed(kernel) {
+        Ok(true) => {
+            "this firmware starts only what one of its keys has signed. The kernel is signed, and by whom is not looked at; \
+             Debian's are signed for its shim"
+        }
+        _ => {
+            "this firmware starts only what one of its keys has signed, and the kernel is not signed: it will not start"
+        }
+    })
 }
 
 /// The whole file.

@@ -10,7 +10,7 @@ pub mod board;
 pub mod boot;
 pub mod devices;
 pub mod endpoints;
-mod firmware;
+pub mod firmware;
 pub mod functions;
 pub mod host;
 pub mod inbox;
