@@ -6,8 +6,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use halyard_tests::firmware;
 use halyard_tests::tiny::{Run, run_halyard};
+use halyard_tests::{Kernel, firmware};
 use sha2::{Digest, Sha384};
 use tempfile::TempDir;
 
@@ -149,6 +149,96 @@ fn pages_are_those_that_a_real_qemu_adds() {
     assert_eq!(launches, 12);
 }
 
+/// A register after the events of a report that are its own.
+fn replayed(report: &serde_json::Value, register: &str) -> String {
+    let events = report["events"].as_array().unwrap().iter().filter(|event| event["register"] == register);
+    let value = events.fold([0; 48], |value: [u8; 48], event| {
+        let digest = event["digest"].as_str().unwrap();
+        let digest: Vec<u8> =
+            (0..48).map(|byte| u8::from_str_radix(&digest[2 * byte..2 * byte + 2], 16).unwrap()).collect();
+        Sha384::digest([&value[..], &digest].concat()).into()
+    });
+    hex(&value)
+}
+
+/// The digests of a report's events of one type, by what they are of.
+fn events_of<'a>(report: &'a serde_json::Value, kind: &str) -> Vec<(&'a str, &'a str)> {
+    let events = report["events"].as_array().unwrap().iter().filter(|event| event["type"] == kind);
+    events.map(|event| (event["what"].as_str().unwrap(), event["digest"].as_str().unwrap())).collect()
+}
+
+#[test]
+fn with_a_kernel_all_registers_are_foretold() {
+    let firmware = firmware::path().unwrap();
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
+    let folder = TempDir::new().unwrap();
+    let initramfs = folder.path().join("initrd.img");
+    fs::write(&initramfs, b"an archive").unwrap();
+    let initramfs = initramfs.display().to_string();
+    let words = ["--kernel", &kernel, "--initramfs", &initramfs, "--cmdline", "quiet", "--events"];
+    let with = |more: &[&str]| foretold(&firmware, &[&words[..], more].concat());
+    let report = with(&["--memory", "2G", "--cpus", "2"]);
+    for (number, register) in ["rtmr0", "rtmr1", "rtmr2"].into_iter().enumerate() {
+        assert_eq!(report["rtmr"][number], replayed(&report, register));
+    }
+    // The kernel, as another program reads it: the digest ends what a signature would be of.
+    let data = folder.path().join("data");
+    let osslsigncode = Command::new("osslsigncode")
+        .args(["extract-data", "-h", "sha384", "-in", &kernel, "-out", data.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert!(osslsigncode.status.success(), "{osslsigncode:?}");
+    let [("the kernel", digest)] = events_of(&report, "0x80000003")[..] else { panic!("{report}") };
+    assert!(hex(&fs::read(&data).unwrap()).contains(digest), "{digest}");
+    let options: Vec<u8> = "initrd=initrd quiet\0".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let expected = [
+        ("the kernel's command line", &*hex(&Sha384::digest(options))),
+        ("the initramfs", &hex(&Sha384::digest(b"an archive"))),
+    ];
+    assert_eq!(events_of(&report, "0x00000006"), expected);
+    // Debian's firmware has keys of Microsoft's.
+    let names: Vec<_> = events_of(&report, "0x80000001").into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["SecureBoot", "PK", "KEK", "db", "dbx"]);
+
+    let changed = |other: &serde_json::Value| [0, 1, 2].map(|number| other["rtmr"][number] != report["rtmr"][number]);
+    assert_eq!(changed(&with(&["--memory", "2G", "--cpus", "3"])), [true, false, false]);
+    assert_eq!(changed(&with(&["--memory", "3G", "--cpus", "2"])), [true, false, false]);
+    let more = with(&["--memory", "2G", "--cpus", "2,max=3"]);
+    assert_eq!(changed(&more), [true, false, false]);
+
+    let config = folder.path().join("vm.yaml");
+    let text = format!(
+        "firmware: {{path: {}}}\nkernel: {{path: {kernel}, initramfs: {initramfs}, cmdline: loud}}\n\
+         memory: {{size: 2G}}\ncpus: {{count: 2}}\n",
+        firmware.display()
+    );
+    fs::write(&config, text).unwrap();
+    let of_config = |more: &[&str]| -> serde_json::Value {
+        let args = [&["measure", "--json", "--config", config.to_str().unwrap()], more].concat();
+        serde_json::from_slice(&run_halyard(args).expect_code(0).stdout).unwrap()
+    };
+    assert_eq!(changed(&of_config(&[])), [false, false, true]);
+    assert_eq!(changed(&of_config(&["--cmdline", "quiet"])), [false; 3]);
+}
+
+#[test]
+fn a_kernel_that_the_firmware_will_not_start_is_told_of() {
+    let firmware = firmware::path().unwrap();
+    let folder = TempDir::new().unwrap();
+    let unsigned = folder.path().join("vmlinuz").display().to_string();
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap();
+    let stripped = Command::new("osslsigncode")
+        .args(["remove-signature", "-in", &kernel.display().to_string(), "-out", &unsigned])
+        .output()
+        .unwrap();
+    assert!(stripped.status.success(), "{stripped:?}");
+    let run = measure(&firmware, &["--kernel", &unsigned]).expect_code(0);
+    assert!(run.stderr.contains("the kernel is not signed: it will not start"), "{}", run.stderr);
+    // What signatures are of does not change with them.
+    let signed = foretold(&firmware, &["--kernel", &kernel.display().to_string()]);
+    assert_eq!(foretold(&firmware, &["--kernel", &unsigned])["rtmr"][1], signed["rtmr"][1]);
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -162,7 +252,7 @@ fn what_cannot_be_measured_is_refused() {
         (&*plain, &[][..], "it is not for TDX: it has no table of GUIDs at its end; Debian's firmware for TDX"),
         (Path::new("/dev/zero"), &[], "it is 67108865 bytes long"),
         (Path::new("/nonexistent"), &[], "/nonexistent: No such file"),
-        (&*plain, &["--memory", "1"], "--memory 1: it must be a multiple of 4096 bytes"),
+        (&*plain, &["--memory", "1"], "--memory 1: size: 1 is not a multiple of the 4K that pages have"),
         (&*plain, &["--memory", "much"], "--memory much: "),
     ] {
         let run = measure(firmware, args).expect_code(2);

@@ -178,7 +178,7 @@ pub(crate) fn bad(field: &str, problem: &str) -> Failure {
 }
 
 /// Puts the field and the file in front of what is wrong with it.
-pub(crate) fn bad_boot(config: &VmConfig, error: &BootError) -> Failure {
+pub fn bad_boot(config: &VmConfig, error: &BootError) -> Failure {
     let kernel = &config.kernel;
     match error {
         BootError::Payload(error) => bad("kernel.path", &format!("{}: {error}", kernel.path.display())),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api::{Confidential, QuoteService, Tdx};
+use api::{Confidential, Tdx};
 use arch::tdx::{LaunchPlan, measure};
 use devices::seam::Interrupts;
 use hal::{
@@ -19,7 +19,7 @@ use vm_memory::{
 use crate::Failure;
 use crate::machine::Parts;
 use crate::memory::Ram;
-use crate::quotes::{self, CallStatus, Quotes, SharedMemory};
+use crate::quotes::{self, QuoteCounters, Quotes, SharedMemory};
 use crate::seams::VmSeam;
 
 /// The most ranges of memory that a guest may share apart from each other: each is a mapping of the monitor's own.
@@ -200,7 +200,7 @@ impl Guest {
                 memory: memory.map.clone(),
                 shared: Arc::new(OfVm(vm.clone())),
                 interrupt: Arc::from(seam.create()?),
-                service: tdx.quote_service.clone().map(address),
+                service: tdx.quote_service.clone(),
                 counters: Arc::default(),
             })?),
             _ => None,
@@ -252,27 +252,15 @@ impl Guest {
         }
     }
 
+    /// What is counted of its quotes, where it may have some.
+    pub fn quote_counters(&self) -> Option<Arc<QuoteCounters>> {
+        self.quotes.as_ref().map(Quotes::counters)
+    }
+
     /// Answers a call of the guest's.
     pub fn call(&self, call: GuestCall) -> GuestCallStatus {
         let Some(quotes) = &self.quotes else { return GuestCallStatus::Unsupported };
-        let status = match call {
-            GuestCall::GetQuote { gpa, size } => quotes.get_quote(gpa, size),
-            GuestCall::SetupEventNotify { vcpu, vector } => quotes.set_up_event_notify(vcpu.0.into(), vector),
-        };
-        match status {
-            CallStatus::Success => GuestCallStatus::Success,
-            CallStatus::Retry => GuestCallStatus::Retry,
-            CallStatus::InvalidOperand => GuestCallStatus::InvalidOperand,
-            CallStatus::AlignError => GuestCallStatus::AlignError,
-            CallStatus::Unsupported => GuestCallStatus::Unsupported,
-        }
-    }
-}
-
-fn address(service: QuoteService) -> quotes::Address {
-    match service {
-        QuoteService::Unix(path) => quotes::Address::Unix(path),
-        QuoteService::Vsock { cid, port } => quotes::Address::Vsock { cid, port },
+        quotes.call(call)
     }
 }
 

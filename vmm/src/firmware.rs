@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use arch::firmware::{self, GivenKernel, Item, ItemContents, ItemKey};
+use arch::tdx::LaunchPlan;
 use arch::{Platform, layout};
 use devices::bus::Bus;
 use devices::legacy::{Cmos, FwCfg, FwCfgContents, FwCfgItems, PmTimer};
@@ -49,7 +50,10 @@ pub fn load(
     trace.mark(Milestone::Memory);
     let measured = if kinds::name(config.kind()).traits().boot == Boot::Measured {
         let measured = Measured { firmware: image, ram };
-        measured.plan().map_err(|error| bad_firmware(config, &error.to_string()))?;
+        let plan = measured.plan().map_err(|error| bad_firmware(config, &error.to_string()))?;
+        if let Some(warning) = warning_of_signature(&plan, &inputs.kernel) {
+            tracing::warn!("{}: {warning}", config.kernel.path.display());
+        }
         Some(measured)
     } else {
         write(&memory, place, &image)?;
@@ -58,6 +62,22 @@ pub fn load(
     trace.mark(Milestone::Kernel);
     let (entry, firmware) = (firmware::entry(), Some(items));
     Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware, measured, first_pages: None })
+}
+
+/// What may keep firmware that starts only signed executables from starting a kernel.
+pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static str> {
+    if !arch::tdx::events::variables(plan).secure_boot() {
+        return None;
+    }
+    Some(match firmware::is_signed(kernel) {
+        Ok(true) => {
+            "this firmware starts only what one of its keys has signed. The kernel is signed, and by whom is not looked at; \
+             Debian's are signed for its shim"
+        }
+        _ => {
+            "this firmware starts only what one of its keys has signed, and the kernel is not signed: it will not start"
+        }
+    })
 }
 
 /// The whole file.

@@ -11,7 +11,7 @@ pub mod boot;
 pub mod confidential;
 pub mod devices;
 pub mod endpoints;
-mod firmware;
+pub mod firmware;
 pub mod functions;
 pub mod host;
 pub mod inbox;

@@ -322,7 +322,7 @@ impl Machine {
             faults: self.functions.faults(),
             memory: self.functions.host_memory(),
             routes: self.vm.irqs().routes_held(),
-            quotes: None,
+            quotes: self.confidential.as_ref().and_then(|guest| guest.quote_counters()),
         })
     }
 

@@ -70,7 +70,7 @@ impl Guest {
         let len = u32::try_from(report.len()).unwrap();
         let header = [&1_u64.to_le_bytes()[..], &[0; 8], &len.to_le_bytes(), &[0; 4], report].concat();
         self.memory.write_slice(&header, GuestAddress(GPA)).unwrap();
-        assert_eq!(self.quotes.call(0, GuestCall::GetQuote { gpa: GPA, size: LEN }), GuestCallStatus::Success);
+        assert_eq!(self.quotes.call(GuestCall::GetQuote { gpa: GPA, size: LEN }), GuestCallStatus::Success);
         let status = loop {
             match self.memory.load(GuestAddress(GPA + 8), Ordering::Acquire).unwrap() {
                 u64::MAX => thread::yield_now(),

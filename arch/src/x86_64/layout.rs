@@ -60,6 +60,9 @@ pub const HYPERVISOR_PAGES: GpaRange = GpaRange { start: 0xfeff_c000, len: 0x400
 pub const FIRMWARE: GpaRange = GpaRange { start: 0xff00_0000, len: 0x100_0000 };
 /// The window for 32-bit BARs where firmware boots: OVMF takes the addresses behind ECAM, up to here, for it.
 pub const FIRMWARE_MMIO32: GpaRange = GpaRange { start: ECAM.start + ECAM.len, len: 0x0c00_0000 };
+/// Where the window for 64-bit BARs ends where firmware boots, whatever the host: the ACPI tables are to be the same on each.
+/// No guest of firmware reaches further, and Linux leaves out what its processor does not reach.
+pub const FIRMWARE_MMIO64_END: u64 = 1 << 51;
 /// The window for 64-bit BARs starts and ends at a multiple of this, in bytes. It is never smaller.
 pub const MMIO64_GRANULE: u64 = 0x4000_0000;
 

@@ -105,6 +105,7 @@ impl Platform {
         platform.firmware = true;
         for bridge in &mut platform.host_bridges {
             bridge.mmio32 = layout::FIRMWARE_MMIO32;
+            bridge.mmio64.len = layout::FIRMWARE_MMIO64_END.saturating_sub(bridge.mmio64.start);
         }
         Ok(platform)
     }
@@ -136,6 +137,16 @@ mod tests {
         assert_eq!(bridge.ecam(), GpaRange { start: 0xe000_0000, len: 0x10_0000 });
         assert_eq!(bridge.mmio64, GpaRange { start: 7 << 30, len: (1 << 40) - (7 << 30) });
         Platform::direct_boot(1 << 40, 40, Topology::flat(2).unwrap()).unwrap_err();
+    }
+
+    #[test]
+    fn what_firmware_is_shown_depends_on_no_host() {
+        let shown = |bits| Platform::firmware_boot(6 << 30, bits, Topology::flat(2).unwrap()).unwrap();
+        assert_eq!(crate::acpi::link(&shown(36)), crate::acpi::link(&shown(52)));
+        let bridge = &shown(40).host_bridges[0];
+        assert_eq!((bridge.mmio32.start, bridge.mmio64.start), (0xf000_0000, 7 << 30));
+        assert_eq!(bridge.mmio64.start + bridge.mmio64.len, 1 << 51);
+        Platform::firmware_boot(1 << 40, 40, Topology::flat(2).unwrap()).unwrap_err();
     }
 
     #[test]

@@ -165,13 +165,33 @@ pub struct ProbeArgs {
 pub struct MeasureArgs {
     /// Firmware for TDX, as in Debian's package ovmf-inteltdx
     #[arg(long, value_name = "FILE")]
-    pub firmware: PathBuf,
+    pub firmware: Option<String>,
 
-    /// How much memory the trust domain has, in bytes or with K, M, G or T in steps of 1024
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub memory: String,
+    /// Read the trust domain's configuration from a file, as for halyard run; other flags change it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<String>,
 
-    /// List what MRTD is made of, and what the firmware extends RTMR0 with first
+    /// The kernel that the firmware is given: a bzImage, or another EFI executable
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<String>,
+
+    /// The kernel's initial file system
+    #[arg(long, value_name = "FILE")]
+    pub initramfs: Option<String>,
+
+    /// The kernel's command line; without it, that of halyard run
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+
+    /// How many vCPUs the trust domain has [default: 1]
+    #[arg(long, value_name = "N[,KEY=N]…")]
+    pub cpus: Option<String>,
+
+    /// How much memory the trust domain has, in bytes or with K, M, G or T in steps of 1024 [default: 512M]
+    #[arg(long, value_name = "SIZE[,KEY=VALUE]…")]
+    pub memory: Option<String>,
+
+    /// List what MRTD is made of, and what the registers are extended with
     #[arg(long)]
     pub events: bool,
 

@@ -6,31 +6,39 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::process::ExitCode;
 
-use api::ByteSize;
+use api::{HostFacts, Problem, Problems, VmConfig};
+use arch::firmware::GivenKernel;
 use arch::layout;
+use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
 use arch::tdx::{LaunchPlan, LaunchRegion};
+use hal::GpaRange;
 use serde::Serialize;
+use vmm::Failure;
 
-use super::args::MeasureArgs;
-use super::{BAD_INPUT, HOST_FAILED, complain, print};
+use super::args::{MeasureArgs, RunArgs};
+use super::run::Source;
+use super::{HOST_FAILED, complain, print};
 use crate::logging::Format;
 
 /// One more byte than any firmware has.
 const TOO_LONG: u64 = (64 << 20) + 1;
 
 /// Enough memory for each firmware.
-const SOME_MEMORY: &str = "512M";
+const SOME_MEMORY: u64 = 512 << 20;
 
 /// The measurements as JSON.
 #[derive(Debug, Serialize)]
 struct Report {
     /// 96 hexadecimal digits.
     mrtd: String,
+    /// RTMR0 to 2 when the kernel runs, 96 hexadecimal digits each; none without a kernel.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    rtmr: Vec<String>,
     /// What MRTD is made of.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pages: Vec<ReportedPages>,
-    /// What firmware extends the registers with first.
+    /// What firmware and kernel extend the registers with, or without a kernel, what firmware does first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     events: Vec<ReportedEvent>,
 }
@@ -81,13 +89,27 @@ impl From<Event> for ReportedEvent {
     }
 }
 
-/// Prints the measurements of a firmware in a trust domain of some memory.
+/// Prints the measurements of a trust domain.
 pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
-    let report = match report(args) {
+    let source = Source::read(&domain(args));
+    let check = |config: &VmConfig| {
+        let mut problems = api::validate(config, &HostFacts::unlimited());
+        problems.retain(|problem| problem.field != "kernel.path" || has_kernel(config));
+        if config.firmware.is_none() {
+            problems.push(Problem::new("firmware", "no firmware is named", "give --firmware FILE"));
+        }
+        problems
+    };
+    let config = match source.config(check).map(|config| (check(&config), config)) {
+        Ok((problems, config)) if problems.is_empty() => config,
+        Ok((problems, _)) | Err(problems) => return source.refuse(problems, format),
+    };
+    let report = match report(&config, args.events) {
         Ok(report) => report,
-        Err((field, problem)) => {
-            complain(format, field, &problem);
-            return BAD_INPUT.into();
+        Err(Failure::BadInput(Problems(problems))) => return source.refuse(problems, format),
+        Err(Failure::Host(problem)) => {
+            complain(format, "", &problem);
+            return HOST_FAILED.into();
         }
     };
     if !args.json {
@@ -104,27 +126,78 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
 
 /// MRTD of a firmware, or the flag that is wrong and why. It does not depend on how much memory there is.
 pub fn mrtd(firmware: &Path) -> Result<String, (&'static str, String)> {
-    let args = MeasureArgs { firmware: firmware.to_owned(), memory: SOME_MEMORY.into(), events: false, json: false };
-    report(&args).map(|report| report.mrtd)
+    let bad_firmware = |problem: String| ("firmware", format!("{}: {problem}", firmware.display()));
+    let file = read(firmware).map_err(|error| bad_firmware(error.to_string()))?;
+    let plan = LaunchPlan::from_firmware(&file, &layout::ram_ranges(SOME_MEMORY));
+    Ok(hex(&measure::mrtd(&plan.map_err(|error| bad_firmware(error.to_string()))?)))
 }
 
-/// The measurements, or the flag that is wrong and why.
-fn report(args: &MeasureArgs) -> Result<Report, (&'static str, String)> {
-    let bad_memory = |problem: &str| ("memory", format!("--memory {}: {problem}", args.memory));
-    let memory: ByteSize = args.memory.parse().map_err(|error: api::UnitError| bad_memory(&error.to_string()))?;
-    if memory.bytes() == 0 || !memory.bytes().is_multiple_of(layout::PAGE_SIZE) {
-        return Err(bad_memory("it must be a multiple of 4096 bytes, and more than none"));
+/// The flags as those of a run; no kernel need be named here.
+fn domain(args: &MeasureArgs) -> RunArgs {
+    let kernel = if args.config.is_none() { args.kernel.clone().or(Some(String::new())) } else { args.kernel.clone() };
+    RunArgs {
+        config: args.config.clone(),
+        firmware: args.firmware.clone(),
+        kernel,
+        initramfs: args.initramfs.clone(),
+        cmdline: args.cmdline.clone(),
+        cpus: args.cpus.clone(),
+        memory: args.memory.clone(),
+        ..RunArgs::default()
     }
-    let bad_firmware = |problem: String| ("firmware", format!("{}: {problem}", args.firmware.display()));
-    let file = read(&args.firmware).map_err(|error| bad_firmware(error.to_string()))?;
-    let ram = layout::ram_ranges(memory.bytes());
-    let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad_firmware(error.to_string()))?;
-    let mut report = Report { mrtd: hex(&measure::mrtd(&plan)), pages: Vec::new(), events: Vec::new() };
-    if args.events {
+}
+
+fn has_kernel(config: &VmConfig) -> bool {
+    !config.kernel.path.as_os_str().is_empty()
+}
+
+fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
+    Failure::BadInput(Problems(vec![Problem::new(field, format!("{}: {problem}", path.display()), "")]))
+}
+
+/// The measurements, or what is wrong with the files.
+fn report(config: &VmConfig, with_events: bool) -> Result<Report, Failure> {
+    let path = config.firmware.as_ref().map(|firmware| firmware.path.clone()).unwrap_or_default();
+    let file = read(&path).map_err(|error| bad("firmware.path", &path, &error))?;
+    let ram = layout::ram_ranges(config.memory.size.bytes());
+    let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad("firmware.path", &path, &error))?;
+    let events = if has_kernel(config) { all_events(config, &plan, &ram)? } else { measure::first_events(&plan) };
+    let mut report =
+        Report { mrtd: hex(&measure::mrtd(&plan)), rtmr: Vec::new(), pages: Vec::new(), events: Vec::new() };
+    if has_kernel(config) {
+        report.rtmr = events::registers(&events).iter().map(|register| hex(register)).collect();
+    }
+    if with_events {
         report.pages = plan.regions.iter().map(Into::into).collect();
-        report.events = measure::first_events(&plan).into_iter().map(Into::into).collect();
+        report.events = events.into_iter().map(Into::into).collect();
     }
     Ok(report)
+}
+
+/// What the registers are extended with until the kernel runs.
+fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<Vec<Event>, Failure> {
+    let kernel_path = &config.kernel.path;
+    let kernel = File::open(kernel_path).map_err(|error| bad("kernel.path", kernel_path, &error))?;
+    let open = |path| File::open(path).map_err(|error| bad("kernel.initramfs", path, &error));
+    let initramfs = config.kernel.initramfs.as_deref().map(open).transpose()?;
+    let (initramfs, cmdline) = (initramfs.as_ref(), config.cmdline());
+    if let Some(warning) = vmm::firmware::warning_of_signature(plan, &kernel) {
+        tracing::warn!("{}: {warning}", kernel_path.display());
+    }
+    // As for a host with the most address bits that there are: the tables do not depend on them.
+    let (platform, _) = vmm::boot::platform(config, 52)?;
+    let given = GivenKernel { kernel: &kernel, initramfs, cmdline: &cmdline, unsigned: false };
+    let items = arch::firmware::items(&platform, ram, Some(&given));
+    let items = items.map_err(|error| vmm::boot::bad_boot(config, &error))?;
+    let mut events = events::of_firmware(plan, &items);
+    let given = MeasuredKernel { kernel: &kernel, initramfs, cmdline: &cmdline };
+    events.extend(events::of_kernel(&given).map_err(|error| match error {
+        EventError::Kernel(_) => bad("kernel.path", kernel_path, &error),
+        EventError::Initramfs(_) => {
+            bad("kernel.initramfs", config.kernel.initramfs.as_deref().unwrap_or(Path::new("")), &error)
+        }
+    })?);
+    Ok(events)
 }
 
 /// Reads a file that may be firmware; no more of it than shows that it is too long.
@@ -140,6 +213,9 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 fn text(report: &Report) -> String {
     let mut text = format!("MRTD {}\n", report.mrtd);
     // Writing to a text never fails.
+    for (number, register) in report.rtmr.iter().enumerate() {
+        let _ = writeln!(text, "RTMR{number} {register}");
+    }
     for ReportedPages { start, count, what, measured, sha384 } in &report.pages {
         let how = if *measured { "measured" } else { "added" };
         let _ = writeln!(text, "mrtd  {start:>10} {sha384} {count} pages {how}: {what}");

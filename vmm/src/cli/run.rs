@@ -127,7 +127,8 @@ impl Source {
         }
     }
 
-    fn refuse(&self, mut problems: Vec<Problem>, format: Format) -> ExitCode {
+    /// Tells all problems.
+    pub fn refuse(&self, mut problems: Vec<Problem>, format: Format) -> ExitCode {
         for (told, problem) in self.told(&mut problems).iter().zip(&problems) {
             complain(format, &problem.field, told);
         }

@@ -135,11 +135,16 @@ impl Quotes {
         Ok(Self { memory, shared, notice, counters, line })
     }
 
-    /// Answers a call of the guest's, from the vCPU with this local APIC id. It may take a few milliseconds.
-    pub fn call(&self, apic_id: u32, call: GuestCall) -> GuestCallStatus {
+    /// What is counted.
+    pub fn counters(&self) -> Arc<QuoteCounters> {
+        self.counters.clone()
+    }
+
+    /// Answers a call of the guest's. It may take a few milliseconds.
+    pub fn call(&self, call: GuestCall) -> GuestCallStatus {
         match call {
             GuestCall::GetQuote { gpa, size } => self.get_quote(gpa, size),
-            GuestCall::SetupEventNotify { vector } => self.set_up_event_notify(apic_id, vector),
+            GuestCall::SetupEventNotify { vcpu, vector } => self.set_up_event_notify(vcpu.0.into(), vector),
         }
     }
 

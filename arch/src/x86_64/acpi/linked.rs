@@ -55,8 +55,9 @@ pub fn link(platform: &Platform) -> LinkedTables {
     acpi_tables::Aml::to_aml_bytes(&Rsdp::new(super::OEM_ID, places.xsdt), &mut rsdp);
     let mut script = Script { tables: area.bytes, rsdp, commands: Vec::new() };
 
-    script.command(ALLOCATE, &[&name(TABLES_FILE), &64_u32.to_le_bytes(), &[ZONE_HIGH]]);
+    // Firmware measures files in the order in which it loads them. This is QEMU's.
     script.command(ALLOCATE, &[&name(RSDP_FILE), &16_u32.to_le_bytes(), &[ZONE_F_SEGMENT]]);
+    script.command(ALLOCATE, &[&name(TABLES_FILE), &64_u32.to_le_bytes(), &[ZONE_HIGH]]);
     let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
     let (fadt, xsdt) = (at(places.fadt), at(places.xsdt));
     script.point(TABLES_FILE, fadt + FADT_DSDT_OFFSET);

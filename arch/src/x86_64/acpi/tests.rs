@@ -204,7 +204,7 @@ fn run_script(linked: &LinkedTables) -> Vec<u8> {
             other => panic!("command {other}"),
         }
     }
-    assert_eq!(allocated, [("etc/acpi/tables".to_owned(), 64, 1), ("etc/acpi/rsdp".to_owned(), 16, 2)]);
+    assert_eq!(allocated, [("etc/acpi/rsdp".to_owned(), 16, 2), ("etc/acpi/tables".to_owned(), 64, 1)]);
     rsdp.resize(room, 0);
     rsdp.extend(tables);
     rsdp

@@ -61,14 +61,14 @@ impl KernelImage for Vec<u8> {
 
 /// A regular file.
 #[derive(Debug)]
-pub(super) struct FileImage<'a> {
+pub(in super::super) struct FileImage<'a> {
     file: &'a File,
     size: u64,
 }
 
 impl<'a> FileImage<'a> {
     /// `None` where it is a directory, a device or a pipe.
-    pub(super) fn new(file: &'a File) -> io::Result<Option<Self>> {
+    pub(in super::super) fn new(file: &'a File) -> io::Result<Option<Self>> {
         let metadata = file.metadata()?;
         Ok(metadata.is_file().then_some(Self { file, size: metadata.len() }))
     }

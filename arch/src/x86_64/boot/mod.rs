@@ -27,7 +27,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 pub(super) use self::efi::{EfiKernel, initramfs_size, kernel as efi_kernel, setup_with_loader};
 pub use self::error::{BootError, CmdlineError, InitramfsError, KernelError, MemoryError};
-use self::image::FileImage;
+pub(super) use self::image::FileImage;
 pub use self::image::{KernelImage, Sink};
 pub use self::kaslr::Slide;
 use self::map::MemoryMap;

@@ -1,13 +1,17 @@
 //! Booting firmware: where its file goes, how a processor begins in it, and what it finds of the machine ([`items`]).
 
+mod authenticode;
 mod items;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
+
 use hal::{BootRegisters, GpaRange};
 
+pub use self::authenticode::{Executable, PeError};
 pub use self::items::{GivenKernel, Item, ItemContents, ItemKey, items};
-use super::boot::registers;
+use super::boot::{FileImage, registers};
 use super::layout::{self, PAGE_SIZE};
 
 /// Why a file is no firmware.
@@ -40,6 +44,15 @@ pub fn place(size: u64) -> Result<GpaRange, ImageError> {
 /// [`ImageError::NoResetVector`], where all of them are zeros or ones.
 pub fn check_reset_vector(last: &[u8; 16]) -> Result<(), ImageError> {
     if [[0; 16], [0xff; 16]].contains(last) { Err(ImageError::NoResetVector) } else { Ok(()) }
+}
+
+/// Whether somebody has signed an EFI executable. By whom, and whether that is true, is not looked at.
+///
+/// # Errors
+/// [`PeError`] where it is none.
+pub fn is_signed(file: &File) -> Result<bool, PeError> {
+    let image = FileImage::new(file)?.ok_or(PeError::Format("it is not a regular file"))?;
+    Ok(Executable::read(&image)?.is_signed())
 }
 
 /// The boot processor's registers after power-on: it begins at the last 16 bytes below 4 GiB, in real mode (Intel SDM

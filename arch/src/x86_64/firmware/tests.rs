@@ -136,3 +136,70 @@ fn memory_is_told_and_what_may_be_plugged_is_kept_free() {
     let all = items(&platform(layout::ram_up_to(more)), &layout::ram_ranges(1 << 30), None).unwrap();
     assert_eq!(bytes(&all, ItemKey::Name("etc/reserved-memory-end")), (7_u64 << 30).to_le_bytes());
 }
+
+/// A PE file of two sections, the later one first, with 12 bytes of signatures.
+fn executable() -> Vec<u8> {
+    let mut file = vec![0x5a; 0x600];
+    file[..0x200].fill(0);
+    file[..2].copy_from_slice(b"MZ");
+    file[0x3c] = 0x40;
+    file[0x40..0x44].copy_from_slice(b"PE\0\0");
+    (file[0x46], file[0x54]) = (2, 240);
+    file[0x58..0x5a].copy_from_slice(&[0x0b, 2]);
+    let number = |file: &mut Vec<u8>, at: usize, number: u32| file[at..at + 4].copy_from_slice(&number.to_le_bytes());
+    number(&mut file, 0x58 + 60, 0x200);
+    number(&mut file, 0x58 + 108, 16);
+    number(&mut file, 0x58 + 144, 0x5f4);
+    number(&mut file, 0x58 + 148, 12);
+    for (section, (size, place)) in [(0x200, 0x400 - 16), (0x1f0, 0x200)].into_iter().enumerate() {
+        number(&mut file, 0x148 + 40 * section + 16, size);
+        number(&mut file, 0x148 + 40 * section + 20, place);
+    }
+    file
+}
+
+fn digest(file: &Vec<u8>) -> Result<Vec<u8>, String> {
+    let executable = Executable::read(file).map_err(|error| error.to_string())?;
+    Ok(executable.digest::<sha2::Sha384>().unwrap().to_vec())
+}
+
+#[test]
+fn signatures_and_checksum_do_not_count_and_all_else_does() {
+    let file = executable();
+    assert!(Executable::read(&file).unwrap().is_signed());
+    let before = digest(&file).unwrap();
+    for at in [0x58 + 64, 0x58 + 67, 0x5f4, 0x5ff] {
+        let mut changed = file.clone();
+        changed[at] ^= 1;
+        assert_eq!(digest(&changed).unwrap(), before, "byte {at:#x}");
+    }
+    for at in [0, 0x58 + 63, 0x58 + 68, 0x58 + 143, 0x58 + 152, 0x1ff, 0x200, 0x3f0, 0x5ef, 0x5f3] {
+        let mut changed = file.clone();
+        changed[at] ^= 1;
+        assert_ne!(digest(&changed).ok().as_ref(), Some(&before), "byte {at:#x}");
+    }
+}
+
+#[test]
+fn headers_that_lie_are_refused() {
+    let file = executable();
+    for (at, bytes) in [
+        (0x3c, &[0xff; 4][..]),
+        (0x40, b"NE"),
+        (0x46, &[0xff; 2]),
+        (0x58, &[0x0b, 1]),
+        (0x58 + 60, &[0xff; 4]),
+        (0x58 + 144, &[0; 4]),
+        (0x58 + 148, &[0xff; 4]),
+        (0x148 + 16, &[0xff; 4]),
+        (0x148 + 20, &[0, 3, 0, 0]),
+    ] {
+        let mut changed = file.clone();
+        changed[at..at + bytes.len()].copy_from_slice(bytes);
+        let error = digest(&changed).unwrap_err();
+        assert!(error.starts_with("it is no EFI executable"), "{at:#x}: {error}");
+    }
+    for len in [0, 0x41, 0x60, 0x150, 0x1ff, 0x300] {
+        digest(&file[..len].to_vec()).unwrap_err();
+    }
+}

@@ -42,14 +42,15 @@ pub fn mrtd(plan: &LaunchPlan) -> Digest384 {
 
 /// What firmware measures before all else, into RTMR0: the hand-off blocks, and its variables.
 pub fn first_events(plan: &LaunchPlan) -> Vec<Event> {
-    let mut events = vec![event(HANDOFF_TABLES, "the hand-off blocks", plan.measured_hand_off())];
+    let mut events = vec![event(0, HANDOFF_TABLES, "the hand-off blocks", plan.measured_hand_off())];
     let volumes = plan.regions.iter().filter(|region| region.kind == SectionKind::ConfigurationVolume);
-    events.extend(volumes.map(|volume| event(FIRMWARE_BLOB, "the configuration volume", &volume.contents)));
+    events.extend(volumes.map(|volume| event(0, FIRMWARE_BLOB, "the configuration volume", &volume.contents)));
     events
 }
 
-fn event(kind: u32, what: &'static str, measured: &[u8]) -> Event {
-    Event { register: 0, kind, what, digest: Sha384::digest(measured).into() }
+/// An event of these bytes.
+pub(super) fn event(register: u8, kind: u32, what: &'static str, measured: &[u8]) -> Event {
+    Event { register, kind, what, digest: Sha384::digest(measured).into() }
 }
 
 /// TDH.MEM.PAGE.ADD of each page, and TDH.MR.EXTEND of what is measured.

@@ -215,3 +215,102 @@ fn a_measurement_is_of_pages_in_their_order_and_of_contents_where_they_count() {
     }
     assert_eq!(mrtd(vec![page(&[1; 300], true)]).as_slice(), Sha384::digest(&expected).as_slice());
 }
+
+/// A configuration volume with these variables: name, vendor's first byte, data.
+fn volume(store: [u8; 16], variables: &[(&str, [u8; 16], &[u8])]) -> Vec<u8> {
+    let mut volume = vec![0; 72 + 28];
+    volume[48] = 72;
+    volume[72..88].copy_from_slice(&store);
+    for (name, vendor, data) in variables {
+        let name: Vec<u8> = format!("{name}\0").encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let mut header = vec![0; 60];
+        header[..4].copy_from_slice(&[0xaa, 0x55, 0x3f, 0]);
+        header[36..40].copy_from_slice(&u32::try_from(name.len()).unwrap().to_le_bytes());
+        header[40..44].copy_from_slice(&u32::try_from(data.len()).unwrap().to_le_bytes());
+        header[44..].copy_from_slice(vendor);
+        volume.extend([header, name, data.to_vec()].concat());
+        volume.resize(volume.len().next_multiple_of(4), 0xff);
+    }
+    volume.resize(volume.len() + 100, 0xff);
+    volume
+}
+
+const AUTHENTICATED: [u8; 16] = *b"\x78\x2c\xf3\xaa\x7b\x94\x9a\x43\xa1\x80\x2e\x14\x4e\xc3\x77\x92";
+const GLOBAL: [u8; 16] = *b"\x61\xdf\xe4\x8b\xca\x93\xd2\x11\xaa\x0d\x00\xe0\x98\x03\x2b\x8c";
+const SECURITY: [u8; 16] = *b"\xcb\xb2\x19\xd7\x3a\x3d\x96\x45\xa3\xbc\xda\xd0\x0e\x67\x65\x6f";
+
+fn start_of(digest: &[u8; 48]) -> u32 {
+    u32::from_be_bytes(*digest.first_chunk().unwrap())
+}
+
+/// What an event log of real hardware has for firmware without secure boot: each variable is missing.
+#[test]
+fn variables_that_are_missing_are_measured_as_hardware_did() {
+    let other_store = volume([0; 16], &[("PK", GLOBAL, b"key")]);
+    let none = Variables::read(&other_store);
+    let digests: Vec<_> = none.measured().iter().map(|(name, digest)| (*name, start_of(digest))).collect();
+    let expected = [
+        ("SecureBoot", 0x9dc3_a1f8),
+        ("PK", 0x6f2e_3cbc),
+        ("KEK", 0xd607_c0ef),
+        ("db", 0x08a7_4f89),
+        ("dbx", 0x18cc_6e01),
+    ];
+    assert_eq!(digests, expected);
+    assert!(!none.secure_boot());
+    assert_eq!(Variables::read(&[]).measured(), none.measured());
+}
+
+#[test]
+fn a_platform_key_is_secure_boot() {
+    let all = volume(
+        AUTHENTICATED,
+        &[("PK", GLOBAL, b"key"), ("dbt", SECURITY, b"later"), ("db", SECURITY, b"good"), ("db", GLOBAL, b"other")],
+    );
+    let variables = Variables::read(&all);
+    assert!(variables.secure_boot());
+    let measured = variables.measured();
+    let names: Vec<_> = measured.iter().map(|(name, _)| *name).collect();
+    assert_eq!(names, ["SecureBoot", "PK", "KEK", "db", "dbx", "dbt"]);
+    let expected =
+        Sha384::digest([&SECURITY[..], &[2, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0], b"d\0b\0good"].concat());
+    assert_eq!(measured[3].1, *expected);
+    let empty = volume(AUTHENTICATED, &[]);
+    let empty = Variables::read(&empty);
+    assert!(!empty.secure_boot() && empty.measured()[0] != measured[0]);
+    // A deleted variable, and one that ends beyond the volume.
+    let mut changed = all.clone();
+    changed[100 + 2] = 0x3c;
+    assert!(!Variables::read(&changed).secure_boot());
+    changed[100 + 40..100 + 44].fill(0xff);
+    assert_eq!(Variables::read(&changed).measured(), empty.measured());
+}
+
+/// The events of a log of real hardware, and RTMRs as they follow from events.
+#[test]
+fn what_a_kernel_is_given_is_measured_as_hardware_did() {
+    use std::io::Write;
+
+    let mut kernel = tempfile::tempfile().unwrap();
+    let mut pe = vec![0; 0x400];
+    pe[..2].copy_from_slice(b"MZ");
+    pe[0x3c] = 0x40;
+    pe[0x40..0x44].copy_from_slice(b"PE\0\0");
+    pe[0x54] = 240;
+    pe[0x58..0x5a].copy_from_slice(&[0x0b, 2]);
+    pe[0x58 + 60..0x58 + 62].copy_from_slice(&[0, 2]);
+    kernel.write_all(&pe).unwrap();
+    let given = events::MeasuredKernel { kernel: &kernel, initramfs: Some(&kernel), cmdline: "quiet" };
+    let all = events::of_kernel(&given).unwrap();
+    let seen: Vec<_> = all.iter().map(|event| (event.register, event.kind)).collect();
+    let application = (1, 0x8000_0003);
+    assert_eq!(seen, [application, (1, 0x8000_0007), (1, 4), (1, 0x8000_0007), (1, 0x8000_0007), (2, 6), (2, 6)]);
+    let digests: Vec<_> = all[1..5].iter().map(|event| start_of(&event.digest)).collect();
+    assert_eq!(digests, [0x77a0_dab2, 0x3943_41b7, 0x214b_0bef, 0x0a2e_01c8]);
+    let options: Vec<u8> = "initrd=initrd quiet\0".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert_eq!((all[5].digest, all[6].digest), (Sha384::digest(options).into(), Sha384::digest(&pe).into()));
+    let last = Sha384::digest([[0; 48], all[5].digest].concat());
+    let last: [u8; 48] = Sha384::digest([&last[..], &all[6].digest].concat()).into();
+    let registers = events::registers(&all);
+    assert_eq!((registers[0], registers[2]), ([0; 48], last));
+}
