@@ -283,9 +283,7 @@ unsafe fn vcpu_command(td: &mut Td, id: usize, command: &mut Command) -> Result<
 
 /// KVM_TDX_CAPABILITIES: what the host's own KVM supports is what can be configured.
 unsafe fn capabilities(data: u64) -> Result<(), c_int> {
-    // KVM's own leaves are nothing to the TDX module.
-    let of_processor = |leaf: &CpuidEntry| !(0x4000_0000..0x4001_0000).contains(&leaf.function);
-    let leaves = supported().into_iter().filter(of_processor).map(configurable).collect::<Vec<_>>();
+    let leaves = configurable_leaves();
     // SAFETY (of all): the caller's promise.
     let caps = unsafe { &mut *pointer::<Capabilities>(data) };
     let room = caps.cpuid.count;
@@ -298,10 +296,16 @@ unsafe fn capabilities(data: u64) -> Result<(), c_int> {
     Ok(())
 }
 
-/// A leaf as one whose bits can all be configured. That of address sizes has the width of guest addresses in it.
+/// The leaves that can be configured: those of the processor, since KVM's own are nothing to the TDX module.
+fn configurable_leaves() -> Vec<CpuidEntry> {
+    supported().into_iter().filter(|leaf| leaf.function >> 16 != 0x4000).map(configurable).collect()
+}
+
+/// A leaf as one whose bits can all be configured, without a word of whether it has subleaves. That of address sizes has the
+/// width of guest addresses in it.
 fn configurable(leaf: CpuidEntry) -> CpuidEntry {
     let eax = if leaf.function == 0x8000_0008 { leaf.eax | 0xff << 16 } else { leaf.eax };
-    CpuidEntry { eax, ..leaf }
+    CpuidEntry { eax, flags: 0, ..leaf }
 }
 
 /// KVM_TDX_INIT_VM. The leaves that it sets.
@@ -318,14 +322,24 @@ unsafe fn init_vm(data: u64) -> Result<Vec<CpuidEntry>, c_int> {
         hex(&wanted.mrownerconfig),
         leaves.len()
     ));
-    let possible = supported();
     for leaf in leaves {
         let CpuidEntry { function, index, flags, eax, ebx, ecx, edx, .. } = leaf;
         line(&format!("  cpuid {function:#x}.{index} flags={flags} {eax:08x} {ebx:08x} {ecx:08x} {edx:08x}"));
-        let known = possible.iter().any(|known| (known.function, known.index) == (*function, *index));
-        if !known || *function >> 16 == 0x4000 {
+    }
+    // As Linux looks for each leaf that can be configured: an entry without the flag stands for all subleaves. There must be
+    // as many entries as are found so, and the TDX module refuses bits that cannot be configured.
+    let mut copied = 0;
+    for mask in configurable_leaves() {
+        let of_mask =
+            |leaf: &&CpuidEntry| leaf.function == mask.function && (leaf.flags & 1 == 0 || leaf.index == mask.index);
+        let Some(leaf) = leaves.iter().find(of_mask) else { continue };
+        copied += 1;
+        if leaf.eax & !mask.eax | leaf.ebx & !mask.ebx | leaf.ecx & !mask.ecx | leaf.edx & !mask.edx != 0 {
             return Err(libc::EINVAL);
         }
+    }
+    if copied != leaves.len() {
+        return Err(libc::EINVAL);
     }
     let width = leaves.iter().find(|leaf| leaf.function == 0x8000_0008).map(|leaf| leaf.eax >> 16 & 0xff);
     let reserved = wanted.reserved.iter().any(|word| *word != 0);

@@ -20,8 +20,6 @@ const KVM_FEATURES_LEFT: u32 = 1 << 1 | 1 << 7 | 1 << 9 | 1 << 11 | 1 << 12 | 1 
 /// The frequency of the local APIC's timer (EBX, kHz): the TDX module's is 25 MHz.
 const KVM_TIMING: u32 = 0x4000_0010;
 const APIC_BUS_KHZ: u32 = 25_000;
-/// KVM's leaves, which the TDX module knows nothing of.
-const KVM_LEAVES: std::ops::Range<u32> = 0x4000_0000..0x4001_0000;
 
 /// A leaf by its function and subleaf; a leaf without subleaves is its own subleaf 0.
 fn find(leaves: &[CpuidEntry], of: &CpuidEntry) -> Option<CpuidEntry> {
@@ -73,8 +71,8 @@ pub(super) fn xfam(wanted: &[CpuidEntry], supported: u64) -> u64 {
     (components(0, |leaf| leaf.eax) | components(1, |leaf| leaf.ecx)) & supported
 }
 
-/// The leaves of a vCPU: what the TDX module gives, KVM's leaves as they are possible, and the vCPU's number from the leaves
-/// that were wanted of it.
+/// The leaves of a vCPU: what the TDX module gives, with the vCPU's number from the leaves that were wanted of it, and the leaves
+/// that it knows nothing of as they were wanted, KVM's as far as they are possible. The guest asks KVM for these.
 pub(super) fn for_vcpu(wanted: &[CpuidEntry], given: &[CpuidEntry]) -> Vec<CpuidEntry> {
     let mut leaves: Vec<CpuidEntry> = Vec::with_capacity(given.len());
     for leaf in given.iter().filter(|leaf| registers(leaf) != [0; 4]) {
@@ -90,7 +88,8 @@ pub(super) fn for_vcpu(wanted: &[CpuidEntry], given: &[CpuidEntry]) -> Vec<Cpuid
         }
         leaves.push(leaf);
     }
-    for leaf in wanted.iter().filter(|leaf| KVM_LEAVES.contains(&leaf.function)) {
+    let known = |leaf: &&CpuidEntry| given.iter().any(|known| known.function == leaf.function);
+    for leaf in wanted.iter().filter(|leaf| !known(leaf)) {
         leaves.push(match leaf.function {
             KVM_FEATURES => CpuidEntry { eax: leaf.eax & KVM_FEATURES_LEFT, ..*leaf },
             KVM_TIMING => CpuidEntry { ebx: APIC_BUS_KHZ, ..*leaf },
@@ -161,6 +160,8 @@ mod tests {
             leaf(0xb, Some(0), [0, 1, 0x100, 5]),
             leaf(KVM_FEATURES, None, [u32::MAX, 0, 0, 0]),
             leaf(KVM_TIMING, None, [2_000_000, 1_000_000, 0, 0]),
+            leaf(2, None, [1; 4]),
+            leaf(0x16, None, [2000, 3000, 100, 0]),
         ];
         let given =
             [leaf(1, None, [0x806f8, 0x0012_0800, 4, 8]), leaf(2, None, [0; 4]), leaf(0xb, Some(0), [0, 1, 0x100, 0])];
@@ -172,10 +173,11 @@ mod tests {
                 leaf(0xb, Some(0), [0, 1, 0x100, 5]),
                 leaf(KVM_FEATURES, None, [0xba82, 0, 0, 0]),
                 leaf(KVM_TIMING, None, [2_000_000, 25_000, 0, 0]),
+                leaf(0x16, None, [2000, 3000, 100, 0]),
             ]
         );
         let told: Vec<String> = changes(&wanted, &leaves).iter().map(ToString::to_string).collect();
-        assert_eq!(told.len(), 6, "{told:#?}");
+        assert_eq!(told.len(), 10, "{told:#?}");
         assert_eq!(told[0], "CPUID 0x1 eax: 0x00000000 was asked for, 0x000806f8 is given, with 0x806f8");
         assert!(told.contains(
             &"CPUID 0x40000001 eax: 0xffffffff was asked for, 0x0000ba82 is given, without 0xffff457d".to_owned()

@@ -89,7 +89,12 @@ pub(super) fn capabilities(calls: &dyn Calls) -> Result<Capabilities> {
                     attributes: data.attributes,
                     xfam: data.xfam,
                     calls: [data.kernel_r11 | data.user_r11 & ANSWERED_R11, data.kernel_r12],
-                    cpuid: leaves(list.as_slice()),
+                    // KVM does not say of these which have subleaves, so each counts as one.
+                    cpuid: list
+                        .as_slice()
+                        .iter()
+                        .map(|entry| CpuidEntry { index: Some(entry.index), ..entry.into() })
+                        .collect(),
                 });
             }
             Err(error) if error.errno() == libc::E2BIG && room < abi::MAX_LEAVES => room *= 2,

@@ -116,6 +116,9 @@ impl State {
         data.count = u32::try_from(self.configurable.len()).unwrap();
         // SAFETY: there is room, as was seen.
         unsafe { give(data.entries.as_mut_ptr(), &self.configurable) };
+        // SAFETY: as many were written.
+        let entries = unsafe { slice::from_raw_parts_mut(data.entries.as_mut_ptr(), self.configurable.len()) };
+        entries.iter_mut().for_each(|entry| entry.flags = 0);
         Ok(())
     }
 
@@ -123,23 +126,31 @@ impl State {
         // SAFETY: the caller's promise.
         let data = unsafe { &*pointer::<InitVmData>(command.data) };
         // SAFETY: the caller's promise.
-        let leaves = unsafe { slice::from_raw_parts(data.entries.as_ptr(), usize::try_from(data.count).unwrap()) };
-        let leaves: Vec<CpuidEntry> = leaves.iter().map(CpuidEntry::from).collect();
+        let entries = unsafe { slice::from_raw_parts(data.entries.as_ptr(), usize::try_from(data.count).unwrap()) };
+        let leaves: Vec<CpuidEntry> = entries.iter().map(CpuidEntry::from).collect();
         if self.initialized.is_some() || data.reserved != [0; 12] || data.padding != 0 {
             return Err(libc::EINVAL);
         }
         if !self.vcpus.is_empty() {
             return Err(libc::EBUSY);
         }
-        let configurable = |leaf: &CpuidEntry| {
-            let mask = self.configurable.iter().find(|mask| (mask.function, mask.index) == (leaf.function, leaf.index));
-            mask.is_some_and(|mask| leaf.eax & !mask.eax == 0 && leaf.ecx & !mask.ecx == 0)
+        // An entry without the flag stands for all subleaves; and there must be as many as are found so.
+        let found = |mask: &CpuidEntry| {
+            let index = mask.index.unwrap_or(0);
+            entries
+                .iter()
+                .find(|entry| entry.function == mask.function && (entry.flags & 1 == 0 || entry.index == index))
         };
+        let allowed = |mask: &CpuidEntry| {
+            found(mask).is_none_or(|entry| entry.eax & !mask.eax == 0 && entry.ecx & !mask.ecx == 0)
+        };
+        let copied = self.configurable.iter().filter(|mask| found(mask).is_some()).count();
         let width = leaves.iter().find(|leaf| leaf.function == 0x8000_0008).map(|leaf| leaf.eax >> 16 & 0xff);
         let bad = data.attributes & !TdxSpec::SEPT_VE_DISABLE != 0
             || data.xfam & !0x602e7 != 0
             || data.xfam & 3 != 3
-            || !leaves.iter().all(configurable)
+            || !self.configurable.iter().all(allowed)
+            || copied != entries.len()
             || !matches!(width, Some(48 | 52));
         if bad {
             return Err(libc::EINVAL);

@@ -74,6 +74,20 @@ fn a_launch_asks_as_often_as_it_must_and_no_oftener() {
 }
 
 #[test]
+fn subleaves_are_asked_for_one_by_one() {
+    let subleaf = |index, eax| CpuidEntry { index: Some(index), ..leaf(7, eax, 0) };
+    let mut host = linux(3);
+    host.configurable.extend([subleaf(0, 0xff), subleaf(1, 0xf0), subleaf(2, 0xf)]);
+    let host = Linux::with(host);
+    let capabilities = launch::capabilities(&host).unwrap();
+    let mut spec = spec();
+    spec.cpuid.extend([CpuidEntry { index: None, ..leaf(7, 1, 0) }, subleaf(1, 0x11)]);
+    launch::init_vm(&host, &capabilities, &spec).unwrap();
+    let state = host.0.borrow();
+    assert_eq!(state.initialized.as_ref().unwrap().cpuid[3..], [subleaf(0, 1), subleaf(1, 0x10)]);
+}
+
+#[test]
 fn room_for_leaves_grows_until_it_is_enough() {
     for (leaves, asked) in [(64, 1), (65, 2), (129, 3), (250, 3)] {
         let linux = begun(linux(leaves));
