@@ -230,6 +230,8 @@ fn what_a_guest_should_not_want_is_refused_to_it_and_its_own_end_is_told() {
     let answers: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("  answered ")).collect();
     assert_eq!(answers, ["22", "22", "0", "0", "22", "22"]);
     assert_eq!(launched.vm.memory().shared(), []);
+    let (exit, _) = launched.run("poison 200000 1000 private");
+    assert!(matches!(exit, Exit::Crash(info) if info.reason.contains("broken on the host")));
     let (exit, _) = launched.run("fatal 1=8 3=2121706d65706f c=8000000000010000 d=7000");
     let Exit::Crash(info) = exit else { panic!("{exit:?}") };
     assert_eq!(

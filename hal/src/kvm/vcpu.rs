@@ -11,6 +11,7 @@ use kvm_bindings::{
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_cpuid_entry2, kvm_mp_state, kvm_run,
 };
 use kvm_ioctls::{HypercallExit, VcpuExit, VcpuFd};
+use vmm_sys_util::errno;
 
 use super::counters::KvmCounters;
 use super::kick::{self, KickState, Running};
@@ -42,6 +43,9 @@ pub(super) struct KvmVcpu {
 /// Why KVM cannot carry out an access of the guest's: this process may not do it either.
 const NO_MEMORY: &str =
     "the guest wrote to memory that it does not have, or the host has none for it (KVM_RUN: EFAULT)";
+
+/// Why a fault on memory is not about who sees it.
+const BROKEN_MEMORY: &str = "a page of the guest's memory is broken on the host (KVM_RUN: EHWPOISON)";
 
 /// What an exit means for the loop in [`Vcpu::run`].
 enum Step {
@@ -94,6 +98,10 @@ impl KvmVcpu {
                 // SAFETY: as above; the exit says that the page holds a call of the guest's.
                 unsafe { exits::answer_call(page, self.id, self.call_info.unwrap_or_default(), host) };
                 Ok(Step::Answered)
+            }
+            // This exit comes with an error number, which says which of two sorts it is.
+            Ok(VcpuExit::MemoryFault { .. }) if errno::Error::last().errno() == libc::EHWPOISON => {
+                Ok(Step::Crash(BROKEN_MEMORY.into()))
             }
             Ok(exit) => Ok(answer(exit, host)),
             Err(error) => match error.errno() {

@@ -5,6 +5,7 @@
 //! ```text
 //! map GPA PAGES private|shared      the guest wants memory of that visibility (TDG.VP.VMCALL<MapGPA>)
 //! fault GPA BYTES private|shared    the guest touches memory so
+//! poison GPA BYTES private|shared   the same, of memory that is broken on the host
 //! call NUMBER ARGUMENT...           another call, as KVM_EXIT_TDX has it
 //! fatal REGISTER=VALUE...           the guest ends itself; registers by their numbers
 //! shutdown                          a triple fault
@@ -116,10 +117,10 @@ unsafe fn next(page: *mut u64, id: usize) -> Answer {
             let arguments = [MAP_GPA_RANGE, number(1), number(2), u64::from(private) << 4, 0, 0, 0, 0];
             (0..).zip(arguments).for_each(|(at, value)| *word(at) = value);
         }
-        "fault" => {
+        what @ ("fault" | "poison") => {
             reason(REASON_MEMORY_FAULT);
             (0..).zip([u64::from(private) << 3, number(1), number(2)]).for_each(|(at, value)| *word(at) = value);
-            answer = Answer::Quiet(libc::EFAULT);
+            answer = Answer::Quiet(if what == "fault" { libc::EFAULT } else { libc::EHWPOISON });
         }
         "call" => {
             reason(REASON_TDX);

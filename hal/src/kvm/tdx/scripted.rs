@@ -148,7 +148,6 @@ impl State {
         let width = leaves.iter().find(|leaf| leaf.function == 0x8000_0008).map(|leaf| leaf.eax >> 16 & 0xff);
         let bad = data.attributes & !TdxSpec::SEPT_VE_DISABLE != 0
             || data.xfam & !0x602e7 != 0
-            || data.xfam & 3 != 3
             || !self.configurable.iter().all(allowed)
             || copied != entries.len()
             || !matches!(width, Some(48 | 52));
