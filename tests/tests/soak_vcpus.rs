@@ -33,7 +33,7 @@ fn soak_vcpus_come_and_go_under_load() -> Result<()> {
     Load::StressNg.give(host, &mut config)?;
     let guest = service.boot(&config)?;
     let ask = |command: &str| guest.run(Cmd::shell(command).patience(PATIENCE))?.ok().context(command.to_owned());
-    let load = guest.spawn(loads::stress_ng(LOAD, 0))?;
+    let load = guest.spawn(loads::stress_ng(LOAD))?;
     load.wait_line_for("dispatching hogs", PATIENCE)?;
     let mut settled = None;
     for round in 0..rounds {
@@ -45,6 +45,7 @@ fn soak_vcpus_come_and_go_under_load() -> Result<()> {
             let online = ask("cat /sys/devices/system/cpu/online")?;
             ensure!(online == if count == 1 { "0" } else { "0-7" }, "{online} of {count} in round {round}");
         }
+        println!("round {round}: {:.0} s", began.elapsed().as_secs_f64());
         if round + 1 == SETTLED {
             settled = Some(Census::in_host(host, service.process().pid())?);
         }
