@@ -2,7 +2,6 @@
 
 use anyhow::{Context, Result, ensure};
 use api::{ByteSize, DeviceConfig, Disk, MemoryPatch, Net, TimeSpan, VmConfig};
-use halyard_tests::census::Census;
 use halyard_tests::loads::{self, Load};
 use halyard_tests::service::{self, Service};
 use halyard_tests::story::{PATIENCE, Story};
@@ -67,10 +66,10 @@ fn soak_memory_comes_and_goes_under_stress_ng() -> Result<()> {
         figures = format!("{full} MiB resident, then {left}");
         println!("round {round}: {figures}");
         if round == SETTLED {
-            settled = Some(Census::in_host(host, pid)?);
+            settled = Some(service.census(host)?);
         }
     }
-    let last = Census::in_host(host, pid)?;
+    let last = service.census(host)?;
     ensure!(load.status().is_none(), "the load goes on: {}", load.last_words());
     let settled = settled.context("too few rounds to tell")?;
     last.check_since(&settled, GROWTH)?;

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::census::Census;
 use halyard_tests::loads::{self, Load};
 use halyard_tests::service::{Service, guest};
 use halyard_tests::{Cmd, Kernel, Lent};
@@ -47,10 +46,10 @@ fn soak_vcpus_come_and_go_under_load() -> Result<()> {
         }
         println!("round {round}: {:.0} s", began.elapsed().as_secs_f64());
         if round + 1 == SETTLED {
-            settled = Some(Census::in_host(host, service.process().pid())?);
+            settled = Some(service.census(host)?);
         }
     }
-    let (settled, last) = (settled.context("too few rounds to tell")?, Census::in_host(host, service.process().pid())?);
+    let (settled, last) = (settled.context("too few rounds to tell")?, service.census(host)?);
     last.check_since(&settled, GROWTH)?;
     ensure!(load.status().is_none(), "the load goes on: {}", load.last_words());
     service.finish()?;
