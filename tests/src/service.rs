@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
+use crate::census::Census;
 use crate::client::{Client, PATIENCE, Witness};
 use crate::command::Cmd;
 use crate::forward::Forward;
@@ -108,6 +109,16 @@ impl Service {
         }
         let witness: Witness = Arc::new(String::new);
         Client::open("guest", self.client.console("agent", true)?, PATIENCE, witness)
+    }
+
+    /// What it holds of its host, which is to be the one that it was started in.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn census(&mut self, host: &Host) -> Result<Census> {
+        // It ends a connection without requests after a minute: this has the client connected each time.
+        self.client.version()?;
+        Census::in_host(host, self.process.pid())
     }
 
     /// A metric without labels.

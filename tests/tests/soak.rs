@@ -474,10 +474,10 @@ fn soak_disks_come_and_go_under_load() -> Result<()> {
         plug_round(host, &mut service, &guest, &images).with_context(|| format!("after {done} disks"))?;
         done += PLUGS_AT_ONCE;
         if settled.is_none() && done >= PLUGS_SETTLED {
-            settled = Some((Census::in_host(host, service.process().pid())?, service.metric(ROUTES)?));
+            settled = Some((service.census(host)?, service.metric(ROUTES)?));
         }
     }
-    let (last, routes) = (Census::in_host(host, service.process().pid())?, service.metric(ROUTES)?);
+    let (last, routes) = (service.census(host)?, service.metric(ROUTES)?);
     ensure!(load.status().is_none(), "the busy disk goes on: {}", load.last_words());
     let (settled, routes_then) = settled.context("too few disks to tell")?;
     last.check_since(&settled, GROWTH)?;

@@ -2,7 +2,6 @@
 
 use anyhow::{Context, Result, ensure};
 use api::{ByteSize, DeviceConfig, Disk, MemoryPatch, Net, TimeSpan, VmConfig};
-use halyard_tests::census::Census;
 use halyard_tests::loads::{self, Load};
 use halyard_tests::service::{self, Service};
 use halyard_tests::story::{PATIENCE, Story};
@@ -15,9 +14,9 @@ const SETTLED: usize = 2;
 const GROWTH: f64 = 128.0;
 /// Works on memory all the time, while it grows and shrinks.
 const LOAD: &str = "--vm 1 --vm-bytes 256m --vm-keep";
-/// MiB that are filled while there are 4 GiB, and for how many seconds.
+/// MiB that are filled while there are 4 GiB, with zeros or ones, and how often at least.
 const FILLED: u64 = 2048;
-const FILLS: u32 = 20;
+const FILLS: u32 = 1;
 
 /// A guest whose memory can grow, and which has a load to run. `online` is what it does with the memory that comes.
 fn config(host: &Host, load: Load, mib: u64, online: &str) -> Result<VmConfig> {
@@ -49,13 +48,14 @@ fn soak_memory_comes_and_goes_under_stress_ng() -> Result<()> {
     let mut service = Service::start(host, &[])?;
     let guest = service.boot(&config(host, Load::StressNg, 1024, "online_movable")?)?;
     let pid = service.process().pid();
-    let load = guest.spawn(loads::stress_ng(LOAD, 0))?;
+    let load = guest.spawn(loads::stress_ng(LOAD))?;
     load.wait_line_for("dispatching hogs", PATIENCE)?;
     let (mut settled, mut figures) = (None, String::new());
     for round in 1..=rounds {
         let during = || format!("in round {round}");
         resize(&mut service, 4096).with_context(during)?;
-        let fill = loads::stress_ng(&format!("--vm 2 --vm-bytes {FILLED}m --vm-populate --vm-keep"), FILLS);
+        let fill = format!("--vm 2 --vm-bytes {FILLED}m --vm-keep --vm-method zero-one --vm-ops {FILLS}");
+        let fill = loads::stress_ng(&fill);
         guest.run(Cmd::shell(fill).patience(PATIENCE))?.ok().with_context(during)?;
         let full = resident(host, pid)?;
         ensure!(full > FILLED, "{full} MiB are resident when {FILLED} were filled, {}", during());
@@ -64,11 +64,12 @@ fn soak_memory_comes_and_goes_under_stress_ng() -> Result<()> {
         let left = resident(host, pid)?;
         ensure!(left < 1100, "{left} MiB are resident of a guest with 1 GiB, {}", during());
         figures = format!("{full} MiB resident, then {left}");
+        println!("round {round}: {figures}");
         if round == SETTLED {
-            settled = Some(Census::in_host(host, pid)?);
+            settled = Some(service.census(host)?);
         }
     }
-    let last = Census::in_host(host, pid)?;
+    let last = service.census(host)?;
     ensure!(load.status().is_none(), "the load goes on: {}", load.last_words());
     let settled = settled.context("too few rounds to tell")?;
     last.check_since(&settled, GROWTH)?;

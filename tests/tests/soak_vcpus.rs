@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::census::Census;
 use halyard_tests::loads::{self, Load};
 use halyard_tests::service::{Service, guest};
 use halyard_tests::{Cmd, Kernel, Lent};
@@ -33,7 +32,7 @@ fn soak_vcpus_come_and_go_under_load() -> Result<()> {
     Load::StressNg.give(host, &mut config)?;
     let guest = service.boot(&config)?;
     let ask = |command: &str| guest.run(Cmd::shell(command).patience(PATIENCE))?.ok().context(command.to_owned());
-    let load = guest.spawn(loads::stress_ng(LOAD, 0))?;
+    let load = guest.spawn(loads::stress_ng(LOAD))?;
     load.wait_line_for("dispatching hogs", PATIENCE)?;
     let mut settled = None;
     for round in 0..rounds {
@@ -45,11 +44,12 @@ fn soak_vcpus_come_and_go_under_load() -> Result<()> {
             let online = ask("cat /sys/devices/system/cpu/online")?;
             ensure!(online == if count == 1 { "0" } else { "0-7" }, "{online} of {count} in round {round}");
         }
+        println!("round {round}: {:.0} s", began.elapsed().as_secs_f64());
         if round + 1 == SETTLED {
-            settled = Some(Census::in_host(host, service.process().pid())?);
+            settled = Some(service.census(host)?);
         }
     }
-    let (settled, last) = (settled.context("too few rounds to tell")?, Census::in_host(host, service.process().pid())?);
+    let (settled, last) = (settled.context("too few rounds to tell")?, service.census(host)?);
     last.check_since(&settled, GROWTH)?;
     ensure!(load.status().is_none(), "the load goes on: {}", load.last_words());
     service.finish()?;

@@ -11,6 +11,7 @@ use devices::seam::Interrupts;
 use devices::virtio::rng::Rng;
 use devices::virtio::testing::{FakeDoorbells, FakeInterrupts};
 use devices::virtio::transport::VirtioPci;
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 
 use crate::input::{Step, width};
 use crate::layout;
@@ -147,6 +148,8 @@ pub struct Segment {
     /// The card for each root port, and whether it is plugged.
     plugged: Vec<(Arc<Card>, bool)>,
     seen: Arc<Seen>,
+    /// Where the guest reads configuration space of the root ports.
+    pages: Arc<GuestRegionMmap>,
     /// Configuration space of each function as it was at first.
     before: Vec<Vec<u8>>,
 }
@@ -197,7 +200,10 @@ impl Segment {
         let plugged = (0..PORTS)
             .map(|port| (Arc::new(Card::new(8 + port, &[(0, Memory64, 0x8000), (2, Memory32, 0x1000)])), false))
             .collect();
-        let mut this = Self { mmio, segment, functions, cards, plugged, seen, before: Vec::new() };
+        let pages = MmapRegion::new(8 << 12).expect("memory for a device of eight functions");
+        let pages = Arc::new(GuestRegionMmap::new(pages, GuestAddress(0)).expect("an address"));
+        segment.show_ports(&pages).expect("room for the ports");
+        let mut this = Self { mmio, segment, functions, cards, plugged, seen, pages, before: Vec::new() };
         this.before = (0..this.functions.len()).map(|index| this.header(index)).collect();
         this
     }
@@ -315,6 +321,13 @@ impl Segment {
                 assert!(*plugged && bridge.forwards(&(at..at + size)), "{at:#x} is reached past port {port}");
                 assert!(bars[*index].is_some_and(|bar| bar.address == at), "{at:#x} is no word of the card's");
             }
+        }
+        for port in 0..PORTS {
+            let (mut said, mut shown) = ([0; 0x1000], [0; 0x1000]);
+            self.segment.port(port).expect("a port").config_read(0, &mut said);
+            let at = MemoryRegionAddress(u64::from(port) << 12);
+            self.pages.read_slice(&mut shown, at).expect("a page of its own");
+            assert!(said == shown, "the guest reads something else of port {port} in memory");
         }
         let behind = self.plugged.iter().map(|(card, _)| card);
         for card in self.cards.iter().chain(behind) {
