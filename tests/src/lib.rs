@@ -36,6 +36,7 @@ pub mod protocol;
 pub mod pty;
 pub mod python;
 mod qemu;
+pub mod quotes;
 pub mod service;
 pub mod story;
 pub mod text;

@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use halyard_qgs::{Platform, Registers, Service, ask};
+use halyard_qgs::Registers;
 use halyard_tests::firmware;
+use halyard_tests::quotes::quoted;
 use halyard_tests::tiny::{Run, run_halyard};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -79,19 +80,6 @@ fn quotes_of_real_hardware_are_read_and_their_signatures_checked() {
     assert!(run.stderr.contains("it is a quote of an SGX enclave, and of no trust domain"), "{run}");
 }
 
-/// A quote of a trust domain with these registers, and beside it root.pem and collateral.json.
-fn quoted(folder: &Path, registers: &Registers) -> PathBuf {
-    let socket = folder.join("qgs.socket");
-    let service = Service::start(Platform::new().unwrap(), &socket).unwrap();
-    let platform = service.platform();
-    let quote = folder.join("quote");
-    fs::write(&quote, ask(&socket, &platform.report(registers)).unwrap().unwrap()).unwrap();
-    fs::write(folder.join("root.pem"), platform.root_pem()).unwrap();
-    fs::write(folder.join("root.der"), platform.root_der()).unwrap();
-    fs::write(folder.join("collateral.json"), platform.collateral().unwrap().to_string()).unwrap();
-    quote
-}
-
 #[test]
 fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     let folder = TempDir::new().unwrap();
@@ -103,7 +91,7 @@ fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     }
     registers.data = [0; 64];
     registers.data[..4].copy_from_slice(&[0xde, 0xad, 0xbe, 0xef]);
-    let quote = quoted(folder.path(), &registers);
+    let quote = quoted(folder.path(), &registers).unwrap();
     let collateral = folder.path().join("collateral.json");
     let (root, der) = (folder.path().join("root.pem"), folder.path().join("root.der"));
     let firmware = ["--firmware", firmware.to_str().unwrap()];
@@ -163,7 +151,7 @@ fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
 #[test]
 fn what_cannot_be_used_is_refused_by_its_flag() {
     let folder = TempDir::new().unwrap();
-    let quote = quoted(folder.path(), &Registers::default());
+    let quote = quoted(folder.path(), &Registers::default()).unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     for (name, bytes) in
         [("empty", &b""[..]), ("text", b"no quote, no certificate and no collateral"), ("zeros", &[0; 5000])]

@@ -3,9 +3,9 @@
 
 use anyhow::{Result, anyhow};
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, CertificateRevocationListParams, CustomExtension,
-    DistinguishedName, DnType, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
-    SerialNumber, date_time_ymd,
+    BasicConstraints, Certificate, CertificateParams, CertificateRevocationListParams, CrlDistributionPoint,
+    CustomExtension, DistinguishedName, DnType, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, SerialNumber, date_time_ymd,
 };
 use ring::digest::{SHA256, digest};
 use ring::hmac;
@@ -27,6 +27,8 @@ const QE_ATTRIBUTES: [u8; 16] = [0x15, 0, 0, 0, 0, 0, 0, 0, 0xe7, 0, 0, 0, 0, 0,
 /// Intel's quoting enclave.
 const VENDOR: [u8; 16] =
     [0x93, 0x9a, 0x72, 0x33, 0xf7, 0x9c, 0x4c, 0xa9, 0x94, 0x0a, 0x0d, 0xb3, 0x95, 0x7f, 0x06, 0x07];
+/// Where the root's list of revoked certificates would be fetched.
+const REVOKED: &str = "https://quotes.example/root.crl";
 /// When everything here was issued, and until when it is valid.
 const ISSUED: &str = "2024-01-01T00:00:00Z";
 const NEXT: &str = "2048-12-31T00:00:00Z";
@@ -246,6 +248,7 @@ fn params(name: &str, issuer: bool) -> CertificateParams {
     params.distinguished_name = names;
     (params.not_before, params.not_after) = (date_time_ymd(2024, 1, 1), date_time_ymd(2049, 12, 31));
     params.use_authority_key_identifier_extension = true;
+    params.crl_distribution_points = vec![CrlDistributionPoint { uris: vec![REVOKED.into()] }];
     if issuer {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
