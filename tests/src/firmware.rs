@@ -4,9 +4,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use igvm::IgvmDirectiveHeader;
 use igvm::measurement::generate_tdx_measurement;
-use igvm_defs::{IgvmPageDataFlags, IgvmPageDataType};
+use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision};
+use igvm_defs::{
+    IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
+};
 
 use crate::cache;
 
@@ -73,12 +75,12 @@ fn word(file: &[u8], at: usize) -> Result<u32> {
     Ok(u32::from_le_bytes(*bytes))
 }
 
-/// MRTD as the igvm crate computes it, in hexadecimal digits.
+/// A firmware's pages as an IGVM file has them.
 ///
 /// # Errors
 /// The file is not as it should be.
-pub fn mrtd_by_igvm(file: &[u8]) -> Result<String> {
-    let pages: Vec<_> = pages(file)?
+pub fn directives(file: &[u8]) -> Result<Vec<IgvmDirectiveHeader>> {
+    Ok(pages(file)?
         .into_iter()
         .map(|page| IgvmDirectiveHeader::PageData {
             gpa: page.address,
@@ -87,7 +89,32 @@ pub fn mrtd_by_igvm(file: &[u8]) -> Result<String> {
             data_type: IgvmPageDataType::NORMAL,
             data: page.contents,
         })
-        .collect();
+        .collect())
+}
+
+/// An IGVM file for a platform.
+///
+/// # Errors
+/// The igvm crate does not take it.
+pub fn igvm(platform: IgvmPlatformType, directives: Vec<IgvmDirectiveHeader>) -> Result<Vec<u8>> {
+    let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
+        compatibility_mask: 1,
+        highest_vtl: 0,
+        platform_type: platform,
+        platform_version: IGVM_TDX_PLATFORM_VERSION,
+        shared_gpa_boundary: 0,
+    });
+    let mut bytes = Vec::new();
+    IgvmFile::new(IgvmRevision::V1, vec![platform], Vec::new(), directives)?.serialize(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// MRTD as the igvm crate computes it, in hexadecimal digits.
+///
+/// # Errors
+/// The file is not as it should be.
+pub fn mrtd_by_igvm(file: &[u8]) -> Result<String> {
+    let pages = directives(file)?;
     let digest = generate_tdx_measurement(&pages, 1)?;
     Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use halyard_tests::tiny::{Run, run_halyard};
 use halyard_tests::{Kernel, firmware};
+use igvm_defs::IgvmPlatformType;
 use sha2::{Digest, Sha384};
 use tempfile::TempDir;
 
@@ -147,6 +148,55 @@ fn pages_are_those_that_a_real_qemu_adds() {
         launches += 1;
     }
     assert_eq!(launches, 12);
+}
+
+/// What `halyard measure` says of an IGVM file.
+fn measure_igvm(path: &Path, bytes: &[u8], args: &[&str]) -> Run {
+    fs::write(path, bytes).unwrap();
+    let args = [&["measure", "--json", "--igvm", path.to_str().unwrap()], args].concat();
+    run_halyard(args)
+}
+
+#[test]
+fn an_igvm_file_of_the_same_pages_has_the_same_measurement() {
+    let firmware = firmware::path().unwrap();
+    let bytes = fs::read(&firmware).unwrap();
+    let folder = TempDir::new().unwrap();
+    let (path, corim) = (folder.path().join("td.igvm"), folder.path().join("td.corim"));
+    // The hand-off blocks are not measured but for their addresses, so that no file has them.
+    let pages = firmware::directives(&bytes).unwrap();
+    let file = firmware::igvm(IgvmPlatformType::TDX, pages.clone()).unwrap();
+    let run = measure_igvm(&path, &file, &["--events", "--corim", corim.to_str().unwrap()]).expect_code(0);
+    let report: serde_json::Value = serde_json::from_slice(&run.stdout).unwrap();
+    let mrtd = firmware::mrtd_by_igvm(&bytes).unwrap();
+    assert_eq!(report["mrtd"], mrtd);
+    assert_eq!(report["pages"][0]["count"], 892);
+    // The document names the digest, and is the same for the firmware that has the same measurement.
+    let document = fs::read(&corim).unwrap();
+    assert!(hex(&document).contains(&mrtd));
+    measure(&firmware, &["--corim", corim.to_str().unwrap()]).expect_code(0);
+    assert_eq!(fs::read(&corim).unwrap(), document);
+
+    let twice = [&pages[..2], &pages[1..2]].concat();
+    let mut headers = file.clone();
+    headers[12..16].copy_from_slice(&0x4000_0000_u32.to_le_bytes());
+    let mut checksum = file.clone();
+    checksum[24] ^= 0x80;
+    for (file, message) in [
+        (firmware::igvm(IgvmPlatformType::TDX, twice).unwrap(), "pages at 0xffc85000 lie where there are others"),
+        (
+            firmware::igvm(IgvmPlatformType::NATIVE, pages[..1].to_vec()).unwrap(),
+            "it is not for TDX: it supports NATIVE",
+        ),
+        (headers, "its headers are longer than 2 MiB"),
+        (checksum, "it is no IGVM file that can be launched: "),
+        (file[..1000].to_vec(), "it is no IGVM file that can be launched: "),
+        (bytes, "it does not begin with \"IGVM\""),
+        (Vec::new(), "it does not begin with \"IGVM\""),
+    ] {
+        let run = measure_igvm(&path, &file, &[]).expect_code(2);
+        assert!(run.stderr.contains(message), "{}", run.stderr);
+    }
 }
 
 /// A register after the events of a report that are its own.

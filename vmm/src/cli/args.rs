@@ -167,6 +167,14 @@ pub struct MeasureArgs {
     #[arg(long, value_name = "FILE")]
     pub firmware: Option<String>,
 
+    /// Measure the pages of this IGVM file instead of a firmware's
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["firmware", "config", "kernel", "initramfs", "cmdline", "cpus", "memory"])]
+    pub igvm: Option<PathBuf>,
+
+    /// Write MRTD as a CoRIM document, which verifiers read, to FILE, too
+    #[arg(long, value_name = "FILE")]
+    pub corim: Option<PathBuf>,
+
     /// Read the trust domain's configuration from a file, as for halyard run; other flags change it
     #[arg(long, value_name = "FILE")]
     pub config: Option<String>,

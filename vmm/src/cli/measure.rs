@@ -11,7 +11,7 @@ use arch::firmware::GivenKernel;
 use arch::layout;
 use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
-use arch::tdx::{LaunchPlan, LaunchRegion};
+use arch::tdx::{self, LaunchPlan, LaunchRegion};
 use hal::GpaRange;
 use serde::Serialize;
 use vmm::Failure;
@@ -21,8 +21,9 @@ use super::run::Source;
 use super::{HOST_FAILED, complain, print};
 use crate::logging::Format;
 
-/// One more byte than any firmware has.
-const TOO_LONG: u64 = (64 << 20) + 1;
+/// One more byte than any firmware has, and than any IGVM file may have.
+const MAX_FIRMWARE: u64 = (64 << 20) + 1;
+const MAX_IGVM: u64 = (256 << 20) + 1;
 
 /// Enough memory for each firmware.
 const SOME_MEMORY: u64 = 512 << 20;
@@ -92,19 +93,11 @@ impl From<Event> for ReportedEvent {
 /// Prints the measurements of a trust domain.
 pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
     let source = Source::read(&domain(args));
-    let check = |config: &VmConfig| {
-        let mut problems = api::validate(config, &HostFacts::unlimited());
-        problems.retain(|problem| problem.field != "kernel.path" || has_kernel(config));
-        if config.firmware.is_none() {
-            problems.push(Problem::new("firmware", "no firmware is named", "give --firmware FILE"));
-        }
-        problems
+    let report = match &args.igvm {
+        Some(path) => of_igvm(path, args),
+        None => of_firmware(&source, args),
     };
-    let config = match source.config(check).map(|config| (check(&config), config)) {
-        Ok((problems, config)) if problems.is_empty() => config,
-        Ok((problems, _)) | Err(problems) => return source.refuse(problems, format),
-    };
-    let report = match report(&config, args.events) {
+    let report = match report {
         Ok(report) => report,
         Err(Failure::BadInput(Problems(problems))) => return source.refuse(problems, format),
         Err(Failure::Host(problem)) => {
@@ -127,9 +120,59 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
 /// MRTD of a firmware, or the flag that is wrong and why. It does not depend on how much memory there is.
 pub fn mrtd(firmware: &Path) -> Result<String, (&'static str, String)> {
     let bad_firmware = |problem: String| ("firmware", format!("{}: {problem}", firmware.display()));
-    let file = read(firmware).map_err(|error| bad_firmware(error.to_string()))?;
+    let file = read(firmware, MAX_FIRMWARE).map_err(|error| bad_firmware(error.to_string()))?;
     let plan = LaunchPlan::from_firmware(&file, &layout::ram_ranges(SOME_MEMORY));
     Ok(hex(&measure::mrtd(&plan.map_err(|error| bad_firmware(error.to_string()))?)))
+}
+
+/// The measurement of an IGVM file.
+fn of_igvm(path: &Path, args: &MeasureArgs) -> Result<Report, Failure> {
+    let file = read(path, MAX_IGVM).map_err(|error| bad("--igvm", path, &error))?;
+    let plan = LaunchPlan::from_igvm(&file).map_err(|error| bad("--igvm", path, &error))?;
+    report(&plan, None, args)
+}
+
+/// The measurements of a firmware, and of the kernel that it is given, if any.
+fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<Report, Failure> {
+    let check = |config: &VmConfig| {
+        let mut problems = api::validate(config, &HostFacts::unlimited());
+        problems.retain(|problem| problem.field != "kernel.path" || has_kernel(config));
+        if config.firmware.is_none() {
+            problems.push(Problem::new("firmware", "no firmware is named", "give --firmware FILE, or --igvm FILE"));
+        }
+        problems
+    };
+    let bad_input = |problems| Failure::BadInput(Problems(problems));
+    let config = source.config(check).map_err(bad_input)?;
+    let problems = check(&config);
+    if !problems.is_empty() {
+        return Err(bad_input(problems));
+    }
+    let path = config.firmware.as_ref().map(|firmware| firmware.path.clone()).unwrap_or_default();
+    let file = read(&path, MAX_FIRMWARE).map_err(|error| bad("firmware.path", &path, &error))?;
+    let ram = layout::ram_ranges(config.memory.size.bytes());
+    let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad("firmware.path", &path, &error))?;
+    let events = if has_kernel(&config) { Some(all_events(&config, &plan, &ram)?) } else { None };
+    report(&plan, events, args)
+}
+
+/// What is told of a plan, and of all events until the kernel runs, where they are known.
+fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> Result<Report, Failure> {
+    let mut report =
+        Report { mrtd: hex(&measure::mrtd(plan)), rtmr: Vec::new(), pages: Vec::new(), events: Vec::new() };
+    if let Some(events) = &events {
+        report.rtmr = events::registers(events).iter().map(|register| hex(register)).collect();
+    }
+    if args.events {
+        report.pages = plan.regions.iter().map(Into::into).collect();
+        let first = || if args.igvm.is_some() { Vec::new() } else { measure::first_events(plan) };
+        report.events = events.unwrap_or_else(first).into_iter().map(Into::into).collect();
+    }
+    if let Some(path) = &args.corim {
+        let document = tdx::corim(plan).map_err(|error| Failure::Host(format!("CoRIM: {error}")))?;
+        std::fs::write(path, document).map_err(|error| bad("--corim", path, &error))?;
+    }
+    Ok(report)
 }
 
 /// The flags as those of a run; no kernel need be named here.
@@ -153,25 +196,6 @@ fn has_kernel(config: &VmConfig) -> bool {
 
 fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
     Failure::BadInput(Problems(vec![Problem::new(field, format!("{}: {problem}", path.display()), "")]))
-}
-
-/// The measurements, or what is wrong with the files.
-fn report(config: &VmConfig, with_events: bool) -> Result<Report, Failure> {
-    let path = config.firmware.as_ref().map(|firmware| firmware.path.clone()).unwrap_or_default();
-    let file = read(&path).map_err(|error| bad("firmware.path", &path, &error))?;
-    let ram = layout::ram_ranges(config.memory.size.bytes());
-    let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad("firmware.path", &path, &error))?;
-    let events = if has_kernel(config) { all_events(config, &plan, &ram)? } else { measure::first_events(&plan) };
-    let mut report =
-        Report { mrtd: hex(&measure::mrtd(&plan)), rtmr: Vec::new(), pages: Vec::new(), events: Vec::new() };
-    if has_kernel(config) {
-        report.rtmr = events::registers(&events).iter().map(|register| hex(register)).collect();
-    }
-    if with_events {
-        report.pages = plan.regions.iter().map(Into::into).collect();
-        report.events = events.into_iter().map(Into::into).collect();
-    }
-    Ok(report)
 }
 
 /// What the registers are extended with until the kernel runs.
@@ -200,13 +224,13 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
     Ok(events)
 }
 
-/// Reads a file that may be firmware; no more of it than shows that it is too long.
-fn read(path: &Path) -> io::Result<Vec<u8>> {
+/// Reads a file; no more of it than shows that it is too long.
+fn read(path: &Path, too_long: u64) -> io::Result<Vec<u8>> {
     let file = File::open(path)?;
     // One more byte than there is shows the end without another round.
-    let expected = file.metadata()?.len().saturating_add(1).min(TOO_LONG);
+    let expected = file.metadata()?.len().saturating_add(1).min(too_long);
     let mut bytes = Vec::with_capacity(usize::try_from(expected).unwrap_or(0));
-    file.take(TOO_LONG).read_to_end(&mut bytes)?;
+    file.take(too_long).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -5,6 +5,7 @@
 
 pub mod events;
 mod hob;
+mod igvm;
 pub mod measure;
 mod plan;
 mod tdvf;
@@ -12,6 +13,7 @@ mod tdvf;
 mod tests;
 mod variables;
 
+pub use self::igvm::{IgvmError, corim};
 pub use hob::HobError;
 pub use plan::{LaunchPlan, LaunchRegion, PlanError};
 pub use tdvf::{Section, SectionKind, Tdvf, TdvfError};

@@ -68,6 +68,10 @@ pub enum SectionKind {
     HandOff,
     /// Stack, heap and mailbox.
     Temporary,
+    /// Pages of an IGVM file, whatever they are for.
+    Page,
+    /// What the monitor tells those by, as an IGVM file wants it.
+    Parameters,
 }
 
 impl SectionKind {
@@ -78,6 +82,8 @@ impl SectionKind {
             Self::ConfigurationVolume => "configuration volume",
             Self::HandOff => "hand-off blocks",
             Self::Temporary => "temporary memory",
+            Self::Page => "pages",
+            Self::Parameters => "parameters",
         }
     }
 }

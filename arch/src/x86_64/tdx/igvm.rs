@@ -1,0 +1,232 @@
+//! IGVM files (Independent Guest Virtual Machine, <https://docs.rs/igvm_defs>): the pages of a trust domain as somebody has
+//! put them together, in the order of their measurement; and measurements as a CoRIM document, which verifiers read.
+
+use hal::GpaRange;
+use igvm::corim::launch_measurement::{LaunchMeasurement, MeasurementKind};
+use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision, IgvmSerializer};
+use igvm_defs::{
+    IGVM_MAGIC_VALUE, IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType,
+    IgvmPlatformType,
+};
+
+use super::super::layout::PAGE_SIZE;
+use super::plan::{LaunchPlan, LaunchRegion};
+use super::tdvf::SectionKind;
+
+/// The largest file, and the largest part of it that is headers: 65,536 pages.
+const MAX_FILE: usize = 256 << 20;
+const MAX_HEADERS: usize = 2 << 20;
+/// The most bytes that all areas of parameters have together.
+const MAX_PARAMETERS: u64 = 16 << 20;
+/// The fixed header: the offset and the size of all others.
+const HEADERS_OFFSET: usize = 8;
+const HEADERS_SIZE: usize = 12;
+const FIXED_SIZE: usize = 24;
+/// A header begins with its type and its length; the next is at a multiple of eight bytes.
+const HEADER_START: usize = 8;
+const HEADER_ALIGNMENT: usize = 8;
+/// The type of the header of an area of parameters, which begins with its size.
+const PARAMETER_AREA: u32 = 0x301;
+/// No trust domain has memory from here on: the bit that makes an address a shared one.
+const ADDRESS_END: u64 = 1 << 51;
+const PAGE_BYTES: usize = 4096;
+
+/// Why an IGVM file cannot be launched.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum IgvmError {
+    /// It is of another format, or too large.
+    #[error("it is no IGVM file that can be launched: {0}")]
+    File(String),
+    /// It is for other platforms.
+    #[error("it is not for TDX: it supports {0}; a file for the platform TDX is needed")]
+    Platform(String),
+    /// What it has at an address cannot be there.
+    #[error("{what} at {at:#x} {problem}")]
+    Page {
+        /// Pages or parameters.
+        what: &'static str,
+        /// Their address.
+        at: u64,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+impl LaunchPlan<'static> {
+    /// The plan of an IGVM file, of what it has for TDX.
+    ///
+    /// # Errors
+    /// [`IgvmError`]: what is wrong with it.
+    pub fn from_igvm(file: &[u8]) -> Result<Self, IgvmError> {
+        check_sizes(file).map_err(|problem| IgvmError::File(problem.to_owned()))?;
+        let all = IgvmFile::new_from_binary(file, None).map_err(|error| IgvmError::File(error.to_string()))?;
+        let platforms = all.platforms().iter().map(|IgvmPlatformHeader::SupportedPlatform(info)| info);
+        let mask = platforms
+            .clone()
+            .find(|info| info.platform_type == IgvmPlatformType::TDX)
+            .map(|info| info.compatibility_mask)
+            .ok_or_else(|| {
+                let names: Vec<_> = platforms.map(|info| format!("{:?}", info.platform_type)).collect();
+                IgvmError::Platform(names.join(", "))
+            })?;
+        let mut regions = Vec::new();
+        let mut areas = Vec::new();
+        for directive in all.directives() {
+            if directive.compatibility_mask().is_none_or(|other| other & mask != 0) {
+                add(directive, &mut regions, &mut areas)?;
+            }
+        }
+        check_places(&regions)?;
+        Ok(Self { regions, hand_off: 0 })
+    }
+
+    fn joined(regions: &mut Vec<LaunchRegion<'static>>, next: LaunchRegion<'static>) {
+        if let Some(last) = regions.last_mut()
+            && (last.kind, last.measured) == (next.kind, next.measured)
+            && last.memory.start + last.memory.len == next.memory.start
+        {
+            let contents = last.contents.to_mut();
+            contents.resize(usize::try_from(last.memory.len).unwrap_or(contents.len()), 0);
+            contents.extend_from_slice(&next.contents);
+            last.memory.len += next.memory.len;
+        } else {
+            regions.push(next);
+        }
+    }
+}
+
+/// What can be told of a file's size before anything of it is taken apart.
+fn check_sizes(file: &[u8]) -> Result<(), &'static str> {
+    let word = |at: usize| file.get(at..)?.first_chunk().map(|word| u32::from_le_bytes(*word));
+    if word(0) != Some(IGVM_MAGIC_VALUE) || file.len() < FIXED_SIZE {
+        return Err("it does not begin with \"IGVM\"");
+    }
+    if file.len() > MAX_FILE {
+        return Err("it is longer than 256 MiB");
+    }
+    let size = |at: usize| usize::try_from(word(at).unwrap_or(u32::MAX)).unwrap_or(usize::MAX);
+    let (offset, size) = (size(HEADERS_OFFSET), size(HEADERS_SIZE));
+    if size > MAX_HEADERS {
+        return Err("its headers are longer than 2 MiB");
+    }
+    let headers = offset.checked_add(size).and_then(|end| file.get(offset..end));
+    let mut rest = headers.ok_or("its headers end behind it")?;
+    // An area's first contents are copied for each header that names them.
+    let mut parameters = 0_u64;
+    while let Some((start, behind)) = rest.split_at_checked(HEADER_START) {
+        let (kind, length) = start.split_at(4);
+        let number = |bytes: &[u8]| bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+        if number(kind) == PARAMETER_AREA {
+            let size = behind.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+            parameters = parameters.saturating_add(size);
+        }
+        let length = usize::try_from(number(length)).unwrap_or(usize::MAX);
+        let next = length.checked_next_multiple_of(HEADER_ALIGNMENT).unwrap_or(usize::MAX);
+        rest = behind.get(next..).unwrap_or_default();
+    }
+    if parameters > MAX_PARAMETERS {
+        return Err("its parameters take more than 16 MiB");
+    }
+    Ok(())
+}
+
+/// Adds what a directive has the loader add. `areas` are the sizes of the areas of parameters so far, by their index.
+fn add(
+    directive: &IgvmDirectiveHeader,
+    regions: &mut Vec<LaunchRegion<'static>>,
+    areas: &mut Vec<(u32, u64)>,
+) -> Result<(), IgvmError> {
+    match directive {
+        IgvmDirectiveHeader::PageData { gpa, flags, data, .. } if !flags.shared() => {
+            if flags.is_2mb_page() {
+                return Err(IgvmError::Page { what: "a page", at: *gpa, problem: "is one of 2 MiB" });
+            }
+            let region = LaunchRegion {
+                kind: SectionKind::Page,
+                memory: GpaRange { start: *gpa, len: PAGE_SIZE },
+                contents: data.clone().into(),
+                measured: !flags.unmeasured(),
+            };
+            LaunchPlan::joined(regions, region);
+        }
+        IgvmDirectiveHeader::ParameterArea { number_of_bytes, parameter_area_index, .. } => {
+            areas.push((*parameter_area_index, *number_of_bytes));
+        }
+        IgvmDirectiveHeader::ParameterInsert(insert) => {
+            let area = areas.iter().find(|(index, _)| *index == insert.parameter_area_index);
+            let Some((_, len)) = area.filter(|(_, len)| *len > 0) else {
+                return Err(IgvmError::Page { what: "parameters", at: insert.gpa, problem: "have no area" });
+            };
+            regions.push(LaunchRegion {
+                kind: SectionKind::Parameters,
+                memory: GpaRange { start: insert.gpa, len: *len },
+                contents: Vec::new().into(),
+                measured: false,
+            });
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn check_places(regions: &[LaunchRegion]) -> Result<(), IgvmError> {
+    let mut places: Vec<_> = regions.iter().map(|region| (region.memory, region.kind.name())).collect();
+    places.sort_unstable_by_key(|(memory, _)| memory.start);
+    let mut end = 0;
+    for (memory, what) in places {
+        let problem = |problem| Err(IgvmError::Page { what, at: memory.start, problem });
+        if !memory.start.is_multiple_of(PAGE_SIZE) || !memory.len.is_multiple_of(PAGE_SIZE) {
+            return problem("are no whole pages");
+        }
+        if memory.start < end {
+            return problem("lie where there are others already");
+        }
+        end = match memory.start.checked_add(memory.len) {
+            Some(end) if end <= ADDRESS_END => end,
+            _ => return problem("lie where no trust domain has memory"),
+        };
+    }
+    Ok(())
+}
+
+/// The launch measurement with a security version number, without which the profile has none: 0, the lowest.
+fn endorsed() -> Result<LaunchMeasurement, igvm::corim::launch_measurement::Error> {
+    let mut measurement = LaunchMeasurement::for_platform(IgvmPlatformType::TDX)?;
+    measurement.set_measurement(MeasurementKind::Launch)?;
+    measurement.endorse(0).with(MeasurementKind::Launch)?.finish()?;
+    Ok(measurement)
+}
+
+/// A CoRIM document (Concise Reference Integrity Manifest, draft-ietf-rats-corim) of the launch measurement, MRTD, without a
+/// signature.
+///
+/// # Errors
+/// What the igvm crate has against the plan.
+pub fn corim(plan: &LaunchPlan) -> Result<Vec<u8>, String> {
+    let mask = 1;
+    let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
+        compatibility_mask: mask,
+        highest_vtl: 0,
+        platform_type: IgvmPlatformType::TDX,
+        platform_version: IGVM_TDX_PLATFORM_VERSION,
+        shared_gpa_boundary: 0,
+    });
+    let mut pages = Vec::new();
+    for region in &plan.regions {
+        let mut contents = region.contents.chunks(PAGE_BYTES);
+        for gpa in (region.memory.start..region.memory.start + region.memory.len).step_by(PAGE_BYTES) {
+            pages.push(IgvmDirectiveHeader::PageData {
+                gpa,
+                compatibility_mask: mask,
+                flags: IgvmPageDataFlags::new().with_unmeasured(!region.measured),
+                data_type: IgvmPageDataType::NORMAL,
+                data: contents.next().unwrap_or_default().to_vec(),
+            });
+        }
+    }
+    let told = |error: igvm::Error| error.to_string();
+    let file = IgvmFile::new(IgvmRevision::V1, vec![platform], Vec::new(), pages).map_err(told)?;
+    let measurement = endorsed().map_err(|error| error.to_string())?;
+    let mut serializer = IgvmSerializer::new(&file).map_err(told)?;
+    serializer.add_corim(IgvmPlatformType::TDX, measurement.build()).map(<[u8]>::to_vec).map_err(told)
+}
