@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use arch::{CpuidTable, Topology};
 use devices::legacy::Processors;
-use hal::{BootRegisters, HostCaps, Msr, ResetState, Vcpu, VcpuId, Vm};
+use hal::{Boot, BootRegisters, HostCaps, Msr, ResetState, Vcpu, VcpuId, Vm};
 
 use crate::Failure;
 use crate::vcpu::{ExitBuses, VcpuThreads};
@@ -24,7 +24,9 @@ impl VcpuMaker {
     /// For the vCPUs of this arrangement.
     pub fn new(caps: &HostCaps, vm: &dyn Vm, topology: Topology) -> Self {
         let cpuid = CpuidTable::new(caps, vm.tsc_khz(), topology);
-        Self { cpuid, msrs: arch::boot_msrs(caps), ids: topology.vcpu_ids() }
+        // A launch that is measured sets what a vCPU begins with.
+        let msrs = if vm.kind().boot == Boot::Registers { arch::boot_msrs(caps) } else { Vec::new() };
+        Self { cpuid, msrs, ids: topology.vcpu_ids() }
     }
 
     /// Makes the vCPU with this number. Without an entry it waits for another to start it.

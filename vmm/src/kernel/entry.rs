@@ -29,9 +29,6 @@ const FILLED: u64 = 1 << 63;
 /// No kernel is longer.
 const MAX_SIZE: u64 = 1 << 30;
 
-/// What a block that is not in the file holds.
-static ZEROS: [u8; BLOCK] = [0; BLOCK];
-
 /// An unpacked kernel in a file.
 #[derive(Debug)]
 pub struct Entry {
@@ -39,6 +36,8 @@ pub struct Entry {
     mapping: MmapRegion,
     size: u64,
     table: Vec<u64>,
+    /// What a block that is not in the file holds. As a constant it would take as much room in the program.
+    zeros: Vec<u8>,
 }
 
 impl Entry {
@@ -69,7 +68,7 @@ impl Entry {
         let (protection, flags) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
         // A copy by read(2) would take longer than all that is done with the bytes.
         let mapping = MmapRegion::build(Some(FileOffset::new(file, 0)), len, protection, flags);
-        Ok(Self { mapping: mapping.map_err(io::Error::other)?, size, table })
+        Ok(Self { mapping: mapping.map_err(io::Error::other)?, size, table, zeros: vec![0; BLOCK] })
     }
 
     /// Writes a file that [`Entry::open`] reads.
@@ -100,7 +99,7 @@ impl Entry {
     fn block(&self, number: usize) -> io::Result<&[u8]> {
         let word = self.table.get(number).copied().ok_or(io::ErrorKind::UnexpectedEof)?;
         if word & FILLED == 0 {
-            return Ok(&ZEROS);
+            return Ok(&self.zeros);
         }
         // SAFETY: the mapping has a block for each word of the table and lives as long as `self`. Nobody changes the
         // file: only its owner may write to it, and an entry is written under another name and then renamed.
