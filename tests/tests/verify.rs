@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use halyard_qgs::Registers;
-use halyard_tests::firmware;
 use halyard_tests::quotes::quoted;
 use halyard_tests::tiny::{Run, run_halyard};
+use halyard_tests::{Kernel, firmware};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -80,72 +80,90 @@ fn quotes_of_real_hardware_are_read_and_their_signatures_checked() {
     assert!(run.stderr.contains("it is a quote of an SGX enclave, and of no trust domain"), "{run}");
 }
 
+/// The bytes of hexadecimal digits.
+fn bytes(digits: &Value) -> [u8; 48] {
+    let digits = digits.as_str().unwrap();
+    std::array::from_fn(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).unwrap())
+}
+
+/// Writes the configuration of a trust domain with this owner, and more of it.
+fn configure(path: &Path, owner: u8, more: &str) {
+    let firmware = firmware::path().unwrap();
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap();
+    let owner = digits(&[owner; 48]);
+    let text = format!(
+        "firmware: {{path: {}}}\nkernel: {{path: {}, cmdline: quiet}}\nmemory: {{size: 2G}}\n\
+         confidential: {{kind: tdx, config_id: \"{}\", owner: \"{owner}\"{more}}}\n",
+        firmware.display(),
+        kernel.display(),
+        digits(&[0x22; 48]),
+    );
+    fs::write(path, text).unwrap();
+}
+
 #[test]
 fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     let folder = TempDir::new().unwrap();
-    let firmware = firmware::path().unwrap();
-    let mrtd = firmware::mrtd_by_igvm(&fs::read(&firmware).unwrap()).unwrap();
-    let mut registers = Registers::default();
-    for (at, byte) in registers.measurements[0].iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&mrtd[2 * at..2 * at + 2], 16).unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (config, collateral, root) = (path("vm.yaml"), path("collateral.json"), path("root.pem"));
+    let theirs = format!(", owner_config: \"{}\"", digits(&[0x44; 48]));
+    configure(Path::new(&config), 0x33, &theirs);
+    let foretold = run_halyard(["measure", "--json", "--config", &config]).expect_code(0);
+    let foretold: Value = serde_json::from_slice(&foretold.stdout).unwrap();
+    let mut registers = Registers { data: [0; 64], ..Registers::default() };
+    registers.measurements[0] = bytes(&foretold["mrtd"]);
+    for number in 0..3 {
+        registers.measurements[4 + number] = bytes(&foretold["rtmr"][number]);
     }
-    registers.data = [0; 64];
     registers.data[..4].copy_from_slice(&[0xde, 0xad, 0xbe, 0xef]);
     let quote = quoted(folder.path(), &registers).unwrap();
-    let collateral = folder.path().join("collateral.json");
-    let (root, der) = (folder.path().join("root.pem"), folder.path().join("root.der"));
-    let firmware = ["--firmware", firmware.to_str().unwrap()];
-    let signed = ["--collateral", collateral.to_str().unwrap(), "--root-ca", root.to_str().unwrap()];
-    let wanted = [&firmware[..], &signed, &["--report-data", "DEADBEEF"]].concat();
+    let signed = ["--collateral", &collateral, "--root-ca", &root];
+    let wanted = [&signed[..], &["--config", &config, "--report-data", "DEADBEEF"]].concat();
 
     let report = said(&quote, &wanted, 0);
     assert_eq!(report["verified"], true);
-    assert_eq!(field(&report, "mrtd")["expected"], mrtd);
-    for (name, value) in
-        [("mrconfigid", 0x22), ("mrowner", 0x33), ("mrownerconfig", 0x44), ("rtmr0", 0x55), ("rtmr3", 0x88)]
-    {
-        assert_eq!(field(&report, name)["value"], digits(&[value; 48]), "{name}");
+    for (name, value) in [("mrconfigid", 0x22), ("mrowner", 0x33), ("mrownerconfig", 0x44)] {
+        assert_eq!(field(&report, name)["expected"], digits(&[value; 48]), "{name}");
     }
-    let run = verify(&quote, &wanted).expect_code(0);
-    assert!(run.output().contains(&format!("matches   mrtd {mrtd}\n")), "{run}");
-    assert!(run.output().ends_with("signature valid, platform UpToDate\nverified\n"), "{run}");
-    let by_der = [&firmware[..], &signed[..2], &["--root-ca", der.to_str().unwrap()]].concat();
-    verify(&quote, &by_der).expect_code(0);
-
-    // As configured, and as it is not.
-    let config = folder.path().join("vm.yaml");
-    let configured = |owner: &str, more: &str| {
-        let tdx = format!("{{kind: tdx, config_id: \"{}\", owner: \"{owner}\"{more}}}", "22".repeat(48));
-        fs::write(&config, format!("kernel: {{path: vmlinuz}}\nconfidential: {tdx}\n")).unwrap();
-        [&signed[..], &["--config", config.to_str().unwrap()]].concat()
-    };
-    let theirs = format!(", owner_config: \"{}\"", "44".repeat(48));
-    let report = said(&quote, &configured(&"33".repeat(48), &theirs), 0);
+    assert_eq!(field(&report, "mrtd")["expected"], foretold["mrtd"]);
+    assert_eq!(field(&report, "rtmr2")["expected"], foretold["rtmr"][2]);
     assert_eq!(field(&report, "attributes")["expected"], "0000001000000000");
-    let off = theirs.clone() + ", sept_ve_disable: false";
-    for (owner, more, name) in [("34", &*theirs, "mrowner"), ("33", "", "mrownerconfig"), ("33", &off, "attributes")] {
-        let run = verify(&quote, &configured(&owner.repeat(48), more)).expect_code(9);
-        assert!(run.output().contains(&format!("DIFFERS   {name} ")), "{run}");
-    }
+    assert_eq!(field(&report, "rtmr3").get("expected"), None);
+    let run = verify(&quote, &wanted).expect_code(0);
+    assert!(run.output().contains(&format!("matches   mrtd {}\n", foretold["mrtd"].as_str().unwrap())), "{run}");
+    assert!(run.output().ends_with("signature valid, platform UpToDate\nverified\n"), "{run}");
+    verify(&quote, &[&signed[..2], &["--root-ca", &path("root.der")]].concat()).expect_code(0);
 
-    // Another report's data, another firmware, another root, and a bit.
-    let run = verify(&quote, &[&signed[..], &["--report-data", "deadbeee"]].concat()).expect_code(9);
-    assert!(run.output().contains("DIFFERS   reportdata deadbeef"), "{run}");
-    let other = folder.path().join("other.fd");
-    let mut bytes = fs::read(firmware[1]).unwrap();
-    bytes[0x9_0000] ^= 1;
-    fs::write(&other, bytes).unwrap();
-    let report = said(&quote, &[&signed[..], &["--firmware", other.to_str().unwrap()]].concat(), 9);
-    assert_eq!((&report["matches"], &report["verified"]), (&Value::Bool(false), &Value::Bool(false)));
-    let run = verify(&quote, &[&firmware[..], &signed[..2]].concat()).expect_code(9);
+    // A trust domain, or a report, that is another one.
+    let differs = |args: &[&str], name: &str| {
+        let run = verify(&quote, &[&wanted[..6], args].concat()).expect_code(9);
+        assert!(run.output().contains(&format!("DIFFERS   {name} ")), "{run}");
+        assert!(run.output().ends_with("signature valid, platform UpToDate\nNOT VERIFIED\n"), "{run}");
+    };
+    differs(&["--report-data", "deadbeee"], "reportdata");
+    differs(&["--memory", "1G"], "rtmr0");
+    differs(&["--cmdline", "loud"], "rtmr2");
+    let other = path("other.fd");
+    let mut changed = fs::read(firmware::path().unwrap()).unwrap();
+    changed[0x9_0000] ^= 1;
+    fs::write(&other, changed).unwrap();
+    differs(&["--firmware", &other], "mrtd");
+    let off = theirs.clone() + ", sept_ve_disable: false";
+    for (owner, more, name) in [(0x34, &*theirs, "mrowner"), (0x33, "", "mrownerconfig"), (0x33, &off, "attributes")] {
+        configure(Path::new(&config), owner, more);
+        differs(&[], name);
+    }
+    configure(Path::new(&config), 0x33, &theirs);
+
+    // Another root, no look at the signature, and a bit.
+    let run = verify(&quote, &["--config", &config, "--collateral", &collateral]).expect_code(9);
     assert!(run.output().contains("signature INVALID: ") && run.output().ends_with("no field differs\n"), "{run}");
+    let run = verify(&quote, &["--config", &config, "--fields-only"]).expect_code(0);
+    assert!(run.output().contains("signature NOT CHECKED") && run.output().contains("NOT VERIFIED"), "{run}");
     let mut flipped = fs::read(&quote).unwrap();
     flipped[700] ^= 0x10;
     fs::write(&quote, flipped).unwrap();
     verify(&quote, &wanted).expect_code(9);
-    // Without a look at its signature nothing is wrong with it.
-    let run = verify(&quote, &[&firmware[..], &["--fields-only"]].concat()).expect_code(0);
-    assert!(run.output().contains("signature NOT CHECKED") && run.output().contains("NOT VERIFIED"), "{run}");
 }
 
 #[test]
@@ -174,8 +192,8 @@ fn what_cannot_be_used_is_refused_by_its_flag() {
         (&["--fields-only", "--report-data", &"0".repeat(130)], ": it must be at most 64 bytes"),
         (&["--fields-only", "--firmware", "/nonexistent"], "/nonexistent: No such file"),
         (&["--fields-only", "--config", "/nonexistent"], "/nonexistent: there is no such file"),
-        (&["--fields-only", "--config", &path("plain.yaml")], "plain.yaml: it is of no trust domain"),
-        (&["--fields-only", "--config", &path("text")], "text: fields (`name: value`) must stand here"),
+        (&["--fields-only", "--config", &path("plain.yaml")], "no firmware is named"),
+        (&["--fields-only", "--config", &path("text")], "text:1:1: fields (`name: value`) must stand here"),
         (&["--collateral", "/dev/zero"], "/dev/zero: it is longer than 2 MiB"),
         (&["--collateral", &collateral, "--root-ca", "/nonexistent"], "/nonexistent: No such file"),
         (&[], "--collateral <FILE>"),

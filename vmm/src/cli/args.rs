@@ -160,20 +160,16 @@ pub struct ProbeArgs {
     pub json: bool,
 }
 
-/// The trust domain whose measurements are wanted.
-#[derive(Debug, Clone, PartialEq, Args)]
-pub struct MeasureArgs {
+/// A trust domain as it would be launched.
+#[derive(Debug, Clone, PartialEq, Default, Args)]
+pub struct DomainArgs {
     /// Firmware for TDX, as in Debian's package ovmf-inteltdx
     #[arg(long, value_name = "FILE")]
     pub firmware: Option<String>,
 
-    /// Measure the pages of this IGVM file instead of a firmware's
+    /// The pages are those of this IGVM file instead of a firmware's
     #[arg(long, value_name = "FILE", conflicts_with_all = ["firmware", "config", "kernel", "initramfs", "cmdline", "cpus", "memory"])]
     pub igvm: Option<PathBuf>,
-
-    /// Write MRTD as a CoRIM document, which verifiers read, to FILE, too
-    #[arg(long, value_name = "FILE")]
-    pub corim: Option<PathBuf>,
 
     /// Read the trust domain's configuration from a file, as for halyard run; other flags change it
     #[arg(long, value_name = "FILE")]
@@ -198,6 +194,18 @@ pub struct MeasureArgs {
     /// How much memory the trust domain has, in bytes or with K, M, G or T in steps of 1024 [default: 512M]
     #[arg(long, value_name = "SIZE[,KEY=VALUE]…")]
     pub memory: Option<String>,
+}
+
+/// The trust domain whose measurements are wanted.
+#[derive(Debug, Clone, PartialEq, Default, Args)]
+pub struct MeasureArgs {
+    /// The trust domain.
+    #[command(flatten)]
+    pub domain: DomainArgs,
+
+    /// Write MRTD as a CoRIM document, which verifiers read, to FILE, too
+    #[arg(long, value_name = "FILE")]
+    pub corim: Option<PathBuf>,
 
     /// List what MRTD is made of, and what the registers are extended with
     #[arg(long)]
@@ -215,13 +223,9 @@ pub struct VerifyArgs {
     #[arg(value_name = "QUOTE")]
     pub quote: PathBuf,
 
-    /// Attributes, configuration and owner are to be those of this configuration, of a trust domain
-    #[arg(long, value_name = "FILE", help_heading = "What it is to be")]
-    pub config: Option<PathBuf>,
-
-    /// MRTD is to be that of a trust domain with this firmware
-    #[arg(long, value_name = "FILE", help_heading = "What it is to be")]
-    pub firmware: Option<PathBuf>,
+    /// The trust domain that it is to be of, if any is named.
+    #[command(flatten)]
+    pub domain: DomainArgs,
 
     /// What the trust domain was to put into its report: at most 64 bytes, as hexadecimal digits; zeros follow
     #[arg(long, value_name = "HEX", help_heading = "What it is to be")]

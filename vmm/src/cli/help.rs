@@ -158,8 +158,7 @@ platform of Intel's. It prints each field, and what it differs from. Nothing is 
 /// `halyard verify --help`, after the flags.
 pub const VERIFY: &str = "\
 Example:
-  halyard verify quote.bin --collateral collateral.json --config vm.yaml --firmware OVMF.inteltdx.ms.fd \
-      --report-data 00112233
+  halyard verify quote.bin --collateral collateral.json --config vm.yaml --report-data 00112233
 
 Exit codes: 0 where everything is as it is to be, 9 where something is not, 2 where a file cannot be used, 1 where the
 program halyard-verify is not beside this one.";

@@ -16,7 +16,7 @@ use hal::GpaRange;
 use serde::Serialize;
 use vmm::Failure;
 
-use super::args::{MeasureArgs, RunArgs};
+use super::args::{DomainArgs, MeasureArgs, RunArgs};
 use super::run::Source;
 use super::{HOST_FAILED, complain, print};
 use crate::logging::Format;
@@ -25,17 +25,14 @@ use crate::logging::Format;
 const MAX_FIRMWARE: u64 = (64 << 20) + 1;
 const MAX_IGVM: u64 = (256 << 20) + 1;
 
-/// Enough memory for each firmware.
-const SOME_MEMORY: u64 = 512 << 20;
-
 /// The measurements as JSON.
 #[derive(Debug, Serialize)]
-struct Report {
+pub struct Report {
     /// 96 hexadecimal digits.
-    mrtd: String,
+    pub mrtd: String,
     /// RTMR0 to 2 when the kernel runs, 96 hexadecimal digits each; none without a kernel.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    rtmr: Vec<String>,
+    pub rtmr: Vec<String>,
     /// What MRTD is made of.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pages: Vec<ReportedPages>,
@@ -92,18 +89,9 @@ impl From<Event> for ReportedEvent {
 
 /// Prints the measurements of a trust domain.
 pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
-    let source = Source::read(&domain(args));
-    let report = match &args.igvm {
-        Some(path) => of_igvm(path, args),
-        None => of_firmware(&source, args),
-    };
-    let report = match report {
-        Ok(report) => report,
-        Err(Failure::BadInput(Problems(problems))) => return source.refuse(problems, format),
-        Err(Failure::Host(problem)) => {
-            complain(format, "", &problem);
-            return HOST_FAILED.into();
-        }
+    let report = match foretell(args, format) {
+        Ok((_, report)) => report,
+        Err(code) => return code,
     };
     if !args.json {
         return print(&text(&report), ExitCode::SUCCESS, format);
@@ -117,12 +105,21 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
     }
 }
 
-/// MRTD of a firmware, or the flag that is wrong and why. It does not depend on how much memory there is.
-pub fn mrtd(firmware: &Path) -> Result<String, (&'static str, String)> {
-    let bad_firmware = |problem: String| ("firmware", format!("{}: {problem}", firmware.display()));
-    let file = read(firmware, MAX_FIRMWARE).map_err(|error| bad_firmware(error.to_string()))?;
-    let plan = LaunchPlan::from_firmware(&file, &layout::ram_ranges(SOME_MEMORY));
-    Ok(hex(&measure::mrtd(&plan.map_err(|error| bad_firmware(error.to_string()))?)))
+/// The measurements of a trust domain, and its configuration, of which an IGVM file has none; or the exit code, after what is
+/// wrong was told.
+pub fn foretell(args: &MeasureArgs, format: Format) -> Result<(Option<VmConfig>, Report), ExitCode> {
+    let source = Source::read(&domain(&args.domain));
+    let foretold = match &args.domain.igvm {
+        Some(path) => of_igvm(path, args).map(|report| (None, report)),
+        None => of_firmware(&source, args).map(|(config, report)| (Some(config), report)),
+    };
+    foretold.map_err(|failure| match failure {
+        Failure::BadInput(Problems(problems)) => source.refuse(problems, format),
+        Failure::Host(problem) => {
+            complain(format, "", &problem);
+            HOST_FAILED.into()
+        }
+    })
 }
 
 /// The measurement of an IGVM file.
@@ -133,7 +130,7 @@ fn of_igvm(path: &Path, args: &MeasureArgs) -> Result<Report, Failure> {
 }
 
 /// The measurements of a firmware, and of the kernel that it is given, if any.
-fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<Report, Failure> {
+fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report), Failure> {
     let check = |config: &VmConfig| {
         let mut problems = api::validate(config, &HostFacts::unlimited());
         problems.retain(|problem| problem.field != "kernel.path" || has_kernel(config));
@@ -153,7 +150,7 @@ fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<Report, Failure> {
     let ram = layout::ram_ranges(config.memory.size.bytes());
     let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad("firmware.path", &path, &error))?;
     let events = if has_kernel(&config) { Some(all_events(&config, &plan, &ram)?) } else { None };
-    report(&plan, events, args)
+    report(&plan, events, args).map(|report| (config, report))
 }
 
 /// What is told of a plan, and of all events until the kernel runs, where they are known.
@@ -165,7 +162,7 @@ fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> 
     }
     if args.events {
         report.pages = plan.regions.iter().map(Into::into).collect();
-        let first = || if args.igvm.is_some() { Vec::new() } else { measure::first_events(plan) };
+        let first = || if args.domain.igvm.is_some() { Vec::new() } else { measure::first_events(plan) };
         report.events = events.unwrap_or_else(first).into_iter().map(Into::into).collect();
     }
     if let Some(path) = &args.corim {
@@ -176,7 +173,7 @@ fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> 
 }
 
 /// The flags as those of a run; no kernel need be named here.
-fn domain(args: &MeasureArgs) -> RunArgs {
+fn domain(args: &DomainArgs) -> RunArgs {
     let kernel = if args.config.is_none() { args.kernel.clone().or(Some(String::new())) } else { args.kernel.clone() };
     RunArgs {
         config: args.config.clone(),

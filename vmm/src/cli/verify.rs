@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use api::{Confidential, ConfigText, Identity, QuoteAnswer, QuoteField, QuoteQuestion, QuoteSignature};
+use api::{Confidential, Identity, QuoteAnswer, QuoteField, QuoteQuestion, QuoteSignature, Tdx};
 use serde::Serialize;
 
-use super::args::VerifyArgs;
-use super::measure::{hex, mrtd};
+use super::args::{DomainArgs, MeasureArgs, VerifyArgs};
+use super::measure::{foretell, hex};
 use super::{BAD_INPUT, HOST_FAILED, complain, print};
 use crate::logging::Format;
 
@@ -37,6 +37,8 @@ enum Failure {
     Input(&'static str, String),
     /// The host.
     Host(String),
+    /// It was told already.
+    Told(ExitCode),
 }
 
 /// What is said of a quote.
@@ -69,7 +71,7 @@ impl Field {
 
 /// Says whether a quote is the one that is wanted.
 pub fn verify(args: &VerifyArgs, format: Format) -> ExitCode {
-    let report = match report(args) {
+    let report = match report(args, format) {
         Ok(report) => report,
         Err(Failure::Input(field, problem)) => {
             complain(format, field, &problem);
@@ -79,6 +81,7 @@ pub fn verify(args: &VerifyArgs, format: Format) -> ExitCode {
             complain(format, "", &problem);
             return HOST_FAILED.into();
         }
+        Err(Failure::Told(code)) => return code,
     };
     let good = report.verified || args.fields_only && report.matches;
     let code = if good { ExitCode::SUCCESS } else { DIFFERS.into() };
@@ -94,8 +97,8 @@ pub fn verify(args: &VerifyArgs, format: Format) -> ExitCode {
     }
 }
 
-fn report(args: &VerifyArgs) -> Result<Report, Failure> {
-    let expected = expected(args)?;
+fn report(args: &VerifyArgs, format: Format) -> Result<Report, Failure> {
+    let expected = expected(args, format)?;
     let named = |path: &Path, field| read(path).map_err(|error| named(path, field, &error.to_string()));
     let collateral = args.collateral.as_deref().map(|path| named(path, "collateral")).transpose()?;
     let root_ca = args.root_ca.as_deref().map(|path| named(path, "root-ca")).transpose()?;
@@ -123,11 +126,16 @@ fn report(args: &VerifyArgs) -> Result<Report, Failure> {
 }
 
 /// What fields of the quote are to be, by their names.
-fn expected(args: &VerifyArgs) -> Result<Vec<(&'static str, String)>, Failure> {
-    let mut expected = args.config.as_deref().map(configured).transpose()?.unwrap_or_default();
-    if let Some(firmware) = &args.firmware {
-        let mrtd = mrtd(firmware).map_err(|(field, problem)| Failure::Input(field, problem))?;
-        expected.push(("mrtd", mrtd));
+fn expected(args: &VerifyArgs, format: Format) -> Result<Vec<(&'static str, String)>, Failure> {
+    let mut expected = Vec::new();
+    if args.domain != DomainArgs::default() {
+        let wanted = MeasureArgs { domain: args.domain.clone(), ..MeasureArgs::default() };
+        let (config, report) = foretell(&wanted, format).map_err(Failure::Told)?;
+        expected.push(("mrtd", report.mrtd));
+        expected.extend(["rtmr0", "rtmr1", "rtmr2"].into_iter().zip(report.rtmr));
+        if let Some(Confidential::Tdx(tdx)) = config.and_then(|config| config.confidential) {
+            expected.extend(configured(&tdx));
+        }
     }
     if let Some(data) = &args.report_data {
         let digits = data.to_lowercase();
@@ -143,20 +151,15 @@ fn expected(args: &VerifyArgs) -> Result<Vec<(&'static str, String)>, Failure> {
 }
 
 /// What a configuration says of its trust domain.
-fn configured(path: &Path) -> Result<Vec<(&'static str, String)>, Failure> {
-    let config = ConfigText::read(path).map_err(|problem| Failure::Input("config", problem.to_string()))?;
-    let config = config.parse().map_err(|problems| named(path, "config", &problems.to_string()))?;
-    let Some(Confidential::Tdx(tdx)) = config.confidential else {
-        return Err(named(path, "config", "it is of no trust domain: confidential: {kind: tdx}"));
-    };
+fn configured(tdx: &Tdx) -> [(&'static str, String); 4] {
     let attributes = if tdx.sept_ve_disable { SEPT_VE_DISABLE } else { 0 };
     let identity = |identity: Option<Identity>| identity.unwrap_or(Identity::new([0; 48])).to_string();
-    Ok(vec![
+    [
         ("attributes", hex(&attributes.to_le_bytes())),
         ("mrconfigid", identity(tdx.config_id)),
         ("mrowner", identity(tdx.owner)),
         ("mrownerconfig", identity(tdx.owner_config)),
-    ])
+    ]
 }
 
 /// Whether a signature is one that the caller takes.
