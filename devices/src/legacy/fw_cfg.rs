@@ -203,7 +203,8 @@ impl FwCfg {
         let left = item.map_or(0, |item| item.len().saturating_sub(position.offset));
         let (there, beyond) = to.split_at_mut(usize::try_from(left).map_or(to.len(), |left| left.min(to.len())));
         beyond.fill(0);
-        if let Some(item) = item {
+        // The guest may have skipped beyond the end.
+        if let Some(item) = item.filter(|_| !there.is_empty()) {
             item.read(position.offset, there)?;
         }
         position.offset = position.offset.saturating_add(there.len() as u64);

@@ -36,11 +36,54 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "relocations" => relocations(),
         "json" => json(),
         "tdvf" => tdvf(),
+        "igvm" => igvm(),
+        "fw_cfg" => fw_cfg(),
         "http" => http(),
         "quote" => quote(),
         "qgs" => qgs(),
         _ => panic!("there is no target {target}"),
     }
+}
+
+/// A sound IGVM file for TDX, one for SEV-SNP, one with a page twice, and one with parameters.
+fn igvm() -> Vec<Vec<u8>> {
+    let platform = |kind: u8| {
+        let body = [&1_u32.to_le_bytes()[..], &[0, kind, 1, 0], &[0; 8]].concat();
+        (1, body)
+    };
+    let page = |gpa: u64, flags: u32, offset: u32| {
+        let words = [1, offset, flags, 0];
+        let words = words.iter().flat_map(|word: &u32| word.to_le_bytes());
+        (0x302, gpa.to_le_bytes().into_iter().chain(words).collect())
+    };
+    let area = (0x301, [&0x2000_u64.to_le_bytes()[..], &[0; 8]].concat());
+    let insert = (0x303, [&0x8000_u64.to_le_bytes()[..], &1_u32.to_le_bytes(), &[0; 4]].concat());
+    [
+        vec![platform(3), page(0x1000, 0, 0), page(0x2000, 2, 0)],
+        vec![platform(2), page(0x1000, 0, 0)],
+        vec![platform(3), page(0x1000, 0, 0), page(0x1000, 0, 0)],
+        vec![platform(3), area, insert],
+    ]
+    .iter()
+    .map(|headers| crate::igvm::file(headers))
+    .collect()
+}
+
+/// Items selected and read by the port and by requests.
+fn fw_cfg() -> Vec<Vec<u8>> {
+    let step = |operation: u8, item: u8, length: u16, control: u32, address: u64| {
+        [&[operation, item][..], &length.to_le_bytes(), &control.to_le_bytes(), &address.to_le_bytes()].concat()
+    };
+    let port = [step(0, 2, 0, 0, 0), step(1, 0, 0, 0, 0), step(1, 0, 0, 0, 0)].concat();
+    let requests = [
+        step(2, 3, 300, 1 << 3 | 1 << 1, 0x2000),
+        step(2, 3, 100, 1 << 3 | 1 << 2, 0),
+        step(2, 3, 300, 1 << 1, 0x2000),
+        step(2, 2, 8, 1 << 3 | 1 << 1, 0),
+        step(2, 2, 8, 1 << 4, 0x2000),
+        step(3, 3, 4, 0, 0),
+    ];
+    vec![port, requests.concat()]
 }
 
 /// A sound firmware, and two with a rule broken.

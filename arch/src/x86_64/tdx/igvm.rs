@@ -16,7 +16,7 @@ use super::tdvf::SectionKind;
 /// The largest file, and the largest part of it that is headers: 65,536 pages.
 const MAX_FILE: usize = 256 << 20;
 const MAX_HEADERS: usize = 2 << 20;
-/// The most bytes that all areas of parameters have together.
+/// The most bytes that all areas of parameters, and documents, have together.
 const MAX_PARAMETERS: u64 = 16 << 20;
 /// The fixed header: the offset and the size of all others.
 const HEADERS_OFFSET: usize = 8;
@@ -25,8 +25,12 @@ const FIXED_SIZE: usize = 24;
 /// A header begins with its type and its length; the next is at a multiple of eight bytes.
 const HEADER_START: usize = 8;
 const HEADER_ALIGNMENT: usize = 8;
-/// The type of the header of an area of parameters, which begins with its size.
+/// Types of headers that name a place in the file, and where in their body: areas of parameters, which begin with their size,
+/// pages, processors' registers; and CoRIM documents and signatures, which have their size, too.
 const PARAMETER_AREA: u32 = 0x301;
+const CORIM: [u32; 2] = [0x104, 0x105];
+const CORIM_SIZE: usize = 8;
+const PLACES: [(u32, usize); 5] = [(PARAMETER_AREA, 12), (0x302, 12), (0x304, 12), (CORIM[0], 4), (CORIM[1], 4)];
 /// No trust domain has memory from here on: the bit that makes an address a shared one.
 const ADDRESS_END: u64 = 1 << 51;
 const PAGE_BYTES: usize = 4096;
@@ -79,19 +83,20 @@ impl LaunchPlan<'static> {
         check_places(&regions)?;
         Ok(Self { regions, hand_off: 0 })
     }
+}
 
-    fn joined(regions: &mut Vec<LaunchRegion<'static>>, next: LaunchRegion<'static>) {
-        if let Some(last) = regions.last_mut()
-            && (last.kind, last.measured) == (next.kind, next.measured)
-            && last.memory.start + last.memory.len == next.memory.start
-        {
-            let contents = last.contents.to_mut();
-            contents.resize(usize::try_from(last.memory.len).unwrap_or(contents.len()), 0);
-            contents.extend_from_slice(&next.contents);
-            last.memory.len += next.memory.len;
-        } else {
-            regions.push(next);
-        }
+/// Appends pages, to the last ones where they go on.
+fn join(regions: &mut Vec<LaunchRegion<'static>>, next: LaunchRegion<'static>) {
+    if let Some(last) = regions.last_mut()
+        && (last.kind, last.measured) == (next.kind, next.measured)
+        && last.memory.start.checked_add(last.memory.len) == Some(next.memory.start)
+    {
+        let contents = last.contents.to_mut();
+        contents.resize(usize::try_from(last.memory.len).unwrap_or(contents.len()), 0);
+        contents.extend_from_slice(&next.contents);
+        last.memory.len += next.memory.len;
+    } else {
+        regions.push(next);
     }
 }
 
@@ -111,21 +116,30 @@ fn check_sizes(file: &[u8]) -> Result<(), &'static str> {
     }
     let headers = offset.checked_add(size).and_then(|end| file.get(offset..end));
     let mut rest = headers.ok_or("its headers end behind it")?;
-    // An area's first contents are copied for each header that names them.
-    let mut parameters = 0_u64;
+    let headers_end = offset + size;
+    // What a header names is copied for each that names it.
+    let mut copied = 0_u64;
     while let Some((start, behind)) = rest.split_at_checked(HEADER_START) {
         let (kind, length) = start.split_at(4);
         let number = |bytes: &[u8]| bytes.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
-        if number(kind) == PARAMETER_AREA {
-            let size = behind.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-            parameters = parameters.saturating_add(size);
+        let kind = number(kind);
+        let field = |at: usize| number(behind.get(at..).unwrap_or_default());
+        if kind == PARAMETER_AREA {
+            copied = copied.saturating_add(behind.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes)));
+        } else if CORIM.contains(&kind) {
+            copied = copied.saturating_add(field(CORIM_SIZE).into());
+        }
+        let place = PLACES.iter().find(|(other, _)| *other == kind).map_or(0, |(_, at)| field(*at));
+        // None is 0.
+        if place != 0 && usize::try_from(place).is_ok_and(|place| place < headers_end) {
+            return Err("a header names a place in front of its data");
         }
         let length = usize::try_from(number(length)).unwrap_or(usize::MAX);
         let next = length.checked_next_multiple_of(HEADER_ALIGNMENT).unwrap_or(usize::MAX);
         rest = behind.get(next..).unwrap_or_default();
     }
-    if parameters > MAX_PARAMETERS {
-        return Err("its parameters take more than 16 MiB");
+    if copied > MAX_PARAMETERS {
+        return Err("its parameters and documents take more than 16 MiB");
     }
     Ok(())
 }
@@ -147,7 +161,7 @@ fn add(
                 contents: data.clone().into(),
                 measured: !flags.unmeasured(),
             };
-            LaunchPlan::joined(regions, region);
+            join(regions, region);
         }
         IgvmDirectiveHeader::ParameterArea { number_of_bytes, parameter_area_index, .. } => {
             areas.push((*parameter_area_index, *number_of_bytes));

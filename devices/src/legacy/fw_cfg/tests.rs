@@ -90,6 +90,8 @@ fn requests_select_skip_and_read() {
     assert_eq!(request(&device, 0x20 << 16 | CONTROL_SELECT | CONTROL_READ, 0x1_2346, TARGET), 0);
     assert_eq!(at(&device, TARGET + 0x1_2344, 2), [9, 0]);
     assert_eq!(request(&device, CONTROL_SKIP, u32::MAX, 0), 0);
+    assert_eq!(request(&device, CONTROL_READ, 4, TARGET), 0);
+    assert_eq!(at(&device, TARGET, 4), [0; 4]);
     assert_eq!(request(&device, 0, 5, TARGET), 0);
 }
 
