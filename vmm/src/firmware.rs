@@ -45,10 +45,14 @@ pub fn load(
     let image = read(file).map_err(|problem| bad_firmware(config, &problem))?;
     let place = firmware::place(image.len() as u64).map_err(|error| bad_firmware(config, &error.to_string()))?;
     let items = items(config, &platform, &ram, inputs)?;
-    let memory = memory::create(&ram, &config.memory)?.with_firmware(place)?;
+    let traits = kinds::name(config.kind()).traits();
+    // What a guest shares is mapped once more, for devices, and so its memory is a file.
+    let shared = config.memory.shared || traits.private_memory;
+    let memory =
+        memory::create(&ram, &api::Memory { shared, ..config.memory.clone() })?.with_firmware(place, shared)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
-    let measured = if kinds::name(config.kind()).traits().boot == Boot::Measured {
+    let measured = if traits.boot == Boot::Measured {
         let measured = Measured { firmware: image, ram };
         let plan = measured.plan().map_err(|error| bad_firmware(config, &error.to_string()))?;
         if let Some(warning) = warning_of_signature(&plan, &inputs.kernel) {

@@ -87,12 +87,13 @@ pub fn create(ranges: &[GpaRange], config: &api::Memory) -> Result<Ram, Error> {
 }
 
 impl Ram {
-    /// The same with one more region above all others, for firmware: anonymous pages whatever the rest is, since they are few.
+    /// The same with one more region above all others, for firmware: small pages whatever the rest is, since they are few, and
+    /// a file where the rest is one that is `shared`.
     ///
     /// # Errors
     /// As [`create`].
-    pub fn with_firmware(mut self, range: GpaRange) -> Result<Self, Error> {
-        let plain = api::Memory { transparent_huge_pages: false, ..api::Memory::default() };
+    pub fn with_firmware(mut self, range: GpaRange, shared: bool) -> Result<Self, Error> {
+        let plain = api::Memory { transparent_huge_pages: false, shared, ..api::Memory::default() };
         self.regions.extend(create(&[range], &plain)?.regions);
         self.regions.sort_by_key(|region| region.start_addr());
         self.map = GuestMemoryMmap::from_arc_regions(self.regions.clone())

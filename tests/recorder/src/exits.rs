@@ -58,6 +58,10 @@ pub fn script(text: &str) {
 /// # Safety
 /// `fd` is a vCPU's.
 pub unsafe fn run(fd: c_int, id: usize) -> Answer {
+    if !SCRIPT.lock().unwrap_or_else(PoisonError::into_inner).given {
+        line(&format!("KVM_RUN after {} calls", calls()));
+        end();
+    }
     // SAFETY: the call has no argument of its own.
     let size = usize::try_from(unsafe { real(fd, abi::GET_VCPU_MMAP_SIZE, std::ptr::null_mut()) }).unwrap_or(4096);
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
@@ -95,11 +99,8 @@ unsafe fn next(page: *mut u64, id: usize) -> Answer {
     if unsafe { *page.cast::<u8>().add(IMMEDIATE_EXIT) } != 0 {
         return Answer::Quiet(libc::EINTR);
     }
-    if !script.given {
-        line(&format!("KVM_RUN after {} calls", calls()));
-        end();
-    }
-    let (Some(exit), 0) = (script.lines.pop_front(), id) else {
+    let exit = if id == 0 { script.lines.pop_front() } else { None };
+    let Some(exit) = exit else {
         drop(script);
         // Nothing happens until somebody wants something of it.
         // SAFETY: it returns when a signal was handled.

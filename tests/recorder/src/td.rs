@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{c_int, c_ulong, c_void};
 use std::slice;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use sha2::{Digest, Sha384};
 
@@ -105,8 +105,11 @@ pub unsafe fn answer(fd: c_int, request: c_ulong, arg: *mut c_void) -> Result<An
             return Ok(Answer::Value(vm));
         }
         abi::CHECK_EXTENSION => return Ok(extension(number as c_ulong)),
-        // SAFETY: the caller's promise.
-        abi::GET_SUPPORTED_CPUID => return Ok(Answer::Value(unsafe { supported_cpuid(fd, arg.cast()) })),
+        abi::GET_SUPPORTED_CPUID => {
+            supported();
+            // SAFETY: the caller's promise.
+            return Ok(Answer::Value(unsafe { supported_cpuid(fd, arg.cast()) }));
+        }
         _ => {}
     }
     let mut state = state();
@@ -432,8 +435,13 @@ fn with_width(leaf: CpuidEntry) -> CpuidEntry {
     CpuidEntry { eax, ..leaf }
 }
 
-/// What the host's own KVM supports.
+/// What the host's own KVM supports. It is asked once, since a monitor in its sandbox may open nothing any more.
 fn supported() -> Vec<CpuidEntry> {
+    static ANSWER: OnceLock<Vec<CpuidEntry>> = OnceLock::new();
+    ANSWER.get_or_init(ask_supported).clone()
+}
+
+fn ask_supported() -> Vec<CpuidEntry> {
     const ROOM: usize = 256;
     let mut buffer = vec![CpuidEntry::default(); ROOM + 1];
     // The header takes the end of the first entry, so that the entries behind it are aligned.
