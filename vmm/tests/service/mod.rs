@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use api::{Endpoint, EventKind, Outcome, PhaseName, VmConfig};
 use arch::layout;
 use hal::fake::{Fake, Live, Step};
-use hal::{Hypervisor, VcpuId};
+use hal::{HostCaps, Hypervisor, KindName, VcpuId};
 use vmm::board::Board;
 use vmm::inbox::{Event, Inbox};
 use vmm::owner::{Owner, Until};
@@ -33,12 +33,14 @@ pub struct Service {
 
 impl Service {
     pub fn start() -> Self {
+        let caps = Fake::new().caps().clone();
+        let fake = Fake::with_caps(HostCaps { kinds: vec![KindName::Standard, KindName::Tdx], ..caps });
         let folder = tempfile::tempdir().unwrap();
         let kernel = folder.path().join("kernel");
         fs::write(&kernel, guest::elf()).unwrap();
         let mut config = VmConfig::new(kernel);
         config.serial = Some(Endpoint::Api {});
-        let (fake, board) = (Fake::new(), Arc::new(Board::new(1000)));
+        let board = Arc::new(Board::new(1000));
         let (send, receive) = channel();
         let (hypervisor, shown): (Box<dyn Hypervisor>, _) = (Box::new(fake.clone()), board.clone());
         let thread = std::thread::spawn(move || {
