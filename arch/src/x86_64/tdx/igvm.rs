@@ -30,7 +30,8 @@ const HEADER_ALIGNMENT: usize = 8;
 const PARAMETER_AREA: u32 = 0x301;
 const CORIM: [u32; 2] = [0x104, 0x105];
 const CORIM_SIZE: usize = 8;
-const PLACES: [(u32, usize); 5] = [(PARAMETER_AREA, 12), (0x302, 12), (0x304, 12), (CORIM[0], 4), (CORIM[1], 4)];
+const REGISTERS: u32 = 0x304;
+const PLACES: [(u32, usize); 5] = [(PARAMETER_AREA, 12), (0x302, 12), (REGISTERS, 12), (CORIM[0], 4), (CORIM[1], 4)];
 /// No trust domain has memory from here on: the bit that makes an address a shared one.
 const ADDRESS_END: u64 = 1 << 51;
 const PAGE_BYTES: usize = 4096;
@@ -130,9 +131,10 @@ fn check_sizes(file: &[u8]) -> Result<(), &'static str> {
             copied = copied.saturating_add(field(CORIM_SIZE).into());
         }
         let place = PLACES.iter().find(|(other, _)| *other == kind).map_or(0, |(_, at)| field(*at));
-        // None is 0.
-        if place != 0 && usize::try_from(place).is_ok_and(|place| place < headers_end) {
-            return Err("a header names a place in front of its data");
+        // None is 0, but for registers, which are always there.
+        let data = headers_end..=file.len();
+        if (place != 0 || kind == REGISTERS) && usize::try_from(place).is_ok_and(|place| !data.contains(&place)) {
+            return Err("a header names a place outside of its data");
         }
         let length = usize::try_from(number(length)).unwrap_or(usize::MAX);
         let next = length.checked_next_multiple_of(HEADER_ALIGNMENT).unwrap_or(usize::MAX);
