@@ -123,8 +123,8 @@ impl fmt::Display for CrashInfo {
     }
 }
 
-/// Answers the exits that need an answer; a handler for VMs of a kind that does not make one of them refuses it. Called on the vCPU's own thread. `data` is little-endian, 1, 2, 4 or 8
-/// bytes long; an address that no device claims reads as all ones.
+/// Answers the exits that need an answer; a handler for VMs of a kind that does not make one of them refuses it. Called on the
+/// vCPU's own thread. `data` is little-endian, 1, 2, 4 or 8 bytes long; an address that no device claims reads as all ones.
 pub trait ExitHandler {
     /// The guest reads an I/O port.
     fn pio_read(&self, port: u16, data: &mut [u8]);

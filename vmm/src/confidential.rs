@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api::{Confidential, Tdx};
+use api::{Confidential, Identity, Tdx};
 use arch::tdx::{LaunchPlan, measure};
 use devices::seam::Interrupts;
 use hal::{
@@ -36,8 +36,14 @@ pub fn kind(confidential: Option<&Confidential>, cpuid: impl FnOnce() -> Vec<Cpu
     }
 }
 
+/// What devices reach of a VM's memory when its guest begins: all of it, or nothing where the guest is to share it first.
+pub fn view(vm: &dyn Vm, memory: &Ram) -> GuestMemoryAtomic<GuestMemoryMmap> {
+    let private = vm.kind().private_memory;
+    GuestMemoryAtomic::new(if private { GuestMemoryMmap::new() } else { memory.map.clone() })
+}
+
 fn trust_domain(tdx: &Tdx, cpuid: Vec<CpuidEntry>) -> TdxSpec {
-    let bytes = |identity: Option<api::Identity>| identity.map(api::Identity::bytes);
+    let bytes = |identity: Option<Identity>| identity.map(Identity::bytes);
     TdxSpec {
         attributes: if tdx.sept_ve_disable { TdxSpec::SEPT_VE_DISABLE } else { 0 },
         config_id: bytes(tdx.config_id),
@@ -81,7 +87,7 @@ impl Measured {
         for change in launch.changes() {
             tracing::info!("{change}");
         }
-        let mrtd: String = measure::mrtd(&plan).iter().map(|byte| format!("{byte:02x}")).collect();
+        let mrtd = Identity::new(measure::mrtd(&plan)).to_string();
         tracing::info!("the trust domain is launched: its MRTD is {mrtd}");
         Ok(mrtd)
     }

@@ -16,7 +16,7 @@ use devices::pci::{PciSegment, PlatformFunction, RootPort, SlotObserver, Windows
 use devices::seam::Interrupts;
 use devices::virtio::mem::MemControl;
 use hal::{Ability, Boot, BootRegisters, GpaRange, Hypervisor, MsiRoute, Slot, Vcpu, VcpuId, Vm, VmSpec};
-use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::Failure;
 use crate::boot::Loaded;
@@ -122,8 +122,7 @@ impl Machine {
         insert(&mmio, layout::IOAPIC.start, layout::IOAPIC.len, ioapic.clone())?;
 
         let (pci, ecam_base) = add_pci(parts, &platform, &seam, &mmio)?;
-        let private = vm.kind().private_memory;
-        let shown = GuestMemoryAtomic::new(if private { GuestMemoryMmap::new() } else { memory.map.clone() });
+        let shown = confidential::view(&*vm, &memory);
         let confidential = Guest::of_machine(parts, &seam, &memory, &shown)?;
         match firmware {
             Some(items) => firmware::add_chipset(items, shown.clone(), &pci, &pio, parts.inbox, ecam_base)?,

@@ -77,6 +77,15 @@ pub unsafe fn run(fd: c_int, id: usize) -> Answer {
     answer
 }
 
+/// Notes what the monitor has answered to the exit of a script's line, whose words are `word`.
+fn note_answer(exit: &str, word: impl Fn(usize) -> u64) {
+    match exit.split(' ').next() {
+        Some("map") => line(&format!("  answered {}", word(7))),
+        Some("call") => line(&format!("  answered {:#x} {:x?}", word(2), [3, 4, 5, 6, 7].map(&word))),
+        _ => line("  answered"),
+    }
+}
+
 /// Notes what was answered, and makes the next exit.
 ///
 /// # Safety
@@ -89,11 +98,7 @@ unsafe fn next(page: *mut u64, id: usize) -> Answer {
     if id == 0
         && let Some(last) = script.last.take()
     {
-        match last.split(' ').next() {
-            Some("map") => line(&format!("  answered {}", word(7))),
-            Some("call") => line(&format!("  answered {:#x} {:x?}", word(2), [3, 4, 5, 6, 7].map(|at| *word(at)))),
-            _ => line("  answered"),
-        }
+        note_answer(&last, |at| *word(at));
     }
     // SAFETY: as above.
     if unsafe { *page.cast::<u8>().add(IMMEDIATE_EXIT) } != 0 {
