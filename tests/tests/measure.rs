@@ -203,9 +203,7 @@ fn an_igvm_file_of_the_same_pages_has_the_same_measurement() {
 fn replayed(report: &serde_json::Value, register: &str) -> String {
     let events = report["events"].as_array().unwrap().iter().filter(|event| event["register"] == register);
     let value = events.fold([0; 48], |value: [u8; 48], event| {
-        let digest = event["digest"].as_str().unwrap();
-        let digest: Vec<u8> =
-            (0..48).map(|byte| u8::from_str_radix(&digest[2 * byte..2 * byte + 2], 16).unwrap()).collect();
+        let digest = bytes(event["digest"].as_str().unwrap());
         Sha384::digest([&value[..], &digest].concat()).into()
     });
     hex(&value)
@@ -271,6 +269,76 @@ fn with_a_kernel_all_registers_are_foretold() {
     assert_eq!(changed(&of_config(&["--cmdline", "quiet"])), [false; 3]);
 }
 
+/// An event log (TCG crypto-agile) of these events: register, type, digest.
+fn event_log(events: &[(u32, u32, Vec<u8>)]) -> Vec<u8> {
+    let mut log = [&[0, 0, 0, 0, 3, 0, 0, 0][..], &[0; 20], &[33, 0, 0, 0], b"Spec ID Event03\0", &[0; 8]].concat();
+    log.extend_from_slice(&[1, 0, 0, 0, 12, 0, 48, 0, 0]);
+    for (register, kind, digest) in events {
+        log.extend([register + 1, *kind, 1].into_iter().flat_map(u32::to_le_bytes));
+        log.extend_from_slice(&[12, 0]);
+        log.extend_from_slice(digest);
+        log.extend_from_slice(&[4, 0, 0, 0]);
+        log.extend_from_slice(b"text");
+    }
+    log.resize(0x1_0000, 0xff);
+    log
+}
+
+#[test]
+fn an_event_log_is_compared_event_by_event() {
+    let firmware = firmware::path().unwrap();
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("CCEL");
+    let words = ["--kernel", &kernel, "--events", "--event-log", path.to_str().unwrap()];
+    let mut events: Vec<(u32, u32, Vec<u8>)> = foretold(&firmware, &words[..3])["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|event| {
+            let text = |name: &str| event[name].as_str().unwrap();
+            let register = text("register").trim_start_matches("rtmr").parse().unwrap();
+            (register, u32::from_str_radix(&text("type")[2..], 16).unwrap(), bytes(text("digest")))
+        })
+        .collect();
+    // What the guest extends RTMR3 with is its own.
+    events.push((3, 6, vec![5; 48]));
+    fs::write(&path, event_log(&events)).unwrap();
+    let report = foretold(&firmware, &words);
+    assert_eq!((&report["log"]["matches"], &report["log"]["rtmr"]), (&true.into(), &report["rtmr"]));
+    let listed = report["log"]["events"].as_array().unwrap();
+    assert!(listed.len() == events.len() - 1 && listed.iter().all(|event| event["found"] == "both"));
+
+    let digest = hex(&events[3].2);
+    events[3].2 = vec![7; 48];
+    fs::write(&path, event_log(&events)).unwrap();
+    let run = measure(&firmware, &words[..2]).expect_code(0);
+    assert!(!String::from_utf8_lossy(&run.stdout).contains("log "));
+    let run = measure(&firmware, &[&words[..2], &words[3..]].concat()).expect_code(9);
+    let text = String::from_utf8_lossy(&run.stdout).into_owned();
+    let lines: Vec<_> = text.lines().filter(|line| line.starts_with("log - ") || line.starts_with("log + ")).collect();
+    let expected = [
+        format!("log - rtmr0 0x80000001 {digest} SecureBoot, which is not in the log"),
+        format!("log + rtmr0 0x80000001 {} text, which was not foretold", "07".repeat(48)),
+    ];
+    assert_eq!(lines, expected);
+    let verdicts: Vec<_> = text.lines().filter(|line| line.starts_with("log   RTMR")).collect();
+    let verdicts: Vec<_> = verdicts.iter().map(|line| !line.ends_with("not as foretold")).collect();
+    assert_eq!(verdicts, [false, true, true]);
+
+    let cut = fs::read(&path).unwrap()[..200].to_vec();
+    for (log, args, message) in [
+        (cut, &words[..], "its event 2, at byte 135, is cut off"),
+        (vec![0; 100], &words, "it does not begin with \"Spec ID Event03\""),
+        (vec![0; (1 << 20) + 1], &words, "it is longer than the 1048576 bytes that a log may have"),
+        (Vec::new(), &words[3..], "give --firmware and --kernel"),
+    ] {
+        fs::write(&path, log).unwrap();
+        let run = measure(&firmware, args).expect_code(2);
+        assert!(run.stderr.contains(message), "{}", run.stderr);
+    }
+}
+
 #[test]
 fn a_kernel_that_the_firmware_will_not_start_is_told_of() {
     let firmware = firmware::path().unwrap();
@@ -287,6 +355,11 @@ fn a_kernel_that_the_firmware_will_not_start_is_told_of() {
     // What signatures are of does not change with them.
     let signed = foretold(&firmware, &["--kernel", &kernel.display().to_string()]);
     assert_eq!(foretold(&firmware, &["--kernel", &unsigned])["rtmr"][1], signed["rtmr"][1]);
+}
+
+/// The bytes of hexadecimal digits.
+fn bytes(hex: &str) -> Vec<u8> {
+    (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
 }
 
 fn hex(bytes: &[u8]) -> String {

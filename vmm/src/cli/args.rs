@@ -211,6 +211,10 @@ pub struct MeasureArgs {
     #[arg(long)]
     pub events: bool,
 
+    /// Compare the guest's event log in FILE, event by event: Linux shows it as /sys/firmware/acpi/tables/data/CCEL
+    #[arg(long, value_name = "FILE", conflicts_with = "igvm")]
+    pub event_log: Option<PathBuf>,
+
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,

@@ -17,13 +17,17 @@ use serde::Serialize;
 use vmm::Failure;
 
 use super::args::{DomainArgs, MeasureArgs, RunArgs};
+use super::event_log::{self, ReportedLog};
 use super::run::Source;
-use super::{HOST_FAILED, complain, print};
+use super::{DIFFERS, HOST_FAILED, complain, print};
 use crate::logging::Format;
 
 /// One more byte than any firmware has, and than any IGVM file may have.
 const MAX_FIRMWARE: u64 = (64 << 20) + 1;
 const MAX_IGVM: u64 = (256 << 20) + 1;
+/// Why there is nothing to compare an event log with.
+const NO_EVENTS: &str =
+    "what it is to have is foretold only of firmware that is given a kernel: give --firmware and --kernel";
 
 /// The measurements as JSON.
 #[derive(Debug, Serialize)]
@@ -39,6 +43,9 @@ pub struct Report {
     /// What firmware and kernel extend the registers with, or without a kernel, what firmware does first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     events: Vec<ReportedEvent>,
+    /// What a guest's event log has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log: Option<ReportedLog>,
 }
 
 #[derive(Debug, Serialize)]
@@ -66,14 +73,18 @@ impl From<&LaunchRegion<'_>> for ReportedPages {
     }
 }
 
+/// An event as JSON.
 #[derive(Debug, Serialize)]
-struct ReportedEvent {
-    register: String,
+pub struct ReportedEvent {
+    /// As in "rtmr0".
+    pub register: String,
     /// The event's type, as in "0x8000000b".
     #[serde(rename = "type")]
-    kind: String,
-    what: &'static str,
-    digest: String,
+    pub kind: String,
+    /// What it is of.
+    pub what: String,
+    /// 96 hexadecimal digits.
+    pub digest: String,
 }
 
 impl From<Event> for ReportedEvent {
@@ -81,7 +92,7 @@ impl From<Event> for ReportedEvent {
         Self {
             register: format!("rtmr{}", event.register),
             kind: format!("{:#010x}", event.kind),
-            what: event.what,
+            what: event.what.into_owned(),
             digest: hex(&event.digest),
         }
     }
@@ -93,11 +104,13 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
         Ok((_, report)) => report,
         Err(code) => return code,
     };
+    let differs = report.log.as_ref().is_some_and(|log| !log.matches);
+    let code = if differs { DIFFERS.into() } else { ExitCode::SUCCESS };
     if !args.json {
-        return print(&text(&report), ExitCode::SUCCESS, format);
+        return print(&text(&report), code, format);
     }
     match serde_json::to_string_pretty(&report) {
-        Ok(text) => print(&(text + "\n"), ExitCode::SUCCESS, format),
+        Ok(text) => print(&(text + "\n"), code, format),
         Err(error) => {
             complain(format, "", &format!("the report cannot be written: {error}"));
             HOST_FAILED.into()
@@ -155,10 +168,14 @@ fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report)
 
 /// What is told of a plan, and of all events until the kernel runs, where they are known.
 fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> Result<Report, Failure> {
-    let mut report =
-        Report { mrtd: hex(&measure::mrtd(plan)), rtmr: Vec::new(), pages: Vec::new(), events: Vec::new() };
+    let mrtd = hex(&measure::mrtd(plan));
+    let mut report = Report { mrtd, rtmr: Vec::new(), pages: Vec::new(), events: Vec::new(), log: None };
     if let Some(events) = &events {
         report.rtmr = events::registers(events).iter().map(|register| hex(register)).collect();
+    }
+    if let Some(path) = &args.event_log {
+        let events = events.as_deref().ok_or_else(|| bad("--event-log", path, &NO_EVENTS))?;
+        report.log = Some(event_log::compare(path, events)?);
     }
     if args.events {
         report.pages = plan.regions.iter().map(Into::into).collect();
@@ -191,7 +208,8 @@ fn has_kernel(config: &VmConfig) -> bool {
     !config.kernel.path.as_os_str().is_empty()
 }
 
-fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
+/// Something about a file that a field or a flag names.
+pub fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
     Failure::BadInput(Problems(vec![Problem::new(field, format!("{}: {problem}", path.display()), "")]))
 }
 
@@ -222,7 +240,10 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
 }
 
 /// Reads a file; no more of it than shows that it is too long.
-fn read(path: &Path, too_long: u64) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// It cannot be read.
+pub fn read(path: &Path, too_long: u64) -> io::Result<Vec<u8>> {
     let file = File::open(path)?;
     // One more byte than there is shows the end without another round.
     let expected = file.metadata()?.len().saturating_add(1).min(too_long);
@@ -243,6 +264,9 @@ fn text(report: &Report) -> String {
     }
     for ReportedEvent { register, kind, what, digest } in &report.events {
         let _ = writeln!(text, "{register} {kind} {digest} {what}");
+    }
+    if let Some(log) = &report.log {
+        event_log::tell(log, &report.rtmr, &mut text);
     }
     text
 }
