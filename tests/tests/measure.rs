@@ -215,6 +215,51 @@ fn events_of<'a>(report: &'a serde_json::Value, kind: &str) -> Vec<(&'a str, &'a
     events.map(|event| (event["what"].as_str().unwrap(), event["digest"].as_str().unwrap())).collect()
 }
 
+/// An item of CBOR (RFC 8949) whose head has this major type and number.
+fn item(major: u8, number: usize, rest: &[Vec<u8>]) -> Vec<u8> {
+    let head = match u8::try_from(number) {
+        Ok(number @ ..24) => vec![major << 5 | number],
+        Ok(number) => vec![major << 5 | 24, number],
+        Err(_) => [&[major << 5 | 25][..], &u16::try_from(number).unwrap().to_be_bytes()].concat(),
+    };
+    [&[head], rest].concat().concat()
+}
+
+fn number(number: usize) -> Vec<u8> {
+    item(0, number, &[])
+}
+
+fn string(text: &str) -> Vec<u8> {
+    item(3, text.len(), &[text.into()])
+}
+
+fn array(items: &[Vec<u8>]) -> Vec<u8> {
+    item(4, items.len(), items)
+}
+
+fn map(pairs: &[(usize, Vec<u8>)]) -> Vec<u8> {
+    let items: Vec<_> = pairs.iter().flat_map(|(key, value)| [number(*key), value.clone()]).collect();
+    item(5, pairs.len(), &items)
+}
+
+/// The CoRIM document of these measurements, as draft-ietf-rats-corim has it: in its one CoMID a reference triple, in which the
+/// launch measurement is a digest, and the others are integrity registers.
+fn document(report: &serde_json::Value) -> Vec<u8> {
+    let measurement = |value: &serde_json::Value| bytes(value.as_str().unwrap());
+    let registers = [0, 1, 2].map(|at| measurement(&report["rtmr"][at]));
+    let id = Sha384::digest([&[measurement(&report["mrtd"])], &registers[..]].concat().concat());
+    let id = string(&format!("Intel/TDX/{}", hex(&id[..16])));
+    let digests = |digest: Vec<u8>| array(&[array(&[number(7), item(2, 48, &[digest])])]);
+    let environment = map(&[(0, map(&[(1, string("Intel")), (2, string("TDX"))]))]);
+    let launch = map(&[(0, string("MRTD")), (1, map(&[(2, digests(measurement(&report["mrtd"])))]))]);
+    let pairs: Vec<_> = (0..).zip(registers.map(digests)).collect();
+    let registers = map(&[(0, string("RTMR")), (1, map(&[(14, map(&pairs))]))]);
+    let triples = map(&[(0, array(&[array(&[environment, array(&[launch, registers])])]))]);
+    let comid = map(&[(1, map(&[(0, id.clone())])), (4, triples)]);
+    let tags = array(&[item(6, 506, &[item(2, comid.len(), &[comid])])]);
+    item(6, 501, &[map(&[(0, id), (1, tags)])])
+}
+
 #[test]
 fn with_a_kernel_all_registers_are_foretold() {
     let firmware = firmware::path().unwrap();
@@ -225,7 +270,9 @@ fn with_a_kernel_all_registers_are_foretold() {
     let initramfs = initramfs.display().to_string();
     let words = ["--kernel", &kernel, "--initramfs", &initramfs, "--cmdline", "quiet", "--events"];
     let with = |more: &[&str]| foretold(&firmware, &[&words[..], more].concat());
-    let report = with(&["--memory", "2G", "--cpus", "2"]);
+    let corim = folder.path().join("td.corim");
+    let report = with(&["--memory", "2G", "--cpus", "2", "--corim", corim.to_str().unwrap()]);
+    assert_eq!(hex(&fs::read(&corim).unwrap()), hex(&document(&report)));
     for (number, register) in ["rtmr0", "rtmr1", "rtmr2"].into_iter().enumerate() {
         assert_eq!(report["rtmr"][number], replayed(&report, register));
     }

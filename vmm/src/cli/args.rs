@@ -203,7 +203,7 @@ pub struct MeasureArgs {
     #[command(flatten)]
     pub domain: DomainArgs,
 
-    /// Write MRTD as a CoRIM document, which verifiers read, to FILE, too
+    /// Write the measurements as a CoRIM document, which verifiers read, to FILE, too
     #[arg(long, value_name = "FILE")]
     pub corim: Option<PathBuf>,
 

@@ -11,7 +11,7 @@ use arch::firmware::GivenKernel;
 use arch::layout;
 use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
-use arch::tdx::{self, LaunchPlan, LaunchRegion};
+use arch::tdx::{LaunchPlan, LaunchRegion, corim};
 use hal::GpaRange;
 use serde::Serialize;
 use vmm::Failure;
@@ -170,9 +170,8 @@ fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report)
 fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> Result<Report, Failure> {
     let mrtd = hex(&measure::mrtd(plan));
     let mut report = Report { mrtd, rtmr: Vec::new(), pages: Vec::new(), events: Vec::new(), log: None };
-    if let Some(events) = &events {
-        report.rtmr = events::registers(events).iter().map(|register| hex(register)).collect();
-    }
+    let registers = events.as_deref().map(events::registers);
+    report.rtmr = registers.iter().flatten().map(|register| hex(register)).collect();
     if let Some(path) = &args.event_log {
         let events = events.as_deref().ok_or_else(|| bad("--event-log", path, &NO_EVENTS))?;
         report.log = Some(event_log::compare(path, events)?);
@@ -183,7 +182,8 @@ fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> 
         report.events = events.unwrap_or_else(first).into_iter().map(Into::into).collect();
     }
     if let Some(path) = &args.corim {
-        let document = tdx::corim(plan).map_err(|error| Failure::Host(format!("CoRIM: {error}")))?;
+        let document =
+            corim::document(plan, registers.as_ref()).map_err(|error| Failure::Host(format!("CoRIM: {error}")))?;
         std::fs::write(path, document).map_err(|error| bad("--corim", path, &error))?;
     }
     Ok(report)

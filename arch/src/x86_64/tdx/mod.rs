@@ -2,8 +2,10 @@
 //!
 //! [`Tdvf`] is what a firmware says of itself, [`LaunchPlan`] what is added to a trust domain because of it, and
 //! [`measure`] what the TDX module makes of that, [`events`] what firmware and kernel make of what they are given: whoever
-//! launches and whoever only predicts goes by the same plan. [`log`] is what a guest says that it was.
+//! launches and whoever only predicts goes by the same plan. [`log`] is what a guest says that it was, and [`corim`]
+//! tells verifiers.
 
+pub mod corim;
 pub mod events;
 mod hob;
 mod igvm;
@@ -15,7 +17,7 @@ mod tdvf;
 mod tests;
 mod variables;
 
-pub use self::igvm::{IgvmError, corim};
+pub use self::igvm::IgvmError;
 pub use hob::HobError;
 pub use plan::{LaunchPlan, LaunchRegion, PlanError};
 pub use tdvf::{Section, SectionKind, Tdvf, TdvfError};
