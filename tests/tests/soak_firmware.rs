@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use halyard_tests::story::{PATIENCE, ask, boot, power_off};
 use halyard_tests::tiny::run_halyard;
-use halyard_tests::{Cmd, Host, HostSpec, Kernel, Vm, VmSpec, firmware};
+use halyard_tests::{Cmd, Host, HostSpec, Kernel, Vm, VmSpec, esp, firmware};
 use sha2::{Digest, Sha384};
 
 /// What the firmware ticks with, 100 times a second, becomes slower than that: a host in QEMU's software emulation ends when
@@ -29,6 +29,23 @@ fn soak_debians_firmware_boots_a_stock_kernel_and_switches_the_machine_off() -> 
         power_off(&vm)?;
     }
     Ok(())
+}
+
+/// No kernel is named: the firmware, which starts only what is signed, finds shim on a disk, shim GRUB, and GRUB the kernel.
+#[test]
+fn soak_debians_firmware_boots_a_kernel_that_it_finds_on_a_disk() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let kernel = Kernel::Debian6_12Cloud;
+    let disk = esp::disk(folder.path(), kernel, "console=ttyS0 quiet panic=-1 from-disk")?;
+    let host = Host::start(&HostSpec::new())?;
+    host.run(SLOW_TICKS)?.ok()?;
+    let file = firmware::path()?.display().to_string();
+    let spec = VmSpec::guest(kernel)?.kernel_on_disk().memory("1G").args(["--firmware", &file]);
+    let vm = boot(&host, &spec.disk(&format!("path={},readonly=on", disk.display())))?;
+    assert_eq!(ask(&vm, "uname -r")?, kernel.version()?);
+    ensure!(ask(&vm, "cat /proc/cmdline")?.contains("from-disk"), "the command line is not that of the disk");
+    ensure!(ask(&vm, "dmesg")?.contains("secureboot: Secure boot enabled"), "it booted without secure boot");
+    power_off(&vm)
 }
 
 /// EFI variables that firmware measures into RTMR0: name, vendor, and whether name and vendor are measured, too.

@@ -55,7 +55,7 @@ pub fn load(
     let measured = if traits.boot == Boot::Measured {
         let measured = Measured { firmware: image, ram };
         let plan = measured.plan().map_err(|error| bad_firmware(config, &error.to_string()))?;
-        if let Some(warning) = warning_of_signature(&plan, &inputs.kernel) {
+        if let Some(warning) = inputs.kernel.as_ref().and_then(|kernel| warning_of_signature(&plan, kernel)) {
             tracing::warn!("{}: {warning}", config.kernel.path.display());
         }
         Some(measured)
@@ -105,30 +105,38 @@ fn write(memory: &Ram, place: GpaRange, image: &[u8]) -> Result<(), Failure> {
 /// What the firmware is to find by fw_cfg.
 fn items(config: &VmConfig, platform: &Platform, ram: &[GpaRange], inputs: &Inputs) -> Result<FwCfgItems, Failure> {
     let cmdline = config.cmdline();
-    let given = GivenKernel {
-        kernel: &inputs.kernel,
+    let given = inputs.kernel.as_ref().map(|kernel| GivenKernel {
+        kernel,
         initramfs: inputs.initramfs.as_ref(),
         cmdline: &cmdline,
         // Whoever chose the firmware of a plain VM chose its kernel, too.
         unsigned: config.confidential.is_none(),
-    };
+    });
     let mut items = FwCfgItems::default();
     for Item { key, contents } in
-        firmware::items(platform, ram, Some(&given)).map_err(|error| bad_boot(config, &error))?
+        firmware::items(platform, ram, given.as_ref()).map_err(|error| bad_boot(config, &error))?
     {
-        let contents = match (contents, &inputs.initramfs) {
-            (ItemContents::Bytes(bytes), _) => FwCfgContents::Bytes(bytes),
-            (ItemContents::Kernel(range), _) => FwCfgContents::File(inputs.kernel.try_clone()?, range),
-            (ItemContents::Initramfs(range), Some(file)) => FwCfgContents::File(file.try_clone()?, range),
-            (ItemContents::Initramfs(_), None) => continue,
+        let (file, range) = match contents {
+            ItemContents::Bytes(bytes) => {
+                add(&mut items, key, FwCfgContents::Bytes(bytes))?;
+                continue;
+            }
+            ItemContents::Kernel(range) => (&inputs.kernel, range),
+            ItemContents::Initramfs(range) => (&inputs.initramfs, range),
         };
-        let added = match key {
-            ItemKey::Number(number) => items.add(number, contents),
-            ItemKey::Name(name) => items.add_named(name, contents),
-        };
-        added.map_err(|error| Failure::Host(error.to_string()))?;
+        if let Some(file) = file {
+            add(&mut items, key, FwCfgContents::File(file.try_clone()?, range))?;
+        }
     }
     Ok(items)
+}
+
+fn add(items: &mut FwCfgItems, key: ItemKey, contents: FwCfgContents) -> Result<(), Failure> {
+    let added = match key {
+        ItemKey::Number(number) => items.add(number, contents),
+        ItemKey::Name(name) => items.add_named(name, contents),
+    };
+    added.map_err(|error| Failure::Host(error.to_string()))
 }
 
 /// Puts the chipset that firmware looks for into the machine.
