@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use arch::firmware::{self, GivenKernel, Item, ItemContents, ItemKey};
-use arch::tdx::LaunchPlan;
+use arch::tdx::{LaunchPlan, authority};
 use arch::{Platform, layout};
 use devices::bus::Bus;
 use devices::legacy::{Cmos, FwCfg, FwCfgContents, FwCfgItems, PmTimer};
@@ -68,20 +68,24 @@ pub fn load(
     Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware, measured, first_pages: None })
 }
 
-/// What may keep firmware that starts only signed executables from starting a kernel.
+/// What keeps firmware that starts only signed executables from starting a kernel.
 pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static str> {
-    if !arch::tdx::events::variables(plan).secure_boot() {
+    let variables = arch::tdx::events::variables(plan);
+    if !variables.secure_boot() {
         return None;
     }
-    Some(match firmware::is_signed(kernel) {
-        Ok(true) => {
-            "this firmware starts only what one of its keys has signed. The kernel is signed, and by whom is not looked at; \
-             Debian's are signed for its shim"
-        }
-        _ => {
-            "this firmware starts only what one of its keys has signed, and the kernel is not signed: it will not start"
-        }
-    })
+    match firmware::signatures(kernel) {
+        Ok(signatures) if !signatures.is_empty() => match authority::of(&variables, kernel) {
+            Ok(Some(_)) => None,
+            _ => Some(
+                "this firmware starts only what one of its keys has signed, and none of them has signed the kernel: it will not \
+                 start. Debian's kernels are signed for its shim",
+            ),
+        },
+        _ => Some(
+            "this firmware starts only what one of its keys has signed, and the kernel is not signed: it will not start",
+        ),
+    }
 }
 
 /// The whole file.

@@ -11,7 +11,7 @@ use arch::firmware::GivenKernel;
 use arch::layout;
 use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
-use arch::tdx::{LaunchPlan, LaunchRegion, corim};
+use arch::tdx::{LaunchPlan, LaunchRegion, authority, corim};
 use hal::GpaRange;
 use serde::Serialize;
 use vmm::Failure;
@@ -235,7 +235,9 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
     let given = GivenKernel { kernel: &kernel, initramfs, cmdline: &cmdline, unsigned: false };
     let items = arch::firmware::items(&platform, ram, Some(&given));
     let items = items.map_err(|error| vmm::boot::bad_boot(config, &error))?;
-    let mut events = events::of_firmware(plan, &items);
+    let authority = authority::of(&events::variables(plan), &kernel);
+    let authority = authority.map_err(|error| bad("kernel.path", kernel_path, &error))?;
+    let mut events = events::of_firmware(plan, &items, authority);
     let given = MeasuredKernel { kernel: &kernel, initramfs, cmdline: &cmdline };
     events.extend(events::of_kernel(&given).map_err(|error| match error {
         EventError::Kernel(_) => bad("kernel.path", kernel_path, &error),
