@@ -402,8 +402,11 @@ fn a_kernel_that_the_firmware_will_not_start_is_told_of() {
     assert!(stripped.status.success(), "{stripped:?}");
     let run = measure(&firmware, &["--kernel", &unsigned]).expect_code(0);
     assert!(run.stderr.contains("the kernel is not signed: it will not start"), "{}", run.stderr);
+    let signed = ["--kernel", &kernel.display().to_string()];
+    let run = measure(&firmware, &signed).expect_code(0);
+    assert!(run.stderr.contains("none of them has signed the kernel: it will not start"), "{}", run.stderr);
     // What signatures are of does not change with them.
-    let signed = foretold(&firmware, &["--kernel", &kernel.display().to_string()]);
+    let signed = foretold(&firmware, &signed);
     assert_eq!(foretold(&firmware, &["--kernel", &unsigned])["rtmr"][1], signed["rtmr"][1]);
 }
 
