@@ -18,7 +18,7 @@ use vmm::Failure;
 
 use super::args::{DomainArgs, MeasureArgs, RunArgs};
 use super::run::Source;
-use super::{HOST_FAILED, complain, print};
+use super::{HOST_FAILED, complain, print, print_json};
 use crate::logging::Format;
 
 /// One more byte than any firmware has, and than any IGVM file may have.
@@ -93,16 +93,8 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
         Ok((_, report)) => report,
         Err(code) => return code,
     };
-    if !args.json {
-        return print(&text(&report), ExitCode::SUCCESS, format);
-    }
-    match serde_json::to_string_pretty(&report) {
-        Ok(text) => print(&(text + "\n"), ExitCode::SUCCESS, format),
-        Err(error) => {
-            complain(format, "", &format!("the report cannot be written: {error}"));
-            HOST_FAILED.into()
-        }
-    }
+    let code = ExitCode::SUCCESS;
+    if args.json { print_json(&report, code, format) } else { print(&text(&report), code, format) }
 }
 
 /// The measurements of a trust domain, and its configuration, of which an IGVM file has none; or the exit code, after what is
