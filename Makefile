@@ -55,6 +55,7 @@ soak: build
 	@HALYARD_BIN=$(BIN) scripts/soak
 
 bench: build
+	@scripts/install trees
 	$(CARGO) build --release --quiet -p halyard-tests --bins
 	@HALYARD_BIN=$(BIN) $(OUT)/release/bench
 	@$(CARGO) test --quiet -p vmm --test quotes -- --ignored --nocapture

@@ -17,6 +17,7 @@ use vm_memory::{
 };
 
 use crate::Failure;
+use crate::firmware::Image;
 use crate::machine::Parts;
 use crate::memory::Ram;
 use crate::quotes::{self, QuoteCounters, Quotes, SharedMemory};
@@ -56,7 +57,7 @@ fn trust_domain(tdx: &Tdx, cpuid: Vec<CpuidEntry>) -> TdxSpec {
 /// What a guest whose beginning is measured starts with.
 pub struct Measured {
     /// The firmware's file.
-    pub firmware: Vec<u8>,
+    pub firmware: Image,
     /// The guest's RAM without it, in ascending order.
     pub ram: Vec<GpaRange>,
 }
@@ -70,15 +71,15 @@ impl Measured {
         LaunchPlan::from_firmware(&self.firmware, &self.ram)
     }
 
-    /// Launches the VM, whose vCPUs and memory are there, and says what its MRTD is, in hexadecimal digits.
+    /// Launches the VM, whose vCPUs and memory are there.
     ///
     /// # Errors
     /// [`Failure::Host`] where the hypervisor refuses a step.
-    pub fn launch(&self, vm: &dyn Vm) -> Result<String, Failure> {
+    pub fn launch(&self, vm: &dyn Vm) -> Result<(), Failure> {
         let Some(launch) = vm.launch() else {
             return Err(Failure::Host("this kind of VM is not launched with measured firmware".into()));
         };
-        let plan = self.plan().map_err(|error| Failure::Host(error.to_string()))?;
+        let plan = self.host_plan()?;
         launch.begin(plan.hand_off)?;
         for region in &plan.regions {
             launch.add(region.memory, &region.contents, region.measured)?;
@@ -87,9 +88,22 @@ impl Measured {
         for change in launch.changes() {
             tracing::info!("{change}");
         }
-        let mrtd = Identity::new(measure::mrtd(&plan)).to_string();
+        Ok(())
+    }
+
+    /// What the MRTD of the launched VM is, in hexadecimal digits. It takes as long as a launch does, so it is for when the guest
+    /// runs.
+    ///
+    /// # Errors
+    /// None, where it could be launched.
+    pub fn mrtd(&self) -> Result<String, Failure> {
+        let mrtd = Identity::new(measure::mrtd(&self.host_plan()?)).to_string();
         tracing::info!("the trust domain is launched: its MRTD is {mrtd}");
         Ok(mrtd)
+    }
+
+    fn host_plan(&self) -> Result<LaunchPlan<'_>, Failure> {
+        self.plan().map_err(|error| Failure::Host(error.to_string()))
     }
 }
 

@@ -17,7 +17,7 @@ use std::ffi::c_int;
 use std::sync::{Mutex, PoisonError};
 
 use super::abi;
-use super::log::{calls, line};
+use super::log::{calls, line, time};
 use super::td::{Answer, real};
 
 /// What is left of the script, and the exit that the monitor has to answer.
@@ -60,6 +60,7 @@ pub fn script(text: &str) {
 pub unsafe fn run(fd: c_int, id: usize) -> Answer {
     if !SCRIPT.lock().unwrap_or_else(PoisonError::into_inner).given {
         line(&format!("KVM_RUN after {} calls", calls()));
+        time("KVM_RUN");
         end();
     }
     // SAFETY: the call has no argument of its own.

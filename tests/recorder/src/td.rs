@@ -9,7 +9,7 @@ use sha2::{Digest, Sha384};
 
 use super::abi::{self, Capabilities, Command, CpuidEntry, CpuidHeader, InitMemRegion, InitVm, Region};
 use super::exits;
-use super::log::{hex, line};
+use super::log::{self, hex, line};
 
 /// The width of guest physical addresses of trust domains on this host.
 const GUEST_ADDRESS_BITS: u32 = 48;
@@ -227,6 +227,7 @@ unsafe fn vm_command(td: &mut Td, command: &mut Command) -> Result<(), c_int> {
                 return Err(libc::EINVAL);
             }
             td.finalized = true;
+            log::time("FINALIZE_VM");
             Ok(())
         }
         _ => Err(libc::EINVAL),
@@ -389,6 +390,9 @@ unsafe fn init_mem_region(td: &mut Td, id: usize, command: &mut Command) -> Resu
 
 /// Writes down pages that are added, with the digest of what they hold; a short list in full.
 unsafe fn note(id: usize, flags: u32, source: u64, start: u64, pages: u64) {
+    if !log::is_kept() {
+        return;
+    }
     let len = usize::try_from(pages << 12).unwrap_or(0);
     // SAFETY: the caller's promise.
     let contents = unsafe { slice::from_raw_parts(pointer::<u8>(source), len) };
