@@ -2,8 +2,9 @@
 //! launch, and the calls that the guest makes to the monitor.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{fmt, io};
 
 use api::{Confidential, Identity, Tdx};
 use arch::tdx::{LaunchPlan, measure};
@@ -12,6 +13,7 @@ use hal::{
     Conversion, CpuidEntry, GpaRange, GuestCall, GuestCallStatus, SharedRanges, SnpSpec, TdxSpec, Visibility, Vm,
     VmKind,
 };
+use nix::sys::mman::{MmapAdvise, madvise};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
@@ -187,24 +189,37 @@ fn map_again(region: &GuestRegionMmap, part: GpaRange) -> Result<Arc<GuestRegion
     let len = usize::try_from(part.len).map_err(|error| error.to_string())?;
     let mapping = MmapRegion::from_file(FileOffset::from_arc(file.arc().clone(), offset), len);
     let mapping = mapping.map_err(|error| error.to_string())?;
+    keep_from_cores(&mapping).map_err(|error| error.to_string())?;
     GuestRegionMmap::new(mapping, GuestAddress(part.start)).map(Arc::new).ok_or_else(|| "beyond all addresses".into())
+}
+
+/// Keeps a mapping out of core files, also of those that were asked for.
+#[expect(unsafe_code, reason = "madvise takes a raw address")]
+fn keep_from_cores(mapping: &MmapRegion) -> io::Result<()> {
+    let Some(start) = NonNull::new(mapping.as_ptr().cast()) else { return Ok(()) };
+    // SAFETY: the range is the whole of a mapping that is alive, and MADV_DONTDUMP does not change its contents.
+    unsafe { madvise(start, mapping.size(), MmapAdvise::MADV_DONTDUMP) }.map_err(io::Error::from)
 }
 
 impl Guest {
     /// A guest that has shared nothing of its RAM, which is a file mapped shared, yet. Devices are to reach `view` alone.
+    ///
+    /// # Errors
+    /// The host does not keep the memory out of core files.
     pub fn new(
         vm: Arc<dyn Vm>,
         ram: Vec<Arc<GuestRegionMmap>>,
         view: GuestMemoryAtomic<GuestMemoryMmap>,
         quotes: Option<Quotes>,
-    ) -> Self {
-        Self { vm, ram, view, shared: Mutex::default(), quotes }
+    ) -> io::Result<Self> {
+        ram.iter().try_for_each(|region| keep_from_cores(region))?;
+        Ok(Self { vm, ram, view, shared: Mutex::default(), quotes })
     }
 
     /// The guest of a machine, where it is a confidential one. Devices are to reach `view` alone.
     ///
     /// # Errors
-    /// [`Failure::Host`] where there is no thread or interrupt for its quotes.
+    /// [`Failure::Host`] where there is no thread or interrupt for its quotes, or its memory cannot be kept out of core files.
     pub fn of_machine(
         parts: &Parts,
         seam: &VmSeam,
@@ -225,7 +240,9 @@ impl Guest {
             })?),
             _ => None,
         };
-        Ok(Some(Arc::new(Self::new(vm.clone(), memory.regions.clone(), view.clone(), quotes))))
+        let guest = Self::new(vm.clone(), memory.regions.clone(), view.clone(), quotes);
+        let guest = guest.map_err(|error| Failure::Host(format!("guest memory and core files: madvise: {error}")))?;
+        Ok(Some(Arc::new(guest)))
     }
 
     /// Makes memory private or shared, as the guest wants it. A device that is at work on what becomes private finds an
@@ -314,7 +331,7 @@ mod tests {
             vm.memory().map(Slot::new(region.clone())).unwrap();
         }
         let view = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None);
+        let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None).unwrap();
         Bench { guest, vm, view, ram }
     }
 
@@ -346,6 +363,31 @@ mod tests {
     }
 
     #[test]
+    fn no_memory_of_it_goes_into_a_core_file() {
+        let bench = bench();
+        bench.convert(0, 8 * PAGE, Visibility::Shared);
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let is_dumped = |address: usize| {
+            let mut inside = false;
+            for line in smaps.lines() {
+                let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+                let ends = range.and_then(|(start, end)| {
+                    Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+                });
+                inside = ends.map_or(inside, |(start, end)| (start..end).contains(&address));
+                if let (true, Some(flags)) = (inside, line.strip_prefix("VmFlags:")) {
+                    return !flags.split(' ').any(|flag| flag == "dd");
+                }
+            }
+            panic!("nothing is mapped at {address:#x}");
+        };
+        assert!(is_dumped(smaps.as_ptr().addr()));
+        let shared = bench.view.memory().get_host_address(GuestAddress(0)).unwrap();
+        assert!(!is_dumped(shared.addr()));
+        assert!(bench.ram.regions.iter().all(|region| !is_dumped(region.as_ptr().addr())));
+    }
+
+    #[test]
     fn a_range_over_two_regions_is_shared_in_both_and_holes_are_nobodys() {
         let bench = bench();
         assert_eq!(bench.convert(MIB - PAGE, 4 * MIB, Visibility::Shared), Conversion::Done);
@@ -363,7 +405,7 @@ mod tests {
         let len = (2 * MOST_RANGES as u64 + 8) * PAGE;
         bench.ram =
             memory::create(&[GpaRange { start: 0, len }], &api::Memory { shared: true, ..Default::default() }).unwrap();
-        let guest = Guest::new(bench.vm.clone(), bench.ram.regions.clone(), bench.view.clone(), None);
+        let guest = Guest::new(bench.vm.clone(), bench.ram.regions.clone(), bench.view.clone(), None).unwrap();
         let mut shared = Shared::default();
         for page in 0..MOST_RANGES as u64 {
             shared.ranges.insert(GpaRange { start: 2 * page * PAGE, len: PAGE });
