@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api::{Confidential, Identity, Tdx};
+use api::{Confidential, Identity, Tdx, VmConfig};
 use arch::tdx::{LaunchPlan, measure};
 use devices::seam::Interrupts;
 use hal::{
@@ -16,11 +16,11 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-use crate::Failure;
 use crate::machine::Parts;
 use crate::memory::Ram;
 use crate::quotes::{self, QuoteCounters, Quotes, SharedMemory};
 use crate::seams::VmSeam;
+use crate::{Failure, kinds};
 
 /// The most ranges of memory that a guest may share apart from each other: each is a mapping of the monitor's own.
 const MOST_RANGES: usize = 8192;
@@ -38,8 +38,16 @@ pub fn kind(confidential: Option<&Confidential>, cpuid: impl FnOnce() -> Vec<Cpu
 
 /// What devices reach of a VM's memory when its guest begins: all of it, or nothing where the guest is to share it first.
 pub fn view(vm: &dyn Vm, memory: &Ram) -> GuestMemoryAtomic<GuestMemoryMmap> {
-    let private = vm.kind().private_memory;
-    GuestMemoryAtomic::new(if private { GuestMemoryMmap::new() } else { memory.map.clone() })
+    GuestMemoryAtomic::new(match vm.kind().begins() {
+        Visibility::Private => GuestMemoryMmap::new(),
+        Visibility::Shared => memory.map.clone(),
+    })
+}
+
+/// How memory of a VM is to be made: what a confidential guest shares is mapped once more, for devices, and so it is a file.
+pub fn memory(config: &VmConfig) -> api::Memory {
+    let private = kinds::name(config.kind()).traits().private_memory;
+    api::Memory { shared: config.memory.shared || private, ..config.memory.clone() }
 }
 
 fn trust_domain(tdx: &Tdx, cpuid: Vec<CpuidEntry>) -> TdxSpec {
@@ -177,14 +185,21 @@ fn map_again(region: &GuestRegionMmap, part: GpaRange) -> Result<Arc<GuestRegion
 }
 
 impl Guest {
-    /// A guest that has shared nothing of its RAM, which is a file mapped shared, yet. Devices are to reach `view` alone.
+    /// A guest whose RAM, a file mapped shared, is as its VM's kind begins. Devices are to reach `view` alone.
     pub fn new(
         vm: Arc<dyn Vm>,
         ram: Vec<Arc<GuestRegionMmap>>,
         view: GuestMemoryAtomic<GuestMemoryMmap>,
         quotes: Option<Quotes>,
     ) -> Self {
-        Self { vm, ram, view, shared: Mutex::default(), quotes }
+        let mut shared = Shared::default();
+        if vm.kind().begins() == Visibility::Shared {
+            for region in &ram {
+                shared.ranges.insert(range_of(region));
+                shared.regions.insert(region.start_addr().0, region.clone());
+            }
+        }
+        Self { vm, ram, view, shared: Mutex::new(shared), quotes }
     }
 
     /// The guest of a machine, where it is a confidential one. Devices are to reach `view` alone.
