@@ -1,6 +1,6 @@
 # Makes memory private and shared by KVM's hypercall, in a VM whose memory begins shared. By the command line's first letter:
 # "p" looks at what pages hold, "d" has a device write to private ones, "r" asks for what cannot be, "x" hides its own code,
-# and "b" takes the time of 1 GiB in steps of 2 MiB.
+# and "b" takes the time of 1 GiB in steps of 2 MiB, and waits for a byte after each of its lines.
     .include "prelude.inc"
     .include "virtio.inc"
 
@@ -144,6 +144,7 @@ hidden:
 
 time:
     PRINT "begins\n"
+    call wait
     CONVERT "private, empty", PRIVATE
     TOUCH "touched"
     CONVERT "shared, full", SHARED
@@ -151,7 +152,6 @@ time:
     CONVERT "private, full", PRIVATE
     TOUCH "touched"
     CONVERT "shared, full", SHARED
-    PRINT "ends\n"
     EXIT 0
 
 # %edi: attributes. Begins the ticks anew.
@@ -194,6 +194,13 @@ ticks:
     PRINT_HEX %edx
     PRINT_HEX %eax
     PRINT "\n"
+wait:
+    mov $(COM1 + 5), %dx                # the line's status: bit 0 says that there is a byte
+    in %dx, %al
+    test $1, %al
+    jz wait
+    mov $COM1, %dx
+    in %dx, %al
     ret
 
     .bss

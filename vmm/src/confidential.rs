@@ -288,7 +288,7 @@ impl Guest {
 #[cfg(test)]
 mod tests {
     use hal::fake::Fake;
-    use hal::{HostCaps, Hypervisor, KindName, Slot, TdxSpec, VmKind, VmSpec};
+    use hal::{HostCaps, Hypervisor, Slot, TdxSpec, VmKind, VmSpec};
     use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
     use super::*;
@@ -303,10 +303,14 @@ mod tests {
         ram: memory::Ram,
     }
 
-    /// Two regions that touch, of 1 MiB each, and one apart from them.
     fn bench() -> Bench {
-        let caps = HostCaps { kinds: vec![KindName::Tdx], ..Fake::new().caps().clone() };
-        let spec = VmSpec { kind: VmKind::Tdx(TdxSpec::default()), max_vcpus: 1, ..VmSpec::default() };
+        bench_of(VmKind::Tdx(TdxSpec::default()))
+    }
+
+    /// Two regions that touch, of 1 MiB each, and one apart from them.
+    fn bench_of(kind: VmKind) -> Bench {
+        let caps = HostCaps { kinds: vec![kind.name()], ..Fake::new().caps().clone() };
+        let spec = VmSpec { kind, max_vcpus: 1, ..VmSpec::default() };
         let vm: Arc<dyn Vm> = Arc::from(Fake::with_caps(caps).create(&spec).unwrap());
         let ranges = [0, MIB, 4 * MIB].map(|start| GpaRange { start, len: MIB });
         let config = api::Memory { shared: true, ..api::Memory::default() };
@@ -314,7 +318,7 @@ mod tests {
         for region in &ram.regions {
             vm.memory().map(Slot::new(region.clone())).unwrap();
         }
-        let view = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let view = view(&*vm, &ram);
         let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None);
         Bench { guest, vm, view, ram }
     }
@@ -344,6 +348,20 @@ mod tests {
         assert!(bench.reach(5 * PAGE) && bench.reach(3 * PAGE) && !bench.reach(4 * PAGE));
         let shared = [(2 * PAGE, 2 * PAGE), (5 * PAGE, PAGE)].map(|(start, len)| GpaRange { start, len });
         assert_eq!(bench.vm.memory().shared(), shared);
+    }
+
+    #[test]
+    fn memory_that_no_launch_fills_begins_shared() {
+        let bench = bench_of(VmKind::SoftwareProtected);
+        assert!([0, MIB, 4 * MIB].iter().all(|start| bench.reach(*start)));
+        assert_eq!(bench.convert(MIB, PAGE, Visibility::Private), Conversion::Done);
+        assert!(bench.reach(MIB - 1) && !bench.reach(MIB) && bench.reach(MIB + PAGE) && bench.reach(4 * MIB));
+        let shared = [(0, MIB), (MIB + PAGE, MIB - PAGE), (4 * MIB, MIB)].map(|(start, len)| GpaRange { start, len });
+        assert_eq!(bench.vm.memory().shared(), shared);
+        bench.view.memory().write_obj(0x1234_u16, GuestAddress(MIB + PAGE)).unwrap();
+        assert_eq!(bench.ram.map.read_obj::<u16>(GuestAddress(MIB + PAGE)).unwrap(), 0x1234);
+        assert_eq!(bench.convert(MIB, PAGE, Visibility::Shared), Conversion::Done);
+        assert!(bench.reach(MIB));
     }
 
     #[test]
