@@ -8,7 +8,7 @@ use devices::virtio::rng::kernel_random;
 use hal::{BootRegisters, GpaRange, HostCaps};
 
 use crate::Failure;
-use crate::confidential::Measured;
+use crate::confidential::{self, Measured};
 use crate::firmware;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
@@ -48,7 +48,8 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         return firmware::load(file, platform, pluggable, config, inputs, trace);
     }
     let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Taken);
-    let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    let (ranges, made) = (arch::layout::ram_ranges(ram), confidential::memory(config));
+    let mut memory = memory::create(&ranges, &made)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
@@ -73,7 +74,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         }
         // A part of the kernel may be there already. The host may not have as much memory again.
         drop(memory);
-        memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+        memory = memory::create(&ranges, &made)?;
     };
     arch::acpi::write(&memory.map, &platform)?;
     trace.mark(Milestone::Kernel);

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fmt, io};
 
-use api::{Confidential, Identity, Tdx};
+use api::{Confidential, Identity, Tdx, VmConfig};
 use arch::tdx::{LaunchPlan, measure};
 use devices::seam::Interrupts;
 use hal::{
@@ -18,12 +18,12 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-use crate::Failure;
 use crate::firmware::Image;
 use crate::machine::Parts;
 use crate::memory::Ram;
 use crate::quotes::{self, QuoteCounters, Quotes, SharedMemory};
 use crate::seams::VmSeam;
+use crate::{Failure, kinds};
 
 /// The most ranges of memory that a guest may share apart from each other: each is a mapping of the monitor's own.
 const MOST_RANGES: usize = 8192;
@@ -41,8 +41,16 @@ pub fn kind(confidential: Option<&Confidential>, cpuid: impl FnOnce() -> Vec<Cpu
 
 /// What devices reach of a VM's memory when its guest begins: all of it, or nothing where the guest is to share it first.
 pub fn view(vm: &dyn Vm, memory: &Ram) -> GuestMemoryAtomic<GuestMemoryMmap> {
-    let private = vm.kind().private_memory;
-    GuestMemoryAtomic::new(if private { GuestMemoryMmap::new() } else { memory.map.clone() })
+    GuestMemoryAtomic::new(match vm.kind().begins() {
+        Visibility::Private => GuestMemoryMmap::new(),
+        Visibility::Shared => memory.map.clone(),
+    })
+}
+
+/// How memory of a VM is to be made: what a confidential guest shares is mapped once more, for devices, and so it is a file.
+pub fn memory(config: &VmConfig) -> api::Memory {
+    let private = kinds::name(config.kind()).traits().private_memory;
+    api::Memory { shared: config.memory.shared || private, ..config.memory.clone() }
 }
 
 fn trust_domain(tdx: &Tdx, cpuid: Vec<CpuidEntry>) -> TdxSpec {
@@ -202,7 +210,7 @@ fn keep_from_cores(mapping: &MmapRegion) -> io::Result<()> {
 }
 
 impl Guest {
-    /// A guest that has shared nothing of its RAM, which is a file mapped shared, yet. Devices are to reach `view` alone.
+    /// A guest whose RAM, a file mapped shared, is as its VM's kind begins. Devices are to reach `view` alone.
     ///
     /// # Errors
     /// The host does not keep the memory out of core files.
@@ -213,7 +221,14 @@ impl Guest {
         quotes: Option<Quotes>,
     ) -> io::Result<Self> {
         ram.iter().try_for_each(|region| keep_from_cores(region))?;
-        Ok(Self { vm, ram, view, shared: Mutex::default(), quotes })
+        let mut shared = Shared::default();
+        if vm.kind().begins() == Visibility::Shared {
+            for region in &ram {
+                shared.ranges.insert(range_of(region));
+                shared.regions.insert(region.start_addr().0, region.clone());
+            }
+        }
+        Ok(Self { vm, ram, view, shared: Mutex::new(shared), quotes })
     }
 
     /// The guest of a machine, where it is a confidential one. Devices are to reach `view` alone.
@@ -304,7 +319,7 @@ impl Guest {
 #[cfg(test)]
 mod tests {
     use hal::fake::Fake;
-    use hal::{HostCaps, Hypervisor, KindName, Slot, TdxSpec, VmKind, VmSpec};
+    use hal::{HostCaps, Hypervisor, Slot, TdxSpec, VmKind, VmSpec};
     use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
     use super::*;
@@ -319,10 +334,14 @@ mod tests {
         ram: memory::Ram,
     }
 
-    /// Two regions that touch, of 1 MiB each, and one apart from them.
     fn bench() -> Bench {
-        let caps = HostCaps { kinds: vec![KindName::Tdx], ..Fake::new().caps().clone() };
-        let spec = VmSpec { kind: VmKind::Tdx(TdxSpec::default()), max_vcpus: 1, ..VmSpec::default() };
+        bench_of(VmKind::Tdx(TdxSpec::default()))
+    }
+
+    /// Two regions that touch, of 1 MiB each, and one apart from them.
+    fn bench_of(kind: VmKind) -> Bench {
+        let caps = HostCaps { kinds: vec![kind.name()], ..Fake::new().caps().clone() };
+        let spec = VmSpec { kind, max_vcpus: 1, ..VmSpec::default() };
         let vm: Arc<dyn Vm> = Arc::from(Fake::with_caps(caps).create(&spec).unwrap());
         let ranges = [0, MIB, 4 * MIB].map(|start| GpaRange { start, len: MIB });
         let config = api::Memory { shared: true, ..api::Memory::default() };
@@ -330,7 +349,7 @@ mod tests {
         for region in &ram.regions {
             vm.memory().map(Slot::new(region.clone())).unwrap();
         }
-        let view = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let view = view(&*vm, &ram);
         let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None).unwrap();
         Bench { guest, vm, view, ram }
     }
@@ -385,6 +404,20 @@ mod tests {
         let shared = bench.view.memory().get_host_address(GuestAddress(0)).unwrap();
         assert!(!is_dumped(shared.addr()));
         assert!(bench.ram.regions.iter().all(|region| !is_dumped(region.as_ptr().addr())));
+    }
+
+    #[test]
+    fn memory_that_no_launch_fills_begins_shared() {
+        let bench = bench_of(VmKind::SoftwareProtected);
+        assert!([0, MIB, 4 * MIB].iter().all(|start| bench.reach(*start)));
+        assert_eq!(bench.convert(MIB, PAGE, Visibility::Private), Conversion::Done);
+        assert!(bench.reach(MIB - 1) && !bench.reach(MIB) && bench.reach(MIB + PAGE) && bench.reach(4 * MIB));
+        let shared = [(0, MIB), (MIB + PAGE, MIB - PAGE), (4 * MIB, MIB)].map(|(start, len)| GpaRange { start, len });
+        assert_eq!(bench.vm.memory().shared(), shared);
+        bench.view.memory().write_obj(0x1234_u16, GuestAddress(MIB + PAGE)).unwrap();
+        assert_eq!(bench.ram.map.read_obj::<u16>(GuestAddress(MIB + PAGE)).unwrap(), 0x1234);
+        assert_eq!(bench.convert(MIB, PAGE, Visibility::Shared), Conversion::Done);
+        assert!(bench.reach(MIB));
     }
 
     #[test]

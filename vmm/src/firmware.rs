@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::{Loaded, bad, bad_boot};
-use crate::confidential::Measured;
+use crate::confidential::{self, Measured};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::kinds;
@@ -48,10 +48,8 @@ pub fn load(
     let place = firmware::place(image.len() as u64).map_err(|error| bad_firmware(config, &error.to_string()))?;
     let items = items(config, &platform, &ram, inputs)?;
     let traits = kinds::name(config.kind()).traits();
-    // What a guest shares is mapped once more, for devices, and so its memory is a file.
-    let shared = config.memory.shared || traits.private_memory;
-    let memory =
-        memory::create(&ram, &api::Memory { shared, ..config.memory.clone() })?.with_firmware(place, shared)?;
+    let made = confidential::memory(config);
+    let memory = memory::create(&ram, &made)?.with_firmware(place, made.shared)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let measured = if traits.boot == Boot::Measured {
