@@ -145,7 +145,8 @@ Linux extend them until the kernel runs on its own: RTMR0 with memory, ACPI tabl
 the kernel, RTMR2 with its command line and initramfs. It needs no TDX, and no privileges.";
 
 /// `halyard measure --help`, after the flags.
-pub const MEASURE: &str = "Exit codes: 0, and 2 where a file, a flag or the configuration cannot be used.";
+pub const MEASURE: &str = "\
+Exit codes: 0, 9 where an event log is not what was foretold, and 2 where a file, a flag or the configuration cannot be used.";
 
 /// `halyard verify` in the list of commands.
 pub const VERIFY_TITLE: &str = "Check a quote of an Intel TDX trust domain";

@@ -11,19 +11,23 @@ use arch::firmware::GivenKernel;
 use arch::layout;
 use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
-use arch::tdx::{self, LaunchPlan, LaunchRegion};
+use arch::tdx::{LaunchPlan, LaunchRegion, corim};
 use hal::GpaRange;
 use serde::Serialize;
 use vmm::Failure;
 
 use super::args::{DomainArgs, MeasureArgs, RunArgs};
+use super::event_log::{self, ReportedLog};
 use super::run::Source;
-use super::{HOST_FAILED, complain, print, print_json};
+use super::{DIFFERS, HOST_FAILED, complain, print, print_json};
 use crate::logging::Format;
 
 /// One more byte than any firmware has, and than any IGVM file may have.
 const MAX_FIRMWARE: u64 = (64 << 20) + 1;
 const MAX_IGVM: u64 = (256 << 20) + 1;
+/// Why there is nothing to compare an event log with.
+const NO_EVENTS: &str =
+    "what it is to have is foretold only of firmware that is given a kernel: give --firmware and --kernel";
 
 /// The measurements as JSON.
 #[derive(Debug, Serialize)]
@@ -39,6 +43,9 @@ pub struct Report {
     /// What firmware and kernel extend the registers with, or without a kernel, what firmware does first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     events: Vec<ReportedEvent>,
+    /// What a guest's event log has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log: Option<ReportedLog>,
 }
 
 #[derive(Debug, Serialize)]
@@ -66,14 +73,18 @@ impl From<&LaunchRegion<'_>> for ReportedPages {
     }
 }
 
+/// An event as JSON.
 #[derive(Debug, Serialize)]
-struct ReportedEvent {
-    register: String,
+pub struct ReportedEvent {
+    /// As in "rtmr0".
+    pub register: String,
     /// The event's type, as in "0x8000000b".
     #[serde(rename = "type")]
-    kind: String,
-    what: &'static str,
-    digest: String,
+    pub kind: String,
+    /// What it is of.
+    pub what: String,
+    /// 96 hexadecimal digits.
+    pub digest: String,
 }
 
 impl From<Event> for ReportedEvent {
@@ -81,7 +92,7 @@ impl From<Event> for ReportedEvent {
         Self {
             register: format!("rtmr{}", event.register),
             kind: format!("{:#010x}", event.kind),
-            what: event.what,
+            what: event.what.into_owned(),
             digest: hex(&event.digest),
         }
     }
@@ -93,7 +104,8 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
         Ok((_, report)) => report,
         Err(code) => return code,
     };
-    let code = ExitCode::SUCCESS;
+    let differs = report.log.as_ref().is_some_and(|log| !log.matches);
+    let code = if differs { DIFFERS.into() } else { ExitCode::SUCCESS };
     if args.json { print_json(&report, code, format) } else { print(&text(&report), code, format) }
 }
 
@@ -147,10 +159,13 @@ fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report)
 
 /// What is told of a plan, and of all events until the kernel runs, where they are known.
 fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> Result<Report, Failure> {
-    let mut report =
-        Report { mrtd: hex(&measure::mrtd(plan)), rtmr: Vec::new(), pages: Vec::new(), events: Vec::new() };
-    if let Some(events) = &events {
-        report.rtmr = events::registers(events).iter().map(|register| hex(register)).collect();
+    let mrtd = hex(&measure::mrtd(plan));
+    let mut report = Report { mrtd, rtmr: Vec::new(), pages: Vec::new(), events: Vec::new(), log: None };
+    let registers = events.as_deref().map(events::registers);
+    report.rtmr = registers.iter().flatten().map(|register| hex(register)).collect();
+    if let Some(path) = &args.event_log {
+        let events = events.as_deref().ok_or_else(|| bad("--event-log", path, &NO_EVENTS))?;
+        report.log = Some(event_log::compare(path, events)?);
     }
     if args.events {
         report.pages = plan.regions.iter().map(Into::into).collect();
@@ -158,7 +173,8 @@ fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> 
         report.events = events.unwrap_or_else(first).into_iter().map(Into::into).collect();
     }
     if let Some(path) = &args.corim {
-        let document = tdx::corim(plan).map_err(|error| Failure::Host(format!("CoRIM: {error}")))?;
+        let document =
+            corim::document(plan, registers.as_ref()).map_err(|error| Failure::Host(format!("CoRIM: {error}")))?;
         std::fs::write(path, document).map_err(|error| bad("--corim", path, &error))?;
     }
     Ok(report)
@@ -183,7 +199,8 @@ fn has_kernel(config: &VmConfig) -> bool {
     !config.kernel.path.as_os_str().is_empty()
 }
 
-fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
+/// Something about a file that a field or a flag names.
+pub fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
     Failure::BadInput(Problems(vec![Problem::new(field, format!("{}: {problem}", path.display()), "")]))
 }
 
@@ -214,7 +231,10 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
 }
 
 /// Reads a file; no more of it than shows that it is too long.
-fn read(path: &Path, too_long: u64) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// It cannot be read.
+pub fn read(path: &Path, too_long: u64) -> io::Result<Vec<u8>> {
     let file = File::open(path)?;
     // One more byte than there is shows the end without another round.
     let expected = file.metadata()?.len().saturating_add(1).min(too_long);
@@ -235,6 +255,9 @@ fn text(report: &Report) -> String {
     }
     for ReportedEvent { register, kind, what, digest } in &report.events {
         let _ = writeln!(text, "{register} {kind} {digest} {what}");
+    }
+    if let Some(log) = &report.log {
+        event_log::tell(log, &report.rtmr, &mut text);
     }
     text
 }

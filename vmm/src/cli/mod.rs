@@ -3,6 +3,7 @@
 mod args;
 mod complete;
 mod ctl;
+mod event_log;
 mod flags;
 mod help;
 mod keys;
@@ -29,6 +30,8 @@ use args::{Action, Cli};
 const HOST_FAILED: u8 = 1;
 /// A flag, the configuration, or a file that it names cannot be used.
 const BAD_INPUT: u8 = 2;
+/// A quote, or an event log, is not the one that was wanted.
+const DIFFERS: u8 = 9;
 
 /// Does what the command line says.
 pub fn main() -> ExitCode {

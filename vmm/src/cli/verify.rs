@@ -15,11 +15,9 @@ use serde::Serialize;
 
 use super::args::{DomainArgs, MeasureArgs, VerifyArgs};
 use super::measure::{foretell, hex};
-use super::{BAD_INPUT, HOST_FAILED, complain, print, print_json};
+use super::{BAD_INPUT, DIFFERS, HOST_FAILED, complain, print, print_json};
 use crate::logging::Format;
 
-/// The quote is not the one that was wanted.
-const DIFFERS: u8 = 9;
 /// The program that reads quotes.
 const PROGRAM: &str = "halyard-verify";
 /// The most that is read of each file, in bytes.

@@ -26,6 +26,10 @@ const EV_EFI_VARIABLE_DRIVER_CONFIG: u32 = 0x8000_0001;
 const EV_EFI_VARIABLE_BOOT: u32 = 0x8000_0002;
 const EV_EFI_BOOT_SERVICES_APPLICATION: u32 = 0x8000_0003;
 const EV_EFI_ACTION: u32 = 0x8000_0007;
+const EV_EFI_VARIABLE_AUTHORITY: u32 = 0x8000_00e0;
+/// Those whose data is a variable.
+pub(super) const EV_EFI_VARIABLES: [u32; 3] =
+    [EV_EFI_VARIABLE_DRIVER_CONFIG, EV_EFI_VARIABLE_BOOT, EV_EFI_VARIABLE_AUTHORITY];
 
 /// Items that firmware measures when it first looks at them, in its order: the boot menu is one with a number.
 const MEASURED_ITEMS: [(ItemKey, &str); 6] = [
@@ -95,7 +99,7 @@ pub fn of_firmware(plan: &LaunchPlan, items: &[Item]) -> Vec<Event> {
         }
     }
     for (name, digest) in variables(plan).measured() {
-        events.push(Event { register: 0, kind: EV_EFI_VARIABLE_DRIVER_CONFIG, what: name, digest });
+        events.push(Event { register: 0, kind: EV_EFI_VARIABLE_DRIVER_CONFIG, what: name.into(), digest });
     }
     events.push(separator(0));
     for name in TABLES {
@@ -117,7 +121,7 @@ pub fn of_kernel(given: &MeasuredKernel) -> Result<Vec<Event>, EventError> {
     let digest = Executable::read(&image)?.digest::<Sha384>().map_err(PeError::Read)?;
     let action = |text: &'static str| event(1, EV_EFI_ACTION, text, text.as_bytes());
     let mut events = vec![
-        Event { register: 1, kind: EV_EFI_BOOT_SERVICES_APPLICATION, what: "the kernel", digest: digest.into() },
+        Event { register: 1, kind: EV_EFI_BOOT_SERVICES_APPLICATION, what: "the kernel".into(), digest: digest.into() },
         action(CALLING),
         separator(1),
         action(EXIT_INVOKED),
@@ -131,7 +135,7 @@ pub fn of_kernel(given: &MeasuredKernel) -> Result<Vec<Event>, EventError> {
     }
     if let Some(initramfs) = given.initramfs {
         let digest = whole(initramfs).map_err(EventError::Initramfs)?;
-        events.push(Event { register: 2, kind: EV_EVENT_TAG, what: "the initramfs", digest });
+        events.push(Event { register: 2, kind: EV_EVENT_TAG, what: "the initramfs".into(), digest });
     }
     Ok(events)
 }
