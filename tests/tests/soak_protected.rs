@@ -97,7 +97,7 @@ fn tests_of_hal() -> Result<String> {
     let messages = String::from_utf8(output.stdout)?;
     let built = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let programs = built.filter(|message| message["target"]["name"] == "hal" && message["profile"]["test"] == true);
-    let program = programs.filter_map(|message| message["executable"].as_str().map(str::to_owned)).last();
+    let program = programs.filter_map(|message| message["executable"].as_str().map(str::to_owned)).next_back();
     program.context("cargo names no program of hal's unit tests")
 }
 
@@ -107,7 +107,8 @@ fn soak_the_time_of_conversions() -> Result<()> {
     let host = host("profile=4")?;
     let symbols = Symbols::read(&host)?;
     let facts = host.run("grep -m1 MHz /proc/cpuinfo")?.ok()?;
-    let ticks_a_microsecond: f64 = facts.rsplit(' ').next().context("MHz")?.trim().parse()?;
+    // With three digits behind the point.
+    let khz: u64 = facts.rsplit(' ').next().context("MHz")?.trim().replace('.', "").parse()?;
     let vm = host.halyard(&private("b", "3G"))?;
     vm.wait_line("begins")?;
     let pid = vm.pid();
@@ -118,12 +119,12 @@ fn soak_the_time_of_conversions() -> Result<()> {
         let after = spent(&host, pid, "cp /proc/profile /run/profile")?;
         let kernel = symbols.profile(&host)?;
         let ticks = line.strip_prefix(phase).and_then(|line| line.strip_suffix(" ticks")).context("another line")?;
-        let microseconds = u64::from_str_radix(ticks.trim(), 16)? as f64 / ticks_a_microsecond;
+        let microseconds = u64::from_str_radix(ticks.trim(), 16)? * 1000 / khz;
         let (each, what) = if phase == "touched" { (PAGES, "page") } else { (STEPS, "step") };
         println!(
-            "{phase:14} {:7.2} s, {:8.1} us a {what}; Halyard {} ms, the guest {} ms, the host's kernel {} ms: {}",
-            microseconds / 1e6,
-            microseconds / each as f64,
+            "{phase:14} {:5} ms, {:5} us a {what}; Halyard {} ms, the guest {} ms, the host's kernel {} ms: {}",
+            microseconds / 1000,
+            microseconds / each,
             after[0] - before[0],
             after[1] - before[1],
             after[2] - before[2],
