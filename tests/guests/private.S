@@ -1,5 +1,5 @@
 # Makes memory private and shared by KVM's hypercall, in a VM whose memory begins shared. By the command line's first letter:
-# "p" looks at what pages hold, "d" has a device write to private ones, "r" asks for what cannot be, "x" hides its own code,
+# "p" looks at what pages hold, "d" has a device write to private ones, "w" to ones that become private meanwhile, "r" asks for what cannot be, "x" hides its own code,
 # and "b" takes the time of 1 GiB in steps of 2 MiB, and waits for a byte after each of its lines.
     .include "prelude.inc"
     .include "virtio.inc"
@@ -11,6 +11,7 @@
     .set PAGE, 0x400000
     .set ABOVE, 0x800000                # as much memory as there is, from 8 MiB on, and more
     .set REGISTERS, 0xfec00000          # of the I/O APIC
+    .set ROUNDS, 300
     # What the time is taken of.
     .set FIRST, 0x40000000
     .set STEPS, 512
@@ -45,6 +46,8 @@ main:
     je pages
     cmp $'d', %al
     je device
+    cmp $'w', %al
+    je at_work
     cmp $'r', %al
     je refused
     cmp $'x', %al
@@ -102,6 +105,28 @@ device:
     RANDOM
     MAP AVAILABLE, 1, SHARED
     RANDOM
+    EXIT 0
+
+at_work:
+    movl $(1 | ACCESS_PLATFORM), high_features
+    mov $VIRTIO_RNG, %eax
+    call virtio_open
+    mov $ROUNDS, %edi
+1:  call virtio_start
+    DESCRIPTOR 0, PAGE, 0x4000, WRITE
+    xor %eax, %eax
+    call virtio_submit
+    MAP (PAGE + 0x2000), 1, PRIVATE
+    call virtio_wait
+    cmp $DONE, %eax
+    jne 2f
+    incl whole
+2:  cmpl $0, PAGE + 0x2000
+    REQUIRE je, "a device wrote to private memory"
+    MAP (PAGE + 0x2000), 1, SHARED
+    dec %edi
+    jnz 1b
+    SAY "whole", whole
     EXIT 0
 
 refused:
@@ -193,7 +218,7 @@ ticks:
     sbb began + 4, %edx
     PRINT_HEX %edx
     PRINT_HEX %eax
-    PRINT "\n"
+    PRINT " ticks\n"
 wait:
     mov $(COM1 + 5), %dx                # the line's status: bit 0 says that there is a byte
     in %dx, %al
@@ -205,5 +230,7 @@ wait:
 
     .bss
     .balign 8
+whole:
+    .skip 4
 began:
     .skip 8
