@@ -25,13 +25,19 @@ impl Recorder {
         Ok(Self { folder: String::from_utf8(built.stdout)?.trim_end().into() })
     }
 
-    fn library(&self) -> PathBuf {
+    /// The recorder.
+    pub fn library(&self) -> PathBuf {
         self.folder.join("libhalyard_recorder.so")
+    }
+
+    /// The program.
+    pub fn program(&self) -> PathBuf {
+        self.folder.join("halyard")
     }
 
     /// Halyard behind it; arguments are still to be given.
     pub fn halyard(&self) -> Command {
-        let mut command = Command::new(self.folder.join("halyard"));
+        let mut command = Command::new(self.program());
         command.env("LD_PRELOAD", self.library()).env_remove("RUST_LOG");
         command
     }

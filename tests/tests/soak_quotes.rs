@@ -16,6 +16,7 @@ use halyard_tests::quotes::{
 };
 use halyard_tests::recorder::Recorder;
 use halyard_tests::tiny::{Running, Served, run_halyard};
+use halyard_tests::{Cmd, Host, HostSpec, Status};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -172,6 +173,45 @@ fn services_that_do_not_behave_are_to_the_guest_what_they_are_to_a_real_qemus() 
     let answers: Vec<&str> =
         lines.iter().filter_map(|line| line.strip_prefix("  answered 0x")?.split(' ').next()).collect();
     assert_eq!(answers, [&["0"; 17][..], &["1"]].concat(), "the interrupt, 16 requests, and one that is to come again");
+}
+
+#[test]
+fn a_quote_comes_through_a_vm_socket() {
+    // Few kernels have a loopback of VM sockets; Debian's is the lab's.
+    let host = Host::start(&HostSpec::new()).unwrap();
+    let folder = host.run("modprobe vsock_loopback && mktemp -d").unwrap().ok().unwrap();
+    let (there, local) = (|name: &str| format!("{folder}/{name}"), |path: PathBuf| path.display().to_string());
+    let service = Cmd::new(env!("CARGO_BIN_EXE_quote-service")).args([&folder, "4050"]);
+    let service = host.spawn(service).unwrap();
+    service.wait_line("ready").unwrap();
+    let report = request(&host.read_file(&there("report")).unwrap());
+    let script = format!(
+        "map 100000 8 shared\nwrite 100000 {report}\ncall 10002 100000 4000\nwait 100000\nshow 100000\nshutdown\n"
+    );
+    host.write_file(&there("exits"), script).unwrap();
+
+    let monitors = Monitors::new();
+    let config = fs::read_to_string(monitors.path("vm.yaml")).unwrap();
+    let unix = format!("unix:{}", monitors.path("qgs").display());
+    host.write_file(&there("vm.yaml"), config.replace(&unix, "vsock:1:4050")).unwrap();
+    let run = Cmd::new(local(monitors.recorder.program()))
+        .args(["run", "--config", &there("vm.yaml")])
+        .env("LD_PRELOAD", local(monitors.recorder.library()))
+        .env("RECORDER_LOG", there("log"))
+        .env("RECORDER_EXITS", there("exits"));
+    let run = host.run(run).unwrap();
+    let messages = String::from_utf8_lossy(&run.stderr).into_owned();
+    assert_eq!(run.status, Status::Exited(5), "{messages}");
+    assert!(messages.contains("the quote service at vsock:1:4050 answers"), "{messages}");
+    let log = String::from_utf8(host.read_file(&there("log")).unwrap()).unwrap();
+    let (quotes, _) = quotes(&log.lines().map(str::to_owned).collect::<Vec<_>>());
+    assert_eq!(quotes.len(), 1, "{messages}\n{log}");
+    fs::write(monitors.path("quote"), &quotes[0]).unwrap();
+    for name in ["root.pem", "collateral.json"] {
+        fs::write(monitors.path(name), host.read_file(&there(name)).unwrap()).unwrap();
+    }
+    let [quote, root, collateral] = ["quote", "root.pem", "collateral.json"].map(|name| local(monitors.path(name)));
+    run_halyard(["verify", &quote, "--root-ca", &root, "--collateral", &collateral]).expect_code(0);
 }
 
 #[test]
