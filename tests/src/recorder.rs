@@ -1,9 +1,10 @@
 //! A monitor behind the recorder (`tests/recorder`), which plays a host with Intel TDX to it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use crate::{cache, firmware};
 
@@ -24,22 +25,29 @@ impl Recorder {
         Ok(Self { folder: String::from_utf8(built.stdout)?.trim_end().into() })
     }
 
-    fn library(&self) -> PathBuf {
+    /// The recorder.
+    pub fn library(&self) -> PathBuf {
         self.folder.join("libhalyard_recorder.so")
+    }
+
+    /// The program.
+    pub fn program(&self) -> PathBuf {
+        self.folder.join("halyard")
     }
 
     /// Halyard behind it; arguments are still to be given.
     pub fn halyard(&self) -> Command {
-        let mut command = Command::new(self.folder.join("halyard"));
+        let mut command = Command::new(self.program());
         command.env("LD_PRELOAD", self.library()).env_remove("RUST_LOG");
         command
     }
 
-    /// A real QEMU behind it, which launches a trust domain of 2 GiB with Debian's firmware.
+    /// A real QEMU behind it, which launches a trust domain of 2 GiB with Debian's firmware, and asks the quote service at a socket,
+    /// if any.
     ///
     /// # Errors
     /// It is not there.
-    pub fn qemu(&self, cpus: u8) -> Result<Command> {
+    pub fn qemu(&self, cpus: u8, quotes: Option<&Path>) -> Result<Command> {
         let tree = cache::folder()?.join("trees/qemu-tdx");
         ensure!(tree.exists(), "{} is not there: `scripts/install trees` unpacks it", tree.display());
         let libraries = tree.join("usr/lib/x86_64-linux-gnu");
@@ -47,7 +55,11 @@ impl Recorder {
         command.arg("--library-path").arg(format!("{0}:{0}/pulseaudio", libraries.display()));
         command.arg("--preload").arg(self.library());
         command.arg(tree.join("usr/bin/qemu-system-x86_64")).arg("-L").arg(tree.join("usr/share/qemu"));
-        command.args(["-accel", "kvm", "-cpu", "host", "-object", "tdx-guest,id=td"]);
+        let mut guest = json!({ "qom-type": "tdx-guest", "id": "td" });
+        if let Some(socket) = quotes {
+            guest["quote-generation-socket"] = json!({ "type": "unix", "path": socket });
+        }
+        command.args(["-accel", "kvm", "-cpu", "host", "-object", &guest.to_string()]);
         command.args(["-machine", "q35,confidential-guest-support=td,kernel-irqchip=split", "-bios"]);
         command.arg(firmware::path()?).args(["-m", "2G", "-nodefaults", "-display", "none", "-smp", &cpus.to_string()]);
         Ok(command)

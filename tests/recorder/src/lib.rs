@@ -13,6 +13,7 @@
 mod abi;
 pub mod exits;
 pub mod log;
+mod msi;
 mod td;
 
 use std::ffi::{c_int, c_ulong, c_void};

@@ -43,7 +43,7 @@ pub fn measure(rounds: usize) -> Result<Vec<Finding>> {
             let mut halyard = recorder.halyard();
             halyard.args(["run", "--confidential", "tdx", "--memory", "2G", "--serial", "off", "--firmware"]);
             halyard.arg(&firmware).arg("--kernel").arg(&kernel).args(["--cpus", &cpus.to_string()]);
-            let launches = (launch(&mut halyard, &folder)?, launch(&mut recorder.qemu(cpus)?, &folder)?);
+            let launches = (launch(&mut halyard, &folder)?, launch(&mut recorder.qemu(cpus, None)?, &folder)?);
             if round >= WARM_UP {
                 own.push(launches.0);
                 other.push(launches.1);
