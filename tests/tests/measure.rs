@@ -40,6 +40,9 @@ fn debians_firmware_is_measured_as_hardware_and_others_do() {
         first["digest"],
         "0b8772e5b0b41b83e6044a68397e02f49fb47066b4fbe4917ea2c45c64f323fdacbb37948f821ebaf8bc9c938ba8a749"
     );
+    let told = measure(&path, &[]).expect_code(0);
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.contains("\nRTMR0 to 2 are not foretold: firmware that is given no kernel"), "{told}");
     // MRTD does not depend on how much memory there is.
     let more = foretold(&path, &["--memory", "6G"]);
     assert_eq!((&more["mrtd"], more.get("events")), (&report["mrtd"], None));
@@ -399,8 +402,11 @@ fn a_kernel_that_the_firmware_will_not_start_is_told_of() {
     assert!(stripped.status.success(), "{stripped:?}");
     let run = measure(&firmware, &["--kernel", &unsigned]).expect_code(0);
     assert!(run.stderr.contains("the kernel is not signed: it will not start"), "{}", run.stderr);
+    let signed = ["--kernel", &kernel.display().to_string()];
+    let run = measure(&firmware, &signed).expect_code(0);
+    assert!(run.stderr.contains("none of them has signed the kernel: it will not start"), "{}", run.stderr);
     // What signatures are of does not change with them.
-    let signed = foretold(&firmware, &["--kernel", &kernel.display().to_string()]);
+    let signed = foretold(&firmware, &signed);
     assert_eq!(foretold(&firmware, &["--kernel", &unsigned])["rtmr"][1], signed["rtmr"][1]);
 }
 

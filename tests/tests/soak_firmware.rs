@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use halyard_tests::story::{PATIENCE, ask, boot, power_off};
 use halyard_tests::tiny::run_halyard;
-use halyard_tests::{Cmd, Host, HostSpec, Kernel, Vm, VmSpec, firmware};
+use halyard_tests::{Cmd, Host, HostSpec, Kernel, Vm, VmSpec, esp, firmware};
 use sha2::{Digest, Sha384};
 
 /// What the firmware ticks with, 100 times a second, becomes slower than that: a host in QEMU's software emulation ends when
@@ -29,6 +29,23 @@ fn soak_debians_firmware_boots_a_stock_kernel_and_switches_the_machine_off() -> 
         power_off(&vm)?;
     }
     Ok(())
+}
+
+/// No kernel is named: the firmware, which starts only what is signed, finds shim on a disk, shim GRUB, and GRUB the kernel.
+#[test]
+fn soak_debians_firmware_boots_a_kernel_that_it_finds_on_a_disk() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let kernel = Kernel::Debian6_12Cloud;
+    let disk = esp::disk(folder.path(), kernel, "console=ttyS0 quiet panic=-1 from-disk")?;
+    let host = Host::start(&HostSpec::new())?;
+    host.run(SLOW_TICKS)?.ok()?;
+    let file = firmware::path()?.display().to_string();
+    let spec = VmSpec::guest(kernel)?.kernel_on_disk().memory("1G").args(["--firmware", &file]);
+    let vm = boot(&host, &spec.disk(&format!("path={},readonly=on", disk.display())))?;
+    assert_eq!(ask(&vm, "uname -r")?, kernel.version()?);
+    ensure!(ask(&vm, "cat /proc/cmdline")?.contains("from-disk"), "the command line is not that of the disk");
+    ensure!(ask(&vm, "dmesg")?.contains("secureboot: Secure boot enabled"), "it booted without secure boot");
+    power_off(&vm)
 }
 
 /// EFI variables that firmware measures into RTMR0: name, vendor, and whether name and vendor are measured, too.
@@ -66,11 +83,41 @@ fn variables_are_foretold(vm: &Vm, kernel: Kernel, file: &str) -> Result<()> {
         let bytes = words.split_whitespace().map(|byte| u8::from_str_radix(byte, 16));
         let data = bytes.skip(ATTRIBUTES).collect::<Result<Vec<u8>, _>>()?;
         let measured = if whole { [head(name, vendor, data.len())?, data].concat() } else { data };
-        let digest: String = Sha384::digest(measured).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = hex(&Sha384::digest(measured));
         let event = events.iter().find(|event| event["what"] == name && event["register"] == "rtmr0");
         assert_eq!(event.context(name)?["digest"], digest, "{name}");
     }
     Ok(())
+}
+
+/// By which key the firmware starts shim is measured: an entry of its db, with Microsoft's certificate.
+#[test]
+fn soak_the_key_that_has_signed_shim_is_foretold() -> Result<()> {
+    let firmware = firmware::path()?;
+    let (file, shim) = (firmware.display().to_string(), esp::shim()?.display().to_string());
+    let args = ["measure", "--json", "--events", "--firmware", &file, "--kernel", &shim];
+    let report: serde_json::Value = serde_json::from_slice(&run_halyard(args).expect_code(0).stdout)?;
+    let keys = report["events"].as_array().context("events")?.iter().filter(|event| event["type"] == "0x800000e0");
+    let [key] = keys.collect::<Vec<_>>()[..] else { panic!("{report}") };
+    // A list of one certificate: its kind, its length, an empty header, its entry's length.
+    let bytes = std::fs::read(&firmware)?;
+    let digests = (0..bytes.len() - 28).filter(|at| bytes[*at..].starts_with(&X509)).filter_map(|at| {
+        let word = |at: usize| bytes[at..].first_chunk().map(|word| u32::from_le_bytes(*word) as usize);
+        let entry = bytes.get(at + 28..at + word(at + 16)?)?;
+        let microsofts = entry.windows(SIGNER.len()).any(|window| window == SIGNER);
+        let head = head("db", SECURITY, entry.len()).ok()?;
+        microsofts.then(|| hex(&Sha384::digest([&head, entry].concat())))
+    });
+    assert!(digests.collect::<Vec<_>>().contains(&key["digest"].as_str().unwrap_or_default().to_owned()), "{key}");
+    Ok(())
+}
+
+const X509: [u8; 16] = *b"\xa1\x59\xc0\xa5\xe4\x94\xa7\x4a\x87\xb5\xab\x15\x5c\x2b\xf0\x72";
+/// Who has signed shim, as osslsigncode tells.
+const SIGNER: &[u8] = b"Microsoft Corporation UEFI CA 2011";
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What is measured in front of a variable's data: its vendor, the lengths of name and data, the name.

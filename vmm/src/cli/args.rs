@@ -323,7 +323,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub kernel: Option<String>,
 
-    /// Boot this firmware first, which then starts the kernel: OVMF with code and variables in one file
+    /// Boot this firmware first, which then starts the kernel, or finds one on a disk: OVMF with code and variables in one file
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub firmware: Option<String>,
 

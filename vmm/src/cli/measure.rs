@@ -11,7 +11,7 @@ use arch::firmware::GivenKernel;
 use arch::layout;
 use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
-use arch::tdx::{LaunchPlan, LaunchRegion, corim};
+use arch::tdx::{LaunchPlan, LaunchRegion, authority, corim};
 use hal::GpaRange;
 use serde::Serialize;
 use vmm::Failure;
@@ -25,6 +25,10 @@ use crate::logging::Format;
 /// One more byte than any firmware has, and than any IGVM file may have.
 const MAX_FIRMWARE: u64 = (64 << 20) + 1;
 const MAX_IGVM: u64 = (256 << 20) + 1;
+/// Why RTMR0 to 2 are not foretold.
+const OF_DISK: &str = "firmware that is given no kernel goes on by what it finds on the disks: boot options (RTMR0), partition \
+                       tables and loaders (RTMR1), and what those load and do (RTMR2)";
+const OF_IGVM: &str = "what the code in an IGVM file extends them with is its own";
 /// Why there is nothing to compare an event log with.
 const NO_EVENTS: &str =
     "what it is to have is foretold only of firmware that is given a kernel: give --firmware and --kernel";
@@ -37,6 +41,9 @@ pub struct Report {
     /// RTMR0 to 2 when the kernel runs, 96 hexadecimal digits each; none without a kernel.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rtmr: Vec<String>,
+    /// Why there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_foretold: Option<&'static str>,
     /// What MRTD is made of.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pages: Vec<ReportedPages>,
@@ -137,7 +144,6 @@ fn of_igvm(path: &Path, args: &MeasureArgs) -> Result<Report, Failure> {
 fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report), Failure> {
     let check = |config: &VmConfig| {
         let mut problems = api::validate(config, &HostFacts::unlimited());
-        problems.retain(|problem| problem.field != "kernel.path" || has_kernel(config));
         if config.firmware.is_none() {
             problems.push(Problem::new("firmware", "no firmware is named", "give --firmware FILE, or --igvm FILE"));
         }
@@ -153,14 +159,20 @@ fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report)
     let file = read(&path, MAX_FIRMWARE).map_err(|error| bad("firmware.path", &path, &error))?;
     let ram = layout::ram_ranges(config.memory.size.bytes());
     let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad("firmware.path", &path, &error))?;
-    let events = if has_kernel(&config) { Some(all_events(&config, &plan, &ram)?) } else { None };
+    let events = if config.kernel.is_none() { None } else { Some(all_events(&config, &plan, &ram)?) };
     report(&plan, events, args).map(|report| (config, report))
 }
 
 /// What is told of a plan, and of all events until the kernel runs, where they are known.
 fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> Result<Report, Failure> {
     let mrtd = hex(&measure::mrtd(plan));
-    let mut report = Report { mrtd, rtmr: Vec::new(), pages: Vec::new(), events: Vec::new(), log: None };
+    let not_foretold = match (&events, &args.domain.igvm) {
+        (Some(_), _) => None,
+        (None, Some(_)) => Some(OF_IGVM),
+        (None, None) => Some(OF_DISK),
+    };
+    let (pages, rtmr) = (Vec::new(), Vec::new());
+    let mut report = Report { mrtd, rtmr, not_foretold, pages, events: Vec::new(), log: None };
     let registers = events.as_deref().map(events::registers);
     report.rtmr = registers.iter().flatten().map(|register| hex(register)).collect();
     if let Some(path) = &args.event_log {
@@ -180,23 +192,18 @@ fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> 
     Ok(report)
 }
 
-/// The flags as those of a run; no kernel need be named here.
+/// The flags as those of a run.
 fn domain(args: &DomainArgs) -> RunArgs {
-    let kernel = if args.config.is_none() { args.kernel.clone().or(Some(String::new())) } else { args.kernel.clone() };
     RunArgs {
         config: args.config.clone(),
         firmware: args.firmware.clone(),
-        kernel,
+        kernel: args.kernel.clone(),
         initramfs: args.initramfs.clone(),
         cmdline: args.cmdline.clone(),
         cpus: args.cpus.clone(),
         memory: args.memory.clone(),
         ..RunArgs::default()
     }
-}
-
-fn has_kernel(config: &VmConfig) -> bool {
-    !config.kernel.path.as_os_str().is_empty()
 }
 
 /// Something about a file that a field or a flag names.
@@ -219,7 +226,9 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
     let given = GivenKernel { kernel: &kernel, initramfs, cmdline: &cmdline, unsigned: false };
     let items = arch::firmware::items(&platform, ram, Some(&given));
     let items = items.map_err(|error| vmm::boot::bad_boot(config, &error))?;
-    let mut events = events::of_firmware(plan, &items);
+    let authority = authority::of(&events::variables(plan), &kernel);
+    let authority = authority.map_err(|error| bad("kernel.path", kernel_path, &error))?;
+    let mut events = events::of_firmware(plan, &items, authority);
     let given = MeasuredKernel { kernel: &kernel, initramfs, cmdline: &cmdline };
     events.extend(events::of_kernel(&given).map_err(|error| match error {
         EventError::Kernel(_) => bad("kernel.path", kernel_path, &error),
@@ -248,6 +257,9 @@ fn text(report: &Report) -> String {
     // Writing to a text never fails.
     for (number, register) in report.rtmr.iter().enumerate() {
         let _ = writeln!(text, "RTMR{number} {register}");
+    }
+    if let Some(why) = report.not_foretold {
+        let _ = writeln!(text, "RTMR0 to 2 are not foretold: {why}");
     }
     for ReportedPages { start, count, what, measured, sha384 } in &report.pages {
         let how = if *measured { "measured" } else { "added" };

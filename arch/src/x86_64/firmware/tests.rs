@@ -151,7 +151,6 @@ fn digest(file: &Vec<u8>) -> Result<Vec<u8>, String> {
 #[test]
 fn signatures_and_checksum_do_not_count_and_all_else_does() {
     let file = executable();
-    assert!(Executable::read(&file).unwrap().is_signed());
     let before = digest(&file).unwrap();
     for at in [0x58 + 64, 0x58 + 67, 0x5f4, 0x5ff] {
         let mut changed = file.clone();
@@ -163,6 +162,21 @@ fn signatures_and_checksum_do_not_count_and_all_else_does() {
         changed[at] ^= 1;
         assert_ne!(digest(&changed).ok().as_ref(), Some(&before), "byte {at:#x}");
     }
+}
+
+#[test]
+fn signatures_are_read_up_to_one_that_is_cut_off() {
+    let with = |head: [u8; 8]| {
+        let mut file = executable();
+        file[0x5f4..0x5fc].copy_from_slice(&head);
+        Executable::read(&file).unwrap().signatures().unwrap()
+    };
+    assert_eq!(with([12, 0, 0, 0, 0, 2, 2, 0]), [vec![0x5a; 4]]);
+    assert_eq!(with([10, 0, 0, 0, 0, 2, 2, 0]), [vec![0x5a; 2]]);
+    // Of another kind, longer than there is, shorter than its own head.
+    assert!(with([12, 0, 0, 0, 0, 2, 1, 0]).is_empty());
+    assert!(with([13, 0, 0, 0, 0, 2, 2, 0]).is_empty());
+    assert_eq!(with([0, 0, 0, 0, 0, 2, 2, 0]), [Vec::<u8>::new()]);
 }
 
 #[test]

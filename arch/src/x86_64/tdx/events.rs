@@ -89,8 +89,9 @@ pub fn variables<'a>(plan: &'a LaunchPlan) -> Variables<'a> {
     volume.map(|volume| Variables::read(&volume.contents)).unwrap_or_default()
 }
 
-/// What extends RTMR0: what the firmware is told of the machine, and whose executables it starts.
-pub fn of_firmware(plan: &LaunchPlan, items: &[Item]) -> Vec<Event> {
+/// What extends RTMR0: what the firmware is told of the machine, whose executables it starts, and by which key it starts the
+/// kernel ([`super::authority`]).
+pub fn of_firmware(plan: &LaunchPlan, items: &[Item], authority: Option<Digest384>) -> Vec<Event> {
     let mut events = super::measure::first_events(plan);
     let find = |key: ItemKey| items.iter().find(|item| item.key == key).map(|item| &item.contents);
     for (key, what) in MEASURED_ITEMS {
@@ -107,6 +108,9 @@ pub fn of_firmware(plan: &LaunchPlan, items: &[Item]) -> Vec<Event> {
             events.push(event(0, EV_PLATFORM_CONFIG_FLAGS, name, bytes));
         }
     }
+    let key =
+        |digest| Event { register: 0, kind: EV_EFI_VARIABLE_AUTHORITY, what: "the kernel's key in db".into(), digest };
+    events.extend(authority.map(key));
     events.push(event(0, EV_EFI_VARIABLE_BOOT, "BootOrder", &BOOT_ORDER));
     events.push(event(0, EV_EFI_VARIABLE_BOOT, "Boot0000", &menu()));
     events

@@ -1,6 +1,7 @@
 //! Firmware made for the purpose, good and bad, and the values that other programs and real hardware gave.
 
 mod captured;
+mod signed;
 
 use std::fs::File;
 use std::io::Write;

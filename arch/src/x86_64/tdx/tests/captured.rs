@@ -56,7 +56,7 @@ fn a_captured_log_is_what_is_foretold() {
     let items = ["etc/acpi/tables", "etc/acpi/rsdp", "etc/table-loader"].map(table);
     let kernel = executable();
     let given = events::MeasuredKernel { kernel: &kernel, initramfs: Some(&kernel), cmdline: "quiet" };
-    let mut foretold = events::of_firmware(&plan, &items);
+    let mut foretold = events::of_firmware(&plan, &items, None);
     foretold.extend(events::of_kernel(&given).unwrap());
 
     let captured = events();
