@@ -7,6 +7,7 @@ pub mod api;
 pub mod boot;
 pub mod boot_trace;
 pub mod hotadd;
+pub mod launch;
 pub mod many;
 pub mod measure;
 pub mod memory;

@@ -38,6 +38,7 @@ pub mod pty;
 pub mod python;
 mod qemu;
 pub mod quotes;
+pub mod recorder;
 pub mod service;
 pub mod story;
 pub mod text;

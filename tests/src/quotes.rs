@@ -6,8 +6,48 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use halyard_qgs::{Platform, Registers, Service, ask};
+use serde_json::Value;
 
-use crate::cache;
+use crate::kernels::Kernel;
+use crate::{cache, firmware};
+
+/// Bytes as hexadecimal digits.
+pub fn digits(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The bytes of hexadecimal digits, as long as there are enough.
+pub fn bytes(digits: &str) -> Vec<u8> {
+    let pairs = (0..digits.len() / 2).filter_map(|at| digits.get(2 * at..2 * at + 2));
+    pairs.map_while(|pair| u8::from_str_radix(pair, 16).ok()).collect()
+}
+
+/// Writes the configuration of a trust domain with this owner, and more of it.
+///
+/// # Errors
+/// Firmware or kernel are missing, or the file cannot be written.
+pub fn configure(path: &Path, owner: u8, more: &str) -> Result<()> {
+    let text = format!(
+        "firmware: {{path: {}}}\nkernel: {{path: {}, cmdline: quiet}}\nmemory: {{size: 2G}}\n\
+         confidential: {{kind: tdx, config_id: \"{}\", owner: \"{}\"{more}}}\n",
+        firmware::path()?.display(),
+        Kernel::Debian6_12Cloud.bzimage()?.display(),
+        digits(&[0x22; 48]),
+        digits(&[owner; 48]),
+    );
+    fs::write(path, text).with_context(|| path.display().to_string())
+}
+
+/// The registers of the trust domain that `halyard measure --json` foretells.
+pub fn foretold_registers(foretold: &Value) -> Registers {
+    let mut registers = Registers::default();
+    let places = [&foretold["mrtd"], &foretold["rtmr"][0], &foretold["rtmr"][1], &foretold["rtmr"][2]];
+    for (place, value) in [0, 4, 5, 6].into_iter().zip(places) {
+        let value = bytes(value.as_str().unwrap_or_default());
+        registers.measurements[place].copy_from_slice(&value);
+    }
+    registers
+}
 
 /// A quote of a trust domain with these registers, and beside it root.pem, root.der and collateral.json, all of a platform
 /// made for it.
@@ -21,10 +61,18 @@ pub fn quoted(folder: &Path, registers: &Registers) -> Result<PathBuf> {
     let quote = folder.join("quote");
     let report = platform.report(registers);
     fs::write(&quote, ask(&socket, &report)?.context("the service refuses its own platform's report")?)?;
+    write_collateral(folder, platform)?;
+    Ok(quote)
+}
+
+/// Writes root.pem, root.der and collateral.json of a platform.
+///
+/// # Errors
+/// They cannot be written.
+pub fn write_collateral(folder: &Path, platform: &Platform) -> Result<()> {
     fs::write(folder.join("root.pem"), platform.root_pem())?;
     fs::write(folder.join("root.der"), platform.root_der())?;
-    fs::write(folder.join("collateral.json"), platform.collateral()?.to_string())?;
-    Ok(quote)
+    Ok(fs::write(folder.join("collateral.json"), platform.collateral()?.to_string())?)
 }
 
 /// Where Debian's packages of Google's verifier and of the Go compiler are unpacked.

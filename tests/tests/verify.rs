@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use halyard_qgs::Registers;
-use halyard_tests::quotes::quoted;
+use halyard_tests::firmware;
+use halyard_tests::quotes::{configure, digits, foretold_registers, quoted};
 use halyard_tests::tiny::{Run, run_halyard};
-use halyard_tests::{Kernel, firmware};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -25,10 +25,6 @@ fn said(quote: &Path, args: &[&str], code: i32) -> Value {
 fn field<'a>(said: &'a Value, name: &str) -> &'a Value {
     let fields = said["fields"].as_array().unwrap();
     fields.iter().find(|field| field["name"] == name).unwrap_or_else(|| panic!("no {name} in {said}"))
-}
-
-fn digits(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The folder of real quotes that the crate dcap-qvl ships, each with collateral of its day.
@@ -80,41 +76,16 @@ fn quotes_of_real_hardware_are_read_and_their_signatures_checked() {
     assert!(run.stderr.contains("it is a quote of an SGX enclave, and of no trust domain"), "{run}");
 }
 
-/// The bytes of hexadecimal digits.
-fn bytes(digits: &Value) -> [u8; 48] {
-    let digits = digits.as_str().unwrap();
-    std::array::from_fn(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).unwrap())
-}
-
-/// Writes the configuration of a trust domain with this owner, and more of it.
-fn configure(path: &Path, owner: u8, more: &str) {
-    let firmware = firmware::path().unwrap();
-    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap();
-    let owner = digits(&[owner; 48]);
-    let text = format!(
-        "firmware: {{path: {}}}\nkernel: {{path: {}, cmdline: quiet}}\nmemory: {{size: 2G}}\n\
-         confidential: {{kind: tdx, config_id: \"{}\", owner: \"{owner}\"{more}}}\n",
-        firmware.display(),
-        kernel.display(),
-        digits(&[0x22; 48]),
-    );
-    fs::write(path, text).unwrap();
-}
-
 #[test]
 fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     let folder = TempDir::new().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (config, collateral, root) = (path("vm.yaml"), path("collateral.json"), path("root.pem"));
     let theirs = format!(", owner_config: \"{}\"", digits(&[0x44; 48]));
-    configure(Path::new(&config), 0x33, &theirs);
+    configure(Path::new(&config), 0x33, &theirs).unwrap();
     let foretold = run_halyard(["measure", "--json", "--config", &config]).expect_code(0);
     let foretold: Value = serde_json::from_slice(&foretold.stdout).unwrap();
-    let mut registers = Registers { data: [0; 64], ..Registers::default() };
-    registers.measurements[0] = bytes(&foretold["mrtd"]);
-    for number in 0..3 {
-        registers.measurements[4 + number] = bytes(&foretold["rtmr"][number]);
-    }
+    let mut registers = Registers { data: [0; 64], ..foretold_registers(&foretold) };
     registers.data[..4].copy_from_slice(&[0xde, 0xad, 0xbe, 0xef]);
     let quote = quoted(folder.path(), &registers).unwrap();
     let signed = ["--collateral", &collateral, "--root-ca", &root];
@@ -150,10 +121,10 @@ fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     differs(&["--firmware", &other], "mrtd");
     let off = theirs.clone() + ", sept_ve_disable: false";
     for (owner, more, name) in [(0x34, &*theirs, "mrowner"), (0x33, "", "mrownerconfig"), (0x33, &off, "attributes")] {
-        configure(Path::new(&config), owner, more);
+        configure(Path::new(&config), owner, more).unwrap();
         differs(&[], name);
     }
-    configure(Path::new(&config), 0x33, &theirs);
+    configure(Path::new(&config), 0x33, &theirs).unwrap();
 
     // Another root, no look at the signature, and a bit.
     let run = verify(&quote, &["--config", &config, "--collateral", &collateral]).expect_code(9);

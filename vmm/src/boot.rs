@@ -10,7 +10,7 @@ use devices::virtio::rng::kernel_random;
 use hal::{BootRegisters, GpaRange, HostCaps};
 
 use crate::Failure;
-use crate::confidential::Measured;
+use crate::confidential::{self, Measured};
 use crate::firmware;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
@@ -51,7 +51,8 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     }
     let file = inputs.kernel.as_ref().ok_or_else(|| bad("kernel.path", "no kernel is named"))?;
     let image = inputs.kernels.begin(file, &config.kernel.cache, Kept::Taken);
-    let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    let (ranges, made) = (arch::layout::ram_ranges(ram), confidential::memory(config));
+    let mut memory = memory::create(&ranges, &made)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
@@ -78,7 +79,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         }
         // A part of the kernel may be there already. The host may not have as much memory again.
         drop(memory);
-        memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+        memory = memory::create(&ranges, &made)?;
     };
     arch::acpi::write(&memory.map, &platform)?;
     trace.mark(Milestone::Kernel);

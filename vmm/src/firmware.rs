@@ -1,6 +1,7 @@
 //! Booting firmware: its file in memory, and the devices that it looks for.
 
 use std::fs::File;
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::{Loaded, bad, bad_boot};
-use crate::confidential::Measured;
+use crate::confidential::{self, Measured};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::kinds;
@@ -25,6 +26,7 @@ use crate::memory::{self, Ram};
 use crate::pluggable::PluggableMemory;
 use crate::trace::{Milestone, Trace};
 
+const PAGE: usize = 4096;
 /// Where firmware looks for the LPC bridge.
 const LPC: Address = Address { device: 31, function: 0 };
 
@@ -46,10 +48,8 @@ pub fn load(
     let place = firmware::place(image.len() as u64).map_err(|error| bad_firmware(config, &error.to_string()))?;
     let items = items(config, &platform, &ram, inputs)?;
     let traits = kinds::name(config.kind()).traits();
-    // What a guest shares is mapped once more, for devices, and so its memory is a file.
-    let shared = config.memory.shared || traits.private_memory;
-    let memory =
-        memory::create(&ram, &api::Memory { shared, ..config.memory.clone() })?.with_firmware(place, shared)?;
+    let made = confidential::memory(config);
+    let memory = memory::create(&ram, &made)?.with_firmware(place, made.shared)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let measured = if traits.boot == Boot::Measured {
@@ -88,12 +88,46 @@ pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static
     }
 }
 
+/// A firmware's file. It begins at the start of a page, so that a hypervisor takes pages from it as they are.
+pub struct Image {
+    buffer: Vec<u8>,
+    start: usize,
+}
+
+impl Image {
+    /// One of zeros.
+    fn zeros(len: usize) -> Self {
+        let buffer = vec![0; len + PAGE - 1];
+        let address = buffer.as_ptr().addr();
+        Self { start: address.next_multiple_of(PAGE) - address, buffer }
+    }
+
+    fn len(&self) -> usize {
+        self.buffer.len() - (PAGE - 1)
+    }
+}
+
+impl Deref for Image {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.buffer.get(self.start..self.start + self.len()).unwrap_or_default()
+    }
+}
+
+impl DerefMut for Image {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let len = self.len();
+        self.buffer.get_mut(self.start..self.start + len).unwrap_or_default()
+    }
+}
+
 /// The whole file.
-fn read(file: &File) -> Result<Vec<u8>, String> {
+fn read(file: &File) -> Result<Image, String> {
     let size = file.metadata().map_err(|error| format!("cannot be read: {error}"))?.len();
     firmware::place(size).map_err(|error| error.to_string())?;
     // At most 16 MiB.
-    let mut image = vec![0; usize::try_from(size).map_err(|error| error.to_string())?];
+    let mut image = Image::zeros(usize::try_from(size).map_err(|error| error.to_string())?);
     file.read_exact_at(&mut image, 0).map_err(|error| format!("cannot be read: {error}"))?;
     if let Some(last) = image.last_chunk() {
         firmware::check_reset_vector(last).map_err(|error| error.to_string())?;

@@ -152,7 +152,7 @@ impl Machine {
 
         let maker = VcpuMaker::new(parts.hypervisor.caps(), &*vm, platform.topology);
         let vcpus = create_vcpus(&maker, &*vm, count, &entry)?;
-        machine.mrtd = measured.map(|measured| measured.launch(&*vm)).transpose()?;
+        measured.as_ref().map_or(Ok(()), |measured| measured.launch(&*vm))?;
         parts.trace.mark(Milestone::Vcpus);
         machine.watcher = machine.watch(parts, ecam, memory.map, slide)?;
         let exits = Arc::new(ExitBuses { pio, mmio, ioapic, confidential });
@@ -164,6 +164,7 @@ impl Machine {
             parts.inputs.kernels.populate(pages);
         }
         machine.vcpus = Some(threads);
+        machine.mrtd = measured.map(|measured| measured.mrtd()).transpose()?;
         machine.pluggable =
             machine.platform.processors.clone().map(|registers| Pluggable::new(maker, registers, exits));
         Ok(machine)

@@ -1,7 +1,6 @@
 //! The service: one question for each connection, whose first read has to bring all of it, as with Intel's.
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -38,15 +37,20 @@ impl Service {
     /// Nobody can listen there.
     pub fn start(platform: Platform, socket: &Path) -> Result<Self> {
         let listener = UnixListener::bind(socket).with_context(|| socket.display().to_string())?;
+        Ok(Self::over(platform, std::iter::from_fn(move || listener.incoming().flatten().next())))
+    }
+
+    /// A service of a platform's for whoever connects, until nobody does any more.
+    pub fn over<S: Read + Write>(platform: Platform, clients: impl Iterator<Item = S> + Send + 'static) -> Self {
         let service = Self { platform: Arc::new(platform), nanoseconds: Arc::default() };
         let (platform, nanoseconds) = (service.platform.clone(), service.nanoseconds.clone());
         thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
+            for stream in clients {
                 // A client that does not behave is not answered.
                 let _ = serve(&platform, stream, &nanoseconds);
             }
         });
-        Ok(service)
+        service
     }
 
     /// The platform.
@@ -60,7 +64,7 @@ impl Service {
     }
 }
 
-fn serve(platform: &Platform, mut stream: UnixStream, nanoseconds: &AtomicU64) -> Result<()> {
+fn serve(platform: &Platform, mut stream: impl Read + Write, nanoseconds: &AtomicU64) -> Result<()> {
     let began = Instant::now();
     let mut question = vec![0; LONGEST];
     let len = stream.read(&mut question)?;
@@ -70,9 +74,8 @@ fn serve(platform: &Platform, mut stream: UnixStream, nanoseconds: &AtomicU64) -
     ensure!(word(message, 8)? as usize == message.len(), "a size");
     let answer = answer(platform, message)?;
     nanoseconds.store(u64::try_from(began.elapsed().as_nanos())?, Ordering::Release);
-    stream.write_all(&answer)?;
-    stream.shutdown(Shutdown::Both)?;
-    Ok(())
+    // Then the connection is closed.
+    Ok(stream.write_all(&answer)?)
 }
 
 /// What a message is answered with.

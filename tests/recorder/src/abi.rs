@@ -14,13 +14,15 @@ const fn with(direction: c_ulong, number: c_ulong, size: c_ulong) -> c_ulong {
 
 pub const CREATE_VM: c_ulong = plain(0x01);
 pub const CHECK_EXTENSION: c_ulong = plain(0x03);
-pub const GET_VCPU_MMAP_SIZE: c_ulong = plain(0x04);
 pub const CREATE_VCPU: c_ulong = plain(0x41);
 pub const RUN: c_ulong = plain(0x80);
 pub const SET_TSC_KHZ: c_ulong = plain(0xa2);
 pub const GET_SUPPORTED_CPUID: c_ulong = with(3, 0x05, 8);
 pub const SET_USER_MEMORY_REGION: c_ulong = with(1, 0x46, 32);
 pub const SET_USER_MEMORY_REGION2: c_ulong = with(1, 0x49, 160);
+pub const SET_GSI_ROUTING: c_ulong = with(1, 0x6a, 8);
+pub const IRQFD: c_ulong = with(1, 0x76, 32);
+pub const SIGNAL_MSI: c_ulong = with(1, 0xa5, 32);
 pub const SET_MSRS: c_ulong = with(1, 0x89, 8);
 pub const SET_CPUID2: c_ulong = with(1, 0x90, 8);
 pub const ENABLE_CAP: c_ulong = with(1, 0xa3, 104);
@@ -58,6 +60,46 @@ pub const SEPT_VE_DISABLE: u64 = 1 << 28;
 pub const XFAM: u64 = 0x2e7;
 /// The flag of pages whose contents are measured.
 pub const MEASURE: u32 = 1;
+
+/// The flag by which an event is detached from a route, and the type of a route to a message.
+pub const IRQFD_DEASSIGN: u32 = 1;
+pub const ROUTE_MSI: u32 = 2;
+
+/// Linux' `struct kvm_irqfd`, its beginning.
+#[repr(C)]
+pub struct Irqfd {
+    pub event: u32,
+    pub route: u32,
+    pub flags: u32,
+}
+
+/// Linux' `struct kvm_irq_routing` without its entries.
+#[repr(C)]
+pub struct Routing {
+    pub count: u32,
+    pub flags: u32,
+}
+
+/// Linux' `struct kvm_irq_routing_entry` of a message.
+#[repr(C)]
+pub struct Route {
+    pub number: u32,
+    pub kind: u32,
+    pub flags: u32,
+    pub padding: u32,
+    pub address_low: u32,
+    pub address_high: u32,
+    pub data: u32,
+    pub rest: [u32; 5],
+}
+
+/// Linux' `struct kvm_msi`, its beginning.
+#[repr(C)]
+pub struct Msi {
+    pub address_low: u32,
+    pub address_high: u32,
+    pub data: u32,
+}
 
 /// Linux' `struct kvm_tdx_cmd`.
 #[repr(C)]

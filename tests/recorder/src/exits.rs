@@ -11,14 +11,24 @@
 //! shutdown                          a triple fault
 //! end                               the process ends
 //! ```
+//!
+//! and of what the guest does by itself:
+//!
+//! ```text
+//! write GPA DIGITS                  it writes these bytes to memory that it shares
+//! wait GPA                          it waits until the buffer there (of GetQuote) is no longer in flight
+//! show GPA                          what that buffer holds then
+//! msi                               the next interrupt by message, which comes within ten seconds
+//! ```
 
 use std::collections::VecDeque;
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use super::abi;
-use super::log::{calls, line};
-use super::td::{Answer, real};
+use super::log::{calls, hex, line, time};
+use super::msi;
+use super::td::{self, Answer};
 
 /// What is left of the script, and the exit that the monitor has to answer.
 struct Script {
@@ -30,6 +40,8 @@ struct Script {
 
 static SCRIPT: Mutex<Script> = Mutex::new(Script { lines: VecDeque::new(), last: None, given: false });
 
+/// The part of a vCPU's pages that exits are in.
+const PAGE: usize = 4096;
 /// Where things are in `struct kvm_run`: in bytes; and in words of 64 bits, the lower half of one.
 const IMMEDIATE_EXIT: usize = 1;
 const EXIT_REASON: usize = 1;
@@ -47,6 +59,13 @@ const SYSTEM_EVENT_TDX_FATAL: u64 = 7;
 /// What KVM puts where the status of a call goes: there is no such call.
 const UNSUPPORTED: u64 = 1 << 63 | 3;
 
+/// Bytes in front of what a buffer for GetQuote holds, and the status of one whose answer is not there yet.
+const BUFFER_HEADER: u64 = 24;
+const IN_FLIGHT: u64 = u64::MAX;
+/// How long a guest waits for its quote, longer than monitors do, and for an interrupt.
+const ANSWER: Duration = Duration::from_secs(60);
+const INTERRUPT: Duration = Duration::from_secs(10);
+
 /// Has the first vCPU's runs end so.
 pub fn script(text: &str) {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect();
@@ -60,20 +79,19 @@ pub fn script(text: &str) {
 pub unsafe fn run(fd: c_int, id: usize) -> Answer {
     if !SCRIPT.lock().unwrap_or_else(PoisonError::into_inner).given {
         line(&format!("KVM_RUN after {} calls", calls()));
+        time("KVM_RUN");
         end();
     }
-    // SAFETY: the call has no argument of its own.
-    let size = usize::try_from(unsafe { real(fd, abi::GET_VCPU_MMAP_SIZE, std::ptr::null_mut()) }).unwrap_or(4096);
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
     // SAFETY: a new mapping of the page that the monitor has mapped, too.
-    let page = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, flags, fd, 0) };
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, fd, 0) };
     if page == libc::MAP_FAILED {
         return Answer::Quiet(libc::EFAULT);
     }
     // SAFETY: the mapping is as long as an exit, which lies at its start.
-    let answer = unsafe { next(page.cast(), id) };
+    let answer = unsafe { next(page.cast(), fd, id) };
     // SAFETY: it is this function's.
-    unsafe { libc::munmap(page, size) };
+    unsafe { libc::munmap(page, PAGE) };
     answer
 }
 
@@ -90,7 +108,7 @@ fn note_answer(exit: &str, word: impl Fn(usize) -> u64) {
 ///
 /// # Safety
 /// `page` is a `struct kvm_run`.
-unsafe fn next(page: *mut u64, id: usize) -> Answer {
+unsafe fn next(page: *mut u64, fd: c_int, id: usize) -> Answer {
     let mut script = SCRIPT.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY (of both): the place lies in the page, and words there are aligned.
     let word = |at: usize| unsafe { &mut *page.add(EXIT + at) };
@@ -104,15 +122,21 @@ unsafe fn next(page: *mut u64, id: usize) -> Answer {
     if unsafe { *page.cast::<u8>().add(IMMEDIATE_EXIT) } != 0 {
         return Answer::Quiet(libc::EINTR);
     }
-    let exit = if id == 0 { script.lines.pop_front() } else { None };
-    let Some(exit) = exit else {
-        drop(script);
-        // Nothing happens until somebody wants something of it.
-        // SAFETY: it returns when a signal was handled.
-        unsafe { libc::pause() };
-        return Answer::Quiet(libc::EINTR);
+    let exit = loop {
+        let exit = if id == 0 { script.lines.pop_front() } else { None };
+        let Some(exit) = exit else {
+            drop(script);
+            // Nothing happens until somebody wants something of it, which a signal says, or has said before it rests.
+            // SAFETY: as above.
+            while unsafe { page.cast::<u8>().add(IMMEDIATE_EXIT).read_volatile() } == 0 && msi::rest(10) {}
+            return Answer::Quiet(libc::EINTR);
+        };
+        // What is written may be long.
+        line(&exit.chars().take(80).collect::<String>());
+        if !act(fd, &exit) {
+            break exit;
+        }
     };
-    line(&exit);
     let words: Vec<&str> = exit.split(' ').collect();
     let number = |at: usize| words.get(at).and_then(|word| u64::from_str_radix(word, 16).ok()).unwrap_or(0);
     let private = words.last() == Some(&"private");
@@ -147,6 +171,73 @@ unsafe fn next(page: *mut u64, id: usize) -> Answer {
     }
     script.last = Some(exit);
     answer
+}
+
+/// Does what a line says that is no exit; false where it is one.
+fn act(vcpu: c_int, exit: &str) -> bool {
+    let words: Vec<&str> = exit.split(' ').collect();
+    let gpa = words.get(1).and_then(|word| u64::from_str_radix(word, 16).ok()).unwrap_or(0);
+    let told = match words[0] {
+        "write" => write(vcpu, gpa, words.get(2).unwrap_or(&"")).map(|()| None),
+        "wait" => wait(vcpu, gpa).map(Some),
+        "show" => show(vcpu, gpa).map(Some),
+        "msi" => Some(Some(msi::next(INTERRUPT).map_or_else(|| "no msi".into(), |message| message.to_string()))),
+        _ => return false,
+    };
+    match told {
+        Some(Some(told)) => line(&format!("  {told}")),
+        Some(None) => {}
+        None => line("  this memory is not shared"),
+    }
+    true
+}
+
+/// What the guest writes: hexadecimal digits.
+fn write(vcpu: c_int, gpa: u64, digits: &str) -> Option<()> {
+    let bytes: Vec<u8> = digits
+        .as_bytes()
+        .chunks(2)
+        .filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+        .collect();
+    let memory = td::shared(vcpu, gpa, bytes.len() as u64)?;
+    // SAFETY: the memory is that long, and no Rust object lies there.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory, bytes.len()) };
+    Some(())
+}
+
+/// The header of a buffer for GetQuote: version, status, and the lengths of what the guest gave and is given.
+struct Header {
+    version: u64,
+    status: u64,
+    given: u32,
+    len: u32,
+}
+
+fn header(vcpu: c_int, gpa: u64) -> Option<Header> {
+    let memory = td::shared(vcpu, gpa, BUFFER_HEADER)?;
+    // SAFETY (of all): the memory is that long, and its start aligned for it; the monitor writes there meanwhile.
+    let words = memory.cast::<c_void>().cast::<u64>();
+    let word = |at| unsafe { words.add(at).read_volatile() };
+    let (version, status, lengths) = (word(0), word(1), word(2).to_le_bytes());
+    let [given, len] = [0, 4].map(|at| u32::from_le_bytes(std::array::from_fn(|byte| lengths[at + byte])));
+    Some(Header { version, status, given, len })
+}
+
+fn wait(vcpu: c_int, gpa: u64) -> Option<String> {
+    let deadline = Instant::now() + ANSWER;
+    while header(vcpu, gpa)?.status == IN_FLIGHT && Instant::now() < deadline {
+        msi::rest(1);
+    }
+    let Header { version, status, given, len } = header(vcpu, gpa)?;
+    Some(format!("version {version} status {status:#x} lengths {given} {len}"))
+}
+
+fn show(vcpu: c_int, gpa: u64) -> Option<String> {
+    let len = header(vcpu, gpa)?.len;
+    let memory = td::shared(vcpu, gpa + BUFFER_HEADER, len.into())?;
+    // SAFETY: the memory is that long, and the answer is there, so that nobody writes to it any more.
+    let answer = unsafe { std::slice::from_raw_parts(memory, usize::try_from(len).unwrap_or(0)) };
+    Some(format!("holds {}", hex(answer)))
 }
 
 /// Ends the process.

@@ -6,11 +6,14 @@
 //! A VM of the kind TDX is a plain one to the real KVM, and what only a trust domain has is answered here as Linux 6.16
 //! and later do: from a table, as long as the caller keeps to the rules. All else goes on to the real KVM. The file that
 //! `RECORDER_LOG` names gets a line for each call that the launch of a trust domain consists of. The first vCPU's runs end as
-//! the file says that `RECORDER_EXITS` names (see [`exits`]), and where there is none, its first run ends the process.
+//! the file says that `RECORDER_EXITS` names (see [`exits`]), and where there is none, its first run ends the process. The file that
+//! `RECORDER_TIMES` names gets the time at which the launch is done and that of the first run: without a log beside it, nothing
+//! is digested, so that what is left is the monitor's own work.
 
 mod abi;
 pub mod exits;
 pub mod log;
+mod msi;
 mod td;
 
 use std::ffi::{c_int, c_ulong, c_void};
@@ -22,9 +25,11 @@ use self::log::line;
 static ASKED: Once = Once::new();
 
 fn read_environment() {
-    if let Some(path) = std::env::var_os("RECORDER_LOG") {
-        log::to(std::fs::File::options().create(true).append(true).open(path).ok());
+    let file = |name| std::fs::File::options().create(true).append(true).open(std::env::var_os(name)?).ok();
+    if let Some(file) = file("RECORDER_LOG") {
+        log::to(Some(file));
     }
+    log::times_to(file("RECORDER_TIMES"));
     if let Some(script) = std::env::var_os("RECORDER_EXITS").and_then(|path| std::fs::read_to_string(path).ok()) {
         exits::script(&script);
     }

@@ -9,7 +9,8 @@ use sha2::{Digest, Sha384};
 
 use super::abi::{self, Capabilities, Command, CpuidEntry, CpuidHeader, InitMemRegion, InitVm, Region};
 use super::exits;
-use super::log::{hex, line};
+use super::log::{self, hex, line};
+use super::msi;
 
 /// The width of guest physical addresses of trust domains on this host.
 const GUEST_ADDRESS_BITS: u32 = 48;
@@ -48,6 +49,8 @@ struct Td {
     left: Option<InitMemRegion>,
     /// There was one.
     halved: bool,
+    /// The measurement of what was added, as long as somebody wants to know.
+    mrtd: Sha384,
 }
 
 impl Td {
@@ -150,6 +153,17 @@ pub unsafe fn answer(fd: c_int, request: c_ulong, arg: *mut c_void) -> Result<An
     unsafe { of_vcpu(td, id, request, arg) }
 }
 
+/// Where a trust domain's memory lies that it shares: that of the vCPU whose descriptor this is. `None` where a part of it is
+/// private, or no memory.
+pub fn shared(vcpu: c_int, start: u64, len: u64) -> Option<*mut u8> {
+    let state = state();
+    let td = state.vms.get(&state.vcpus.get(&vcpu)?.0)?;
+    let end = start.checked_add(len)?;
+    let slot = td.slots.values().find(|slot| slot.start <= start && end <= slot.start + slot.len)?;
+    let private = td.private.range(..end).next_back().is_some_and(|(_, to)| *to > start);
+    (!private).then(|| pointer(slot.host + (start - slot.start)))
+}
+
 fn extension(cap: c_ulong) -> Answer {
     match cap {
         abi::CAP_VM_TYPES => Answer::Value(1 << abi::VM_DEFAULT | 1 << abi::VM_TDX),
@@ -198,6 +212,18 @@ unsafe fn of_vm(td: &mut Td, fd: c_int, request: c_ulong, arg: *mut c_void) -> R
             td.chip |= *cap == abi::CAP_SPLIT_IRQCHIP;
             Ok(if *cap == abi::CAP_EXIT_HYPERCALL { Some(Answer::Value(0)) } else { None })
         }
+        abi::SIGNAL_MSI => {
+            msi::signal(unsafe { &*arg.cast() });
+            Ok(Some(Answer::Value(1)))
+        }
+        abi::IRQFD => {
+            msi::attach(unsafe { &*arg.cast() });
+            done
+        }
+        abi::SET_GSI_ROUTING => {
+            unsafe { msi::route(arg.cast()) };
+            Ok(None)
+        }
         abi::SET_TSC_KHZ => {
             line(&format!("SET_TSC_KHZ khz={}", arg.addr()));
             done
@@ -227,6 +253,8 @@ unsafe fn vm_command(td: &mut Td, command: &mut Command) -> Result<(), c_int> {
                 return Err(libc::EINVAL);
             }
             td.finalized = true;
+            log::time("FINALIZE_VM");
+            line(&format!("  mrtd {}", hex(&std::mem::take(&mut td.mrtd).finalize())));
             Ok(())
         }
         _ => Err(libc::EINVAL),
@@ -376,7 +404,7 @@ unsafe fn init_mem_region(td: &mut Td, id: usize, command: &mut Command) -> Resu
     if !td.initialized.contains(&id) || !private {
         return Err(libc::EINVAL);
     }
-    unsafe { note(id, command.flags, source, start, pages) };
+    unsafe { note(&mut td.mrtd, id, command.flags, *region) };
     let half = pages / 2;
     if half > 0 && !std::mem::replace(&mut td.halved, true) {
         *region = region.after(half);
@@ -388,17 +416,39 @@ unsafe fn init_mem_region(td: &mut Td, id: usize, command: &mut Command) -> Resu
 }
 
 /// Writes down pages that are added, with the digest of what they hold; a short list in full.
-unsafe fn note(id: usize, flags: u32, source: u64, start: u64, pages: u64) {
+unsafe fn note(mrtd: &mut Sha384, id: usize, flags: u32, region: InitMemRegion) {
+    if !log::is_kept() {
+        return;
+    }
+    let InitMemRegion { source, start, pages } = region;
     let len = usize::try_from(pages << 12).unwrap_or(0);
     // SAFETY: the caller's promise.
     let contents = unsafe { slice::from_raw_parts(pointer::<u8>(source), len) };
     let digest = hex(&Sha384::digest(contents));
     let measured = flags & abi::MEASURE != 0;
     line(&format!("INIT_MEM_REGION vcpu={id} start={start:#x} pages={pages} measured={measured} sha384={digest}"));
+    measure(mrtd, start, contents, measured);
     // Hand-off blocks: the first is of type 1 and 56 bytes long.
     if contents.starts_with(&[1, 0, 56, 0]) {
         let used = contents.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1).next_multiple_of(8);
         line(&format!("  hob {}", hex(&contents[..used])));
+    }
+}
+
+/// What the TDX module makes of pages that are added: of each page where it lies, and then of 256 bytes after the other.
+fn measure(mrtd: &mut Sha384, start: u64, contents: &[u8], measured: bool) {
+    let place = |name: &str, address: u64| {
+        let mut place = [0; 128];
+        place[..name.len()].copy_from_slice(name.as_bytes());
+        place[16..24].copy_from_slice(&address.to_le_bytes());
+        place
+    };
+    for (page, address) in contents.chunks(4096).zip((start..).step_by(4096)) {
+        mrtd.update(place("MEM.PAGE.ADD", address));
+        for (chunk, address) in page.chunks(256).zip((address..).step_by(256)).filter(|_| measured) {
+            mrtd.update(place("MR.EXTEND", address));
+            mrtd.update(chunk);
+        }
     }
 }
 

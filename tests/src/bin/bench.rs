@@ -1,6 +1,6 @@
 //! Measures Halyard's speed and memory beside others, prints a table and writes it as JSON.
 //!
-//! Usage: `bench [startup] [memory] [api] [many] [measure] [boot] [boot-trace] [share] [hotadd]`, all of them where none is named. A missed limit is said, but is no failure:
+//! Usage: `bench [startup] [memory] [api] [many] [measure] [launch] [boot] [boot-trace] [share] [hotadd]`, all of them where none is named. A missed limit is said, but is no failure:
 //! the exit code is 1 only where something could not be measured.
 //!
 //! Environment: `HALYARD_BIN` names the program (else what lies beside this one), `HALYARD_BENCH_ROUNDS` and
@@ -9,12 +9,13 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use halyard_tests::bench::{Finding, api, boot, boot_trace, hotadd, many, measure, memory, share, startup};
+use halyard_tests::bench::{Finding, api, boot, boot_trace, hotadd, launch, many, measure, memory, share, startup};
 use halyard_tests::vm;
 use serde::Serialize;
 
 /// What can be measured, by name.
-const ALL: [&str; 9] = ["startup", "memory", "api", "many", "measure", "boot", "boot-trace", "share", "hotadd"];
+const ALL: [&str; 10] =
+    ["startup", "memory", "api", "many", "measure", "launch", "boot", "boot-trace", "share", "hotadd"];
 
 #[derive(Serialize)]
 struct Report {
@@ -65,6 +66,9 @@ fn main() -> Result<()> {
     }
     if wants("measure") {
         measure::measure(count("HALYARD_BENCH_ROUNDS", 31)?)?.into_iter().for_each(&mut found);
+    }
+    if wants("launch") {
+        launch::measure(count("HALYARD_BENCH_ROUNDS", 31)?)?.into_iter().for_each(&mut found);
     }
     if wants("boot") {
         boot::measure(count("HALYARD_BENCH_BOOTS", 5)?)?.into_iter().for_each(&mut found);

@@ -40,8 +40,12 @@ impl Served {
         Self::start_as(started, command, args)
     }
 
+    /// The same by a command to which these arguments are added.
+    ///
+    /// # Panics
+    /// As [`Served::start`].
     #[track_caller]
-    fn start_as<A: Into<OsString>>(
+    pub fn start_as<A: Into<OsString>>(
         mut started: std::process::Command,
         command: &str,
         args: impl IntoIterator<Item = A>,

@@ -19,7 +19,7 @@ use vmm::Failure;
 use super::args::{DomainArgs, MeasureArgs, RunArgs};
 use super::event_log::{self, ReportedLog};
 use super::run::Source;
-use super::{DIFFERS, HOST_FAILED, complain, print};
+use super::{DIFFERS, HOST_FAILED, complain, print, print_json};
 use crate::logging::Format;
 
 /// One more byte than any firmware has, and than any IGVM file may have.
@@ -113,16 +113,7 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
     };
     let differs = report.log.as_ref().is_some_and(|log| !log.matches);
     let code = if differs { DIFFERS.into() } else { ExitCode::SUCCESS };
-    if !args.json {
-        return print(&text(&report), code, format);
-    }
-    match serde_json::to_string_pretty(&report) {
-        Ok(text) => print(&(text + "\n"), code, format),
-        Err(error) => {
-            complain(format, "", &format!("the report cannot be written: {error}"));
-            HOST_FAILED.into()
-        }
-    }
+    if args.json { print_json(&report, code, format) } else { print(&text(&report), code, format) }
 }
 
 /// The measurements of a trust domain, and its configuration, of which an IGVM file has none; or the exit code, after what is

@@ -21,6 +21,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use api::SCHEMA_JSON;
+use serde::Serialize;
 
 use crate::logging::Format;
 use args::{Action, Cli};
@@ -61,6 +62,17 @@ fn print(text: &str, code: ExitCode, format: Format) -> ExitCode {
             HOST_FAILED.into()
         }
         _ => code,
+    }
+}
+
+/// Prints a report as JSON.
+fn print_json(report: &impl Serialize, code: ExitCode, format: Format) -> ExitCode {
+    match serde_json::to_string_pretty(report) {
+        Ok(text) => print(&(text + "\n"), code, format),
+        Err(error) => {
+            complain(format, "", &format!("the report cannot be written: {error}"));
+            HOST_FAILED.into()
+        }
     }
 }
 

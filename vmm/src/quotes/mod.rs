@@ -97,12 +97,12 @@ impl Notice {
 /// Answers a trust domain's calls about quotes. Dropping it, as at a reset, gives up all requests in flight: the guest's
 /// memory is not touched after that.
 pub struct Quotes {
+    /// `None` where there is no service to ask. Dropped first, which ends its thread: that may not give the interrupt back.
+    line: Option<Line>,
     memory: GuestMemoryMmap,
     shared: Arc<dyn SharedMemory>,
     notice: Arc<Notice>,
     counters: Arc<QuoteCounters>,
-    /// `None` where there is no service to ask.
-    line: Option<Line>,
 }
 
 /// The way to the thread that asks.
@@ -132,7 +132,7 @@ impl Quotes {
         let Parts { memory, shared, interrupt, service, counters } = parts;
         let notice = Arc::new(Notice { interrupt, wanted: AtomicBool::new(false) });
         let line = service.map(|address| Line::new(address, pace, &notice, &counters)).transpose()?;
-        Ok(Self { memory, shared, notice, counters, line })
+        Ok(Self { line, memory, shared, notice, counters })
     }
 
     /// What is counted.

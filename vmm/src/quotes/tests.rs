@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::thread;
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use api::{QuoteServiceState, Quotes as Figures};
@@ -443,6 +443,42 @@ fn a_guest_that_set_an_interrupt_up_gets_it_after_its_answer() {
     }
     assert_eq!(guest.status_at(GPA), 0, "the interrupt came before the answer");
     assert_eq!(guest.wait(), (0, b"rung for".to_vec()));
+}
+
+/// An interrupt that tells who gives it back.
+struct GivenBack(EventFd, Sender<ThreadId>);
+
+impl Interrupt for GivenBack {
+    fn event(&self) -> &EventFd {
+        &self.0
+    }
+
+    fn set(&self, _: Option<MsiMessage>) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for GivenBack {
+    fn drop(&mut self) {
+        let _ = self.1.send(thread::current().id());
+    }
+}
+
+#[test]
+fn the_interrupt_is_given_back_by_who_drops_the_quotes() {
+    let mut guest = Guest::unconnected();
+    let (sender, by) = channel();
+    let parts = Parts {
+        memory: guest.memory.clone(),
+        shared: guest.shared.clone(),
+        interrupt: Arc::new(GivenBack(EventFd::new(EFD_NONBLOCK).unwrap(), sender)),
+        service: Some(QuoteService::Unix(guest.path())),
+        counters: guest.counters.clone(),
+    };
+    guest.quotes = Some(Quotes::new(parts).unwrap());
+    guest.quotes = None;
+    // The thread that asks may not change interrupts.
+    assert_eq!(by.recv(), Ok(thread::current().id()));
 }
 
 #[test]

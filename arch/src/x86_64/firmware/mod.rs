@@ -3,6 +3,8 @@
 mod authenticode;
 mod items;
 #[cfg(test)]
+mod test_kernel;
+#[cfg(test)]
 mod tests;
 
 use std::fs::File;

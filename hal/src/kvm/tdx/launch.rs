@@ -12,9 +12,10 @@ use super::error::failed;
 use crate::{CpuidEntry, Error, GpaRange, Result, TdxSpec, VcpuId};
 
 const PAGE: u64 = 4096;
+const PAGE_BYTES: usize = 4096;
 /// Leaves that there is room for at first, and how often a step that KVM could not do at once is tried without any progress:
 /// as often as other monitors do.
-const ROOM: usize = 64;
+const ROOM: usize = 128;
 const TRIES: u32 = 10_000;
 
 const STEP_CAPABILITIES: &str = "KVM_TDX_CAPABILITIES";
@@ -171,20 +172,21 @@ pub(super) fn add(calls: &dyn Calls, by: VcpuId, range: GpaRange, contents: &[u8
         .ok()
         .filter(|bytes| contents.len() <= *bytes)
         .ok_or_else(|| Error::Invalid { what: "launch", problem: "the contents are longer than the range".into() })?;
-    // KVM wants whole pages at the start of a page, which contents rarely are.
-    let no_memory = |problem: String| Error::Invalid { what: "launch", problem };
-    let copy: MmapRegion =
-        MmapRegion::new(bytes).map_err(|error| no_memory(format!("no memory for a copy: {error}")))?;
-    let slice = copy.as_volatile_slice();
-    slice.write_slice(contents, 0).map_err(|error| no_memory(format!("the copy: {error}")))?;
-    let source = address(copy.as_ptr());
-    let mut region = MemRegion { source, gpa: range.start, pages: range.len / PAGE };
+    // KVM wants whole pages at the start of a page.
+    let copy = if contents.len() == bytes && contents.as_ptr().addr().is_multiple_of(PAGE_BYTES) {
+        None
+    } else {
+        Some(copied(contents, bytes)?)
+    };
+    let source = copy.as_ref().map_or(contents.as_ptr().cast_mut(), MmapRegion::as_ptr);
+    let mut region = MemRegion { source: address(source), gpa: range.start, pages: range.len / PAGE };
     let mut tries = TRIES;
     loop {
         let before = region;
         let mut command = command(abi::INIT_MEM_REGION, address(&raw mut region));
         command.flags = if measured { abi::MEASURE } else { 0 };
-        // SAFETY: the copy is as long as the region says, from the start and from wherever KVM advanced it to.
+        // SAFETY: KVM only reads the source, which is as long as the region says, from the start and from wherever KVM advanced
+        // it to.
         match unsafe { calls.of_vcpu(by, &mut command) } {
             Ok(()) => return Ok(()),
             // KVM has advanced the region over what is done, and wants the rest asked for as it is.
@@ -194,6 +196,15 @@ pub(super) fn add(calls: &dyn Calls, by: VcpuId, range: GpaRange, contents: &[u8
             Err(error) => return Err(failed(STEP_INIT_MEM_REGION, error, command.hw_error)),
         }
     }
+}
+
+/// Whole pages that hold `contents`, and zeros behind their end.
+fn copied(contents: &[u8], bytes: usize) -> Result<MmapRegion> {
+    let no_memory = |problem: String| Error::Invalid { what: "launch", problem };
+    let copy: MmapRegion =
+        MmapRegion::new(bytes).map_err(|error| no_memory(format!("no memory for a copy: {error}")))?;
+    copy.as_volatile_slice().write_slice(contents, 0).map_err(|error| no_memory(format!("the copy: {error}")))?;
+    Ok(copy)
 }
 
 /// Seals the trust domain.

@@ -48,6 +48,8 @@ pub(super) struct State {
     pub initialized: Option<Initialized>,
     pub begun: BTreeMap<VcpuId, u64>,
     pub added: Vec<Added>,
+    /// Where the caller had each region's pages.
+    pub sources: Vec<u64>,
     pub finalized: bool,
     /// How many commands of each number came.
     pub counts: BTreeMap<u32, u32>,
@@ -216,6 +218,7 @@ impl State {
             self.interrupted = Some(*region);
             return Err([libc::EINTR, libc::EAGAIN, libc::EBUSY][usize::try_from(self.busy % 3).unwrap()]);
         }
+        self.sources.push(source);
         let now = self.pages_at_once.map_or(pages, |most| most.min(pages));
         let seen: BTreeSet<u64> = self.added.iter().map(|page| page.0).collect();
         for page in 0..now {

@@ -74,6 +74,27 @@ fn a_launch_asks_as_often_as_it_must_and_no_oftener() {
 }
 
 #[test]
+fn whole_pages_are_added_from_where_they_lie_and_others_from_a_copy() {
+    let linux = begun(linux(3));
+    let pages = [9; 5 * 4096];
+    let start = pages.as_ptr().addr().next_multiple_of(4096) - pages.as_ptr().addr();
+    let whole = &pages[start..start + 0x3000];
+    launch::add(&linux, ZERO, PAGES, whole, true).unwrap();
+    let next = GpaRange { start: 0x10_3000, ..PAGES };
+    launch::add(&linux, ZERO, next, &pages[start + 8..start + 8 + 0x3000], true).unwrap();
+    launch::add(&linux, ZERO, GpaRange { start: 0x10_6000, ..PAGES }, &whole[..0x2fff], true).unwrap();
+    let state = linux.0.borrow();
+    let from = pages.as_ptr().addr() as u64;
+    let within = |source: &u64| (from..from + 5 * 4096).contains(source);
+    assert_eq!(state.sources[0], whole.as_ptr().addr() as u64);
+    assert!(!state.sources[1..].iter().any(within));
+    assert_eq!(
+        state.added.iter().map(|page| (page.1, page.2)).collect::<Vec<_>>(),
+        [[(9, 9); 8].as_slice(), &[(9, 0)]].concat()
+    );
+}
+
+#[test]
 fn subleaves_are_asked_for_one_by_one() {
     let subleaf = |index, eax| CpuidEntry { index: Some(index), ..leaf(7, eax, 0) };
     let mut host = linux(3);
@@ -89,13 +110,13 @@ fn subleaves_are_asked_for_one_by_one() {
 
 #[test]
 fn room_for_leaves_grows_until_it_is_enough() {
-    for (leaves, asked) in [(64, 1), (65, 2), (129, 3), (250, 3)] {
+    for (leaves, asked) in [(128, 1), (129, 2), (250, 2)] {
         let linux = begun(linux(leaves));
         let state = linux.0.borrow();
         assert_eq!(state.counts[&abi::CAPABILITIES], asked, "{leaves} leaves");
         assert_eq!(state.initialized.as_ref().unwrap().cpuid.len(), usize::try_from(leaves).unwrap());
         // KVM tells how many there are of these.
-        assert_eq!(state.counts[&abi::GET_CPUID], if leaves > 64 { 4 } else { 2 });
+        assert_eq!(state.counts[&abi::GET_CPUID], if leaves > 128 { 4 } else { 2 });
     }
     refused(launch::capabilities(&Linux::with(linux(300))), "KVM_TDX_CAPABILITIES: KVM refuses it");
 }
