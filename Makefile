@@ -41,7 +41,7 @@ demo:
 test: deps
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
-	$(CARGO) clippy -p halyard-tests --test soak --test soak_firmware --test soak_kernels --test soak_memory --test soak_vcpus --test soak_quotes --quiet -- -D warnings
+	$(CARGO) clippy -p halyard-tests --test soak --test soak_firmware --test soak_kernels --test soak_memory --test soak_protected --test soak_vcpus --test soak_quotes --quiet -- -D warnings
 	$(CARGO) build --release --quiet -p vmm
 	$(CARGO) build --release --quiet -p halyard-verify
 	HALYARD_BIN=$(BIN) $(CARGO) test --workspace --exclude halyard-tests

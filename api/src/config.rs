@@ -14,7 +14,8 @@ use crate::units::{ByteSize, TimeSpan};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// What the VM boots.
+    /// What the VM boots. It may be left out where there is firmware, which then looks for something to boot on the disks.
+    #[serde(default, skip_serializing_if = "Kernel::is_default")]
     pub kernel: Kernel,
     /// Firmware that boots first, and then starts the kernel. Without it: the kernel is entered directly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -55,13 +56,7 @@ impl VmConfig {
     /// A VM that boots `kernel`, all else by default.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
-            kernel: Kernel {
-                path: kernel.into(),
-                initramfs: None,
-                cmdline: None,
-                system_map: None,
-                cache: KernelCache::User,
-            },
+            kernel: Kernel { path: kernel.into(), ..Kernel::default() },
             firmware: None,
             cpus: Cpus::default(),
             memory: Memory::default(),
@@ -76,7 +71,7 @@ impl VmConfig {
 }
 
 /// What the VM boots.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Kernel {
     /// A Linux kernel: a bzImage (vmlinuz) or an ELF file (vmlinux, or any kernel with a PVH entry).
@@ -97,6 +92,17 @@ pub struct Kernel {
     /// own. Only its owner may be able to write to it.
     #[serde(default, skip_serializing_if = "KernelCache::is_default")]
     pub cache: KernelCache,
+}
+
+impl Kernel {
+    /// None is named.
+    pub fn is_none(&self) -> bool {
+        self.path.as_os_str().is_empty()
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Firmware for PCs, such as OVMF.

@@ -19,8 +19,10 @@ impl VmConfig {
         }
         let serial = self.serial_endpoint();
         self.serial.get_or_insert(serial);
-        let cmdline = self.cmdline();
-        self.kernel.cmdline.get_or_insert(cmdline);
+        if !self.kernel.is_none() {
+            let cmdline = self.cmdline();
+            self.kernel.cmdline.get_or_insert(cmdline);
+        }
     }
 
     /// Where the serial port leads: as configured, else to standard input and output unless a console does.

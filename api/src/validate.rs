@@ -67,7 +67,7 @@ pub fn validate(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
 /// among those that are there from the start.
 pub fn validate_running(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
     let mut report = Report::default();
-    kernel(&mut report, &config.kernel);
+    kernel(&mut report, &config.kernel, config.firmware.is_some());
     firmware(&mut report, config);
     cpus(&mut report, &config.cpus, host);
     memory(&mut report, &config.memory, host);
@@ -128,11 +128,14 @@ impl Report {
     }
 }
 
-fn kernel(report: &mut Report, kernel: &Kernel) {
-    if kernel.path.as_os_str().is_empty() {
-        report.add("kernel.path", "no kernel is named", "name a bzImage (vmlinuz) or an ELF kernel (vmlinux)");
-    } else {
-        path(report, "kernel.path", &kernel.path);
+fn kernel(report: &mut Report, kernel: &Kernel, firmware: bool) {
+    match (kernel.is_none(), firmware) {
+        (false, _) => path(report, "kernel.path", &kernel.path),
+        (true, false) => {
+            let remedy = "name a bzImage (vmlinuz) or an ELF kernel (vmlinux), or firmware that finds one on a disk";
+            report.add("kernel.path", "no kernel is named", remedy);
+        }
+        (true, true) => for_no_kernel(report, kernel),
     }
     if let Some(initramfs) = &kernel.initramfs {
         path(report, "kernel.initramfs", initramfs);
@@ -154,6 +157,17 @@ fn kernel(report: &mut Report, kernel: &Kernel) {
             format!("it is {} bytes long", cmdline.len()),
             format!("the kernel takes at most {MAX_CMDLINE_BYTES}"),
         );
+    }
+}
+
+/// What would be a kernel's, where firmware finds one on a disk.
+fn for_no_kernel(report: &mut Report, kernel: &Kernel) {
+    let initramfs = kernel.initramfs.as_ref().map(|_| "kernel.initramfs");
+    let cmdline = kernel.cmdline.as_ref().map(|_| "kernel.cmdline");
+    let system_map = kernel.system_map.as_ref().map(|_| "kernel.system_map");
+    for field in [initramfs, cmdline, system_map].into_iter().flatten() {
+        let problem = "no kernel is named that it would be for: firmware goes by what is on the disk";
+        report.add(field, problem, "name a kernel, or leave it out");
     }
 }
 

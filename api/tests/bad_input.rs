@@ -5,8 +5,8 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use api::{
-    ByteSize, Confidential, ConfigText, Console, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages, KernelCache,
-    KindName, MAX_CONFIG_BYTES, MacAddr, Net, Rng, TimeSpan, Topology, VmConfig, parse, validate,
+    ByteSize, Confidential, ConfigText, Console, DeviceConfig, Disk, Endpoint, Firmware, HostFacts, Hugepages, Kernel,
+    KernelCache, KindName, MAX_CONFIG_BYTES, MacAddr, Net, Rng, TimeSpan, Topology, VmConfig, parse, validate,
 };
 
 /// The messages that a text gets, with line and column.
@@ -98,7 +98,11 @@ fn wrong_shapes() {
     let cases = [
         ("", "vm.yaml: the configuration is empty; at least `kernel: {path: …}` is needed"),
         ("# nothing\n", "vm.yaml: the configuration is empty; at least `kernel: {path: …}` is needed"),
-        ("{}", "vm.yaml:1:1: kernel: it is missing; needed is: What the VM boots"),
+        (
+            "kernel: {}",
+            "vm.yaml:1:9: kernel.path: it is missing; needed is: A Linux kernel: a bzImage (vmlinuz) or an ELF file (vmlinux, or \
+             any kernel with a PVH entry)",
+        ),
         ("hello", "vm.yaml:1:1: fields (`name: value`) must stand here, not «hello»"),
         ("[kernel]", "vm.yaml:1:1: fields (`name: value`) must stand here, not a list"),
         ("kernel: vmlinuz", "vm.yaml:1:9: kernel: fields (`name: value`) must stand here, not «vmlinuz»"),
@@ -403,11 +407,35 @@ fn memory_that_may_come() {
 }
 
 #[test]
+fn firmware_finds_a_kernel_by_itself() {
+    let host = small_host();
+    let without_kernel = |vm: &mut VmConfig| {
+        vm.kernel = Kernel::default();
+        vm.firmware = Some(Firmware { path: "OVMF.fd".into() });
+    };
+    assert_eq!(problems(&host, without_kernel), [""; 0]);
+    let text = ConfigText::new("vm.yaml", "firmware: {path: OVMF.fd}\n");
+    let mut config = text.parse().unwrap();
+    config.fill_defaults();
+    assert_eq!((validate(&config, &host), &config.kernel), (Vec::new(), &Kernel::default()));
+    let found = problems(&host, |vm| {
+        without_kernel(vm);
+        vm.kernel.initramfs = Some("initrd.img".into());
+        vm.kernel.cmdline = Some("quiet".into());
+    });
+    let problem =
+        "no kernel is named that it would be for: firmware goes by what is on the disk; name a kernel, or leave it out";
+    assert_eq!(found, [format!("kernel.initramfs: {problem}"), format!("kernel.cmdline: {problem}")]);
+}
+
+#[test]
 fn kernel_and_kind() {
     let host = small_host();
     assert_eq!(
         problems(&host, |vm| vm.kernel.path = "".into()),
-        ["kernel.path: no kernel is named; name a bzImage (vmlinuz) or an ELF kernel (vmlinux)"]
+        [
+            "kernel.path: no kernel is named; name a bzImage (vmlinuz) or an ELF kernel (vmlinux), or firmware that finds one on a disk"
+        ]
     );
     assert_eq!(
         problems(&host, |vm| vm.kernel.initramfs = Some("a\0b".into())),

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hal::{
-    BootRegisters, Conversion, Exit, ExitHandler, GpaRange, GuestCall, GuestCallStatus, Kick, Registers, ResetState,
-    Segment, Slot, SystemRegisters, VcpuId, Visibility, VmSpec,
+    BootRegisters, Exit, ExitHandler, Kick, Registers, ResetState, Segment, Slot, SystemRegisters, VcpuId, VmSpec,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 
@@ -27,12 +26,6 @@ impl ExitHandler for Stop {
     fn mmio_read(&self, _: u64, _: &mut [u8]) {}
     fn mmio_write(&self, _: u64, _: &[u8]) {}
     fn end_of_interrupt(&self, _: u8) {}
-    fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
-        Conversion::Invalid
-    }
-    fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
-        GuestCallStatus::Unsupported
-    }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

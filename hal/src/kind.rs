@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::CpuidEntry;
+use crate::{CpuidEntry, Visibility};
 
 /// The kind of VM to create. Every kind is always compiled in; a host that lacks one says so in
 /// [`crate::Hypervisor::create`].
@@ -106,7 +106,8 @@ pub struct SnpSpec {
 /// How a kind of VM differs from a plain one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KindTraits {
-    /// Guest memory has a private side that the monitor cannot read. Each slot has both sides then, and begins private.
+    /// Guest memory has a private side that the monitor cannot read. Each slot has both sides then, and begins as
+    /// [`KindTraits::begins`] says.
     pub private_memory: bool,
     /// Devices reach only memory that the guest has shared.
     pub dma_needs_sharing: bool,
@@ -224,6 +225,15 @@ impl KindTraits {
             Ability::DirtyLog,
         ],
     };
+
+    /// How memory is before the guest makes it otherwise: private where a launch fills that side. Without one the guest begins in
+    /// what the monitor wrote.
+    pub fn begins(&self) -> Visibility {
+        match self.boot {
+            Boot::Registers => Visibility::Shared,
+            Boot::Measured => Visibility::Private,
+        }
+    }
 
     /// Whether this kind has an ability.
     pub fn has(&self, ability: Ability) -> bool {

@@ -137,11 +137,17 @@ pub trait ExitHandler {
     /// The guest ended a level-triggered interrupt with this vector.
     fn end_of_interrupt(&self, vector: u8);
     /// A confidential guest wants memory private or shared: it asked so, or touched it so. What the guest asks for is
-    /// made of whole pages, but may lie anywhere.
-    fn convert(&self, range: GpaRange, to: Visibility) -> Conversion;
+    /// made of whole pages, but may lie anywhere. Without an answer of the monitor's own it cannot be.
+    fn convert(&self, range: GpaRange, to: Visibility) -> Conversion {
+        let _ = (range, to);
+        Conversion::Invalid
+    }
     /// A confidential guest asks the monitor itself for something. The answer comes at once; what takes longer goes on
-    /// behind it.
-    fn guest_call(&self, call: GuestCall) -> GuestCallStatus;
+    /// behind it. Without an answer of the monitor's own there is none.
+    fn guest_call(&self, call: GuestCall) -> GuestCallStatus {
+        let _ = call;
+        GuestCallStatus::Unsupported
+    }
 }
 
 /// What became of a guest's wish for memory of another visibility.

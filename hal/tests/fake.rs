@@ -46,12 +46,6 @@ impl ExitHandler for Devices {
     fn end_of_interrupt(&self, vector: u8) {
         self.say(format!("eoi {vector}"));
     }
-    fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
-        Conversion::Invalid
-    }
-    fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
-        GuestCallStatus::Unsupported
-    }
 }
 
 fn spec() -> VmSpec {

@@ -11,7 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::{Client, Console, DeviceConfig, Disk, Endpoint, EventKind, Outcome, PhaseName, VmConfig};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::Signal;
+use nix::unistd::{Pid, gettid};
 
 use crate::contract;
 use crate::tiny::{Served, binary, config};
@@ -187,8 +189,19 @@ impl Victim {
         config.devices.push(quiet_console());
         let serial = booted(&served, &config);
         let mut victim = Self { served, serial, cycles: frequency() };
+        keep_to(victim.vcpu(), 1);
         victim.work();
         victim
+    }
+
+    /// The thread of its vCPU.
+    fn vcpu(&self) -> Pid {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.served.pid())).expect("a process");
+        let vcpu = tasks.filter_map(Result::ok).find(|task| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim_end() == "CPU 0/KVM")
+        });
+        let number = vcpu.and_then(|task| task.file_name().to_str()?.parse().ok());
+        Pid::from_raw(number.expect("the number of a thread"))
     }
 
     /// What its descriptors are of.
@@ -259,12 +272,23 @@ fn be_served(path: &Path, over: &AtomicBool) -> (usize, Duration) {
     (served, slowest)
 }
 
+/// Lets a thread, and what it starts from now on, run on one processor alone, where there is one of that number.
+fn keep_to(thread: Pid, processor: usize) {
+    let mut one = CpuSet::new();
+    if one.set(processor).is_ok() {
+        // Where there is none, the host's scheduler shows among the stalls.
+        let _ = sched_setaffinity(thread, &one);
+    }
+}
+
 /// Abuses a monitor in these ways for so long each, then with a storm of connections and a deaf reader of events, and
 /// another one in turn, which tells what of the guest's stalls is the host's and not the monitor's. It holds that the guest works on, good clients are served and memory is bounded.
 ///
 /// # Panics
 /// Where any of it is not so.
 pub fn endure(kinds: &[Kind], each: Duration, storm: usize) -> Report {
+    // The vCPU has a processor of its own, beside all that abuses and is abused: what it waits for is not the scheduler.
+    keep_to(gettid(), 0);
     let mut victim = Victim::start();
     let other = bystander();
     let elsewhere = other.path("api");

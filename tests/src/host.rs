@@ -71,6 +71,7 @@ pub struct HostSpec {
     pub(crate) iommu: bool,
     pub(crate) options: Vec<String>,
     pub(crate) words: String,
+    pub(crate) kernel: Kernel,
     kind: Option<Kind>,
     show_console: bool,
 }
@@ -85,6 +86,7 @@ impl Default for HostSpec {
             iommu: false,
             options: Vec::new(),
             words: String::new(),
+            kernel: Kernel::Lab,
             kind: None,
             show_console: std::env::var_os("HALYARD_LAB_CONSOLE").is_some(),
         }
@@ -137,6 +139,13 @@ impl HostSpec {
     pub fn qemu<T: Into<String>>(mut self, options: impl IntoIterator<Item = T>) -> Self {
         self.options.extend(options.into_iter().map(Into::into));
         self
+    }
+
+    /// Another kernel, for which the host is an emulated one wherever it runs.
+    #[must_use]
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = kernel;
+        self.kind(Kind::Emulated)
     }
 
     /// Words for the host kernel's command line.
@@ -322,7 +331,7 @@ impl Host {
     }
 
     fn emulated(spec: &HostSpec) -> Result<Self> {
-        let initramfs = images::lab()?;
+        let initramfs = images::lab(spec.kernel)?;
         let files = tempfile::Builder::new().prefix("halyard-lab-").tempdir()?.keep();
         let path = files.join("agent");
         let listener = UnixListener::bind(&path).with_context(|| path.display().to_string())?;
@@ -332,7 +341,7 @@ impl Host {
             File::create(&path)?.set_len(*bytes).with_context(|| path.display().to_string())?;
             disks.push((path, *node));
         }
-        let arguments = qemu::arguments(spec, Kernel::Lab, &initramfs, &path, &disks)?;
+        let arguments = qemu::arguments(spec, &initramfs, &path, &disks)?;
         let mut child = Command::new(cache::agent()?)
             .arg("guard")
             .arg(&files)

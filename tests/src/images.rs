@@ -35,11 +35,11 @@ const GUEST_MODULES: [&str; 10] = [
 ///
 /// # Errors
 /// Where something that it is made of is missing.
-pub fn lab() -> Result<PathBuf> {
+pub fn lab(kernel: Kernel) -> Result<PathBuf> {
     let agent = cache::small_agent()?;
     let busybox = busybox()?;
     let inputs = Inputs::default().text(LAB_INIT).text(LAB_HOST).text(&LAB_MODULES.join(" "));
-    let inputs = inputs.file(&agent)?.file(&busybox)?.file(&Kernel::Lab.bzimage()?)?;
+    let inputs = inputs.file(&agent)?.file(&busybox)?.file(&kernel.bzimage()?)?;
     cache::file("lab-initramfs", &inputs, || {
         let mut archive = Archive::default();
         for folder in ["bin", "dev", "proc", "sys", "lower", "writes", "root"] {
@@ -49,7 +49,7 @@ pub fn lab() -> Result<PathBuf> {
         archive.program("host", LAB_HOST.as_bytes());
         archive.program("bin/busybox", &fs::read(&busybox)?);
         archive.program("bin/agent", &fs::read(&agent)?);
-        add_modules(&mut archive, Kernel::Lab, &LAB_MODULES)?;
+        add_modules(&mut archive, kernel, &LAB_MODULES)?;
         Ok(archive.finish())
     })
 }

@@ -16,6 +16,8 @@ pub enum Kernel {
     Debian6_12Cloud,
     /// The lab host's, with 9p, KVM and vhost as modules: Debian's 6.12 for any machine.
     Lab,
+    /// Another lab host's, built from Debian's sources: one whose KVM has VMs with private memory without hardware for it.
+    Protected,
     /// Debian 12's for any machine, and the one for real-time work.
     Debian6_1Generic,
     /// See there.
@@ -53,6 +55,7 @@ impl Kernel {
             Self::Debian6_1Cloud => "cloud-6.1",
             Self::Debian6_12Cloud => "cloud-6.12",
             Self::Lab => "lab-6.12",
+            Self::Protected => "protected",
             Self::Debian6_1Generic => "generic-6.1",
             Self::Debian6_1Rt => "rt-6.1",
             Self::Debian6_12Rt => "rt-6.12",

@@ -22,6 +22,7 @@ pub mod command;
 pub mod confined;
 pub mod contract;
 pub mod cpio;
+pub mod esp;
 pub mod firmware;
 pub mod forward;
 pub mod host;

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 
 use crate::host::HostSpec;
-use crate::kernels::Kernel;
 
 /// First bus number behind the host bridge of a NUMA node other than the first, and the distance to the next.
 const NODE_BUSES: u32 = 32;
@@ -19,16 +18,10 @@ const WORDS: &str = "console=ttyS0 quiet panic=-1 oops=panic no_timer_check tsc=
 ///
 /// # Errors
 /// Where `spec` asks for what cannot be, or the kernel is not there.
-pub fn arguments(
-    spec: &HostSpec,
-    kernel: Kernel,
-    initramfs: &Path,
-    agent: &Path,
-    disks: &[(PathBuf, u32)],
-) -> Result<Vec<String>> {
+pub fn arguments(spec: &HostSpec, initramfs: &Path, agent: &Path, disks: &[(PathBuf, u32)]) -> Result<Vec<String>> {
     ensure!((1..=7).contains(&spec.nodes), "a host has 1 to 7 NUMA nodes, not {}", spec.nodes);
     ensure!(spec.cpus >= spec.nodes, "each of {} NUMA nodes has a processor, and there are {}", spec.nodes, spec.cpus);
-    let modules = kernel.folder()?.join("lib/modules");
+    let modules = spec.kernel.folder()?.join("lib/modules");
     let mut words = format!("{WORDS} halyard.modules={} {}", modules.display(), spec.words);
     if spec.iommu {
         words += " intel_iommu=on";
@@ -44,7 +37,7 @@ pub fn arguments(
     all.0.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(Into::into));
     all.add("-display", "none");
     all.add("-serial", "stdio");
-    all.add("-kernel", kernel.vmlinux()?.display());
+    all.add("-kernel", spec.kernel.vmlinux()?.display());
     all.add("-initrd", initramfs.display());
     all.add("-append", words);
     all.add("-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap");

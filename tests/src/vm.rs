@@ -17,7 +17,7 @@ use crate::protocol::Status;
 /// Arguments of `halyard run`.
 #[derive(Clone, Debug, Default)]
 pub struct VmSpec {
-    kernel: String,
+    kernel: Option<String>,
     initramfs: Option<String>,
     words: String,
     cpus: String,
@@ -34,7 +34,7 @@ impl VmSpec {
     /// the log as long as the rest of the boot.
     pub fn kernel(path: impl Into<String>) -> Self {
         Self {
-            kernel: path.into(),
+            kernel: Some(path.into()),
             cpus: "1".into(),
             memory: "256M".into(),
             serial: Some("stdio".into()),
@@ -60,14 +60,21 @@ impl VmSpec {
     /// Where one of them is missing.
     pub fn elf_guest(kernel: Kernel) -> Result<Self> {
         let mut spec = Self::guest(kernel)?;
-        spec.kernel = kernel.vmlinux()?.display().to_string();
+        spec.kernel = Some(kernel.vmlinux()?.display().to_string());
         Ok(spec)
     }
 
     /// Another file of the same kernel, at a path of the host.
     #[must_use]
     pub fn kernel_file(mut self, path: &std::path::Path) -> Self {
-        self.kernel = path.display().to_string();
+        self.kernel = Some(path.display().to_string());
+        self
+    }
+
+    /// No kernel: firmware finds one on a disk, with its command line and initramfs.
+    #[must_use]
+    pub fn kernel_on_disk(mut self) -> Self {
+        self.kernel = None;
         self
     }
 
@@ -147,11 +154,14 @@ impl VmSpec {
     }
 
     fn command(&self, halyard: &str, agent: &str) -> Cmd {
-        let mut command = Cmd::new(halyard).args(["run", "--kernel", &self.kernel]);
-        if let Some(initramfs) = &self.initramfs {
-            command = command.args(["--initramfs", initramfs]);
+        let mut command = Cmd::new(halyard).arg("run");
+        if let Some(kernel) = &self.kernel {
+            command = command.args(["--kernel", kernel, "--cmdline", &self.words]);
+            if let Some(initramfs) = &self.initramfs {
+                command = command.args(["--initramfs", initramfs]);
+            }
         }
-        command = command.args(["--cmdline", &self.words, "--cpus", &self.cpus, "--memory", &self.memory]);
+        command = command.args(["--cpus", &self.cpus, "--memory", &self.memory]);
         if let Some(serial) = &self.serial {
             command = command.args(["--serial", serial]);
         }

@@ -40,6 +40,9 @@ fn debians_firmware_is_measured_as_hardware_and_others_do() {
         first["digest"],
         "0b8772e5b0b41b83e6044a68397e02f49fb47066b4fbe4917ea2c45c64f323fdacbb37948f821ebaf8bc9c938ba8a749"
     );
+    let told = measure(&path, &[]).expect_code(0);
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.contains("\nRTMR0 to 2 are not foretold: firmware that is given no kernel"), "{told}");
     // MRTD does not depend on how much memory there is.
     let more = foretold(&path, &["--memory", "6G"]);
     assert_eq!((&more["mrtd"], more.get("events")), (&report["mrtd"], None));
@@ -203,9 +206,7 @@ fn an_igvm_file_of_the_same_pages_has_the_same_measurement() {
 fn replayed(report: &serde_json::Value, register: &str) -> String {
     let events = report["events"].as_array().unwrap().iter().filter(|event| event["register"] == register);
     let value = events.fold([0; 48], |value: [u8; 48], event| {
-        let digest = event["digest"].as_str().unwrap();
-        let digest: Vec<u8> =
-            (0..48).map(|byte| u8::from_str_radix(&digest[2 * byte..2 * byte + 2], 16).unwrap()).collect();
+        let digest = bytes(event["digest"].as_str().unwrap());
         Sha384::digest([&value[..], &digest].concat()).into()
     });
     hex(&value)
@@ -215,6 +216,51 @@ fn replayed(report: &serde_json::Value, register: &str) -> String {
 fn events_of<'a>(report: &'a serde_json::Value, kind: &str) -> Vec<(&'a str, &'a str)> {
     let events = report["events"].as_array().unwrap().iter().filter(|event| event["type"] == kind);
     events.map(|event| (event["what"].as_str().unwrap(), event["digest"].as_str().unwrap())).collect()
+}
+
+/// An item of CBOR (RFC 8949) whose head has this major type and number.
+fn item(major: u8, number: usize, rest: &[Vec<u8>]) -> Vec<u8> {
+    let head = match u8::try_from(number) {
+        Ok(number @ ..24) => vec![major << 5 | number],
+        Ok(number) => vec![major << 5 | 24, number],
+        Err(_) => [&[major << 5 | 25][..], &u16::try_from(number).unwrap().to_be_bytes()].concat(),
+    };
+    [&[head], rest].concat().concat()
+}
+
+fn number(number: usize) -> Vec<u8> {
+    item(0, number, &[])
+}
+
+fn string(text: &str) -> Vec<u8> {
+    item(3, text.len(), &[text.into()])
+}
+
+fn array(items: &[Vec<u8>]) -> Vec<u8> {
+    item(4, items.len(), items)
+}
+
+fn map(pairs: &[(usize, Vec<u8>)]) -> Vec<u8> {
+    let items: Vec<_> = pairs.iter().flat_map(|(key, value)| [number(*key), value.clone()]).collect();
+    item(5, pairs.len(), &items)
+}
+
+/// The CoRIM document of these measurements, as draft-ietf-rats-corim has it: in its one CoMID a reference triple, in which the
+/// launch measurement is a digest, and the others are integrity registers.
+fn document(report: &serde_json::Value) -> Vec<u8> {
+    let measurement = |value: &serde_json::Value| bytes(value.as_str().unwrap());
+    let registers = [0, 1, 2].map(|at| measurement(&report["rtmr"][at]));
+    let id = Sha384::digest([&[measurement(&report["mrtd"])], &registers[..]].concat().concat());
+    let id = string(&format!("Intel/TDX/{}", hex(&id[..16])));
+    let digests = |digest: Vec<u8>| array(&[array(&[number(7), item(2, 48, &[digest])])]);
+    let environment = map(&[(0, map(&[(1, string("Intel")), (2, string("TDX"))]))]);
+    let launch = map(&[(0, string("MRTD")), (1, map(&[(2, digests(measurement(&report["mrtd"])))]))]);
+    let pairs: Vec<_> = (0..).zip(registers.map(digests)).collect();
+    let registers = map(&[(0, string("RTMR")), (1, map(&[(14, map(&pairs))]))]);
+    let triples = map(&[(0, array(&[array(&[environment, array(&[launch, registers])])]))]);
+    let comid = map(&[(1, map(&[(0, id.clone())])), (4, triples)]);
+    let tags = array(&[item(6, 506, &[item(2, comid.len(), &[comid])])]);
+    item(6, 501, &[map(&[(0, id), (1, tags)])])
 }
 
 #[test]
@@ -227,7 +273,9 @@ fn with_a_kernel_all_registers_are_foretold() {
     let initramfs = initramfs.display().to_string();
     let words = ["--kernel", &kernel, "--initramfs", &initramfs, "--cmdline", "quiet", "--events"];
     let with = |more: &[&str]| foretold(&firmware, &[&words[..], more].concat());
-    let report = with(&["--memory", "2G", "--cpus", "2"]);
+    let corim = folder.path().join("td.corim");
+    let report = with(&["--memory", "2G", "--cpus", "2", "--corim", corim.to_str().unwrap()]);
+    assert_eq!(hex(&fs::read(&corim).unwrap()), hex(&document(&report)));
     for (number, register) in ["rtmr0", "rtmr1", "rtmr2"].into_iter().enumerate() {
         assert_eq!(report["rtmr"][number], replayed(&report, register));
     }
@@ -271,6 +319,76 @@ fn with_a_kernel_all_registers_are_foretold() {
     assert_eq!(changed(&of_config(&["--cmdline", "quiet"])), [false; 3]);
 }
 
+/// An event log (TCG crypto-agile) of these events: register, type, digest.
+fn event_log(events: &[(u32, u32, Vec<u8>)]) -> Vec<u8> {
+    let mut log = [&[0, 0, 0, 0, 3, 0, 0, 0][..], &[0; 20], &[33, 0, 0, 0], b"Spec ID Event03\0", &[0; 8]].concat();
+    log.extend_from_slice(&[1, 0, 0, 0, 12, 0, 48, 0, 0]);
+    for (register, kind, digest) in events {
+        log.extend([register + 1, *kind, 1].into_iter().flat_map(u32::to_le_bytes));
+        log.extend_from_slice(&[12, 0]);
+        log.extend_from_slice(digest);
+        log.extend_from_slice(&[4, 0, 0, 0]);
+        log.extend_from_slice(b"text");
+    }
+    log.resize(0x1_0000, 0xff);
+    log
+}
+
+#[test]
+fn an_event_log_is_compared_event_by_event() {
+    let firmware = firmware::path().unwrap();
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("CCEL");
+    let words = ["--kernel", &kernel, "--events", "--event-log", path.to_str().unwrap()];
+    let mut events: Vec<(u32, u32, Vec<u8>)> = foretold(&firmware, &words[..3])["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|event| {
+            let text = |name: &str| event[name].as_str().unwrap();
+            let register = text("register").trim_start_matches("rtmr").parse().unwrap();
+            (register, u32::from_str_radix(&text("type")[2..], 16).unwrap(), bytes(text("digest")))
+        })
+        .collect();
+    // What the guest extends RTMR3 with is its own.
+    events.push((3, 6, vec![5; 48]));
+    fs::write(&path, event_log(&events)).unwrap();
+    let report = foretold(&firmware, &words);
+    assert_eq!((&report["log"]["matches"], &report["log"]["rtmr"]), (&true.into(), &report["rtmr"]));
+    let listed = report["log"]["events"].as_array().unwrap();
+    assert!(listed.len() == events.len() - 1 && listed.iter().all(|event| event["found"] == "both"));
+
+    let digest = hex(&events[3].2);
+    events[3].2 = vec![7; 48];
+    fs::write(&path, event_log(&events)).unwrap();
+    let run = measure(&firmware, &words[..2]).expect_code(0);
+    assert!(!String::from_utf8_lossy(&run.stdout).contains("log "));
+    let run = measure(&firmware, &[&words[..2], &words[3..]].concat()).expect_code(9);
+    let text = String::from_utf8_lossy(&run.stdout).into_owned();
+    let lines: Vec<_> = text.lines().filter(|line| line.starts_with("log - ") || line.starts_with("log + ")).collect();
+    let expected = [
+        format!("log - rtmr0 0x80000001 {digest} SecureBoot, which is not in the log"),
+        format!("log + rtmr0 0x80000001 {} text, which was not foretold", "07".repeat(48)),
+    ];
+    assert_eq!(lines, expected);
+    let verdicts: Vec<_> = text.lines().filter(|line| line.starts_with("log   RTMR")).collect();
+    let verdicts: Vec<_> = verdicts.iter().map(|line| !line.ends_with("not as foretold")).collect();
+    assert_eq!(verdicts, [false, true, true]);
+
+    let cut = fs::read(&path).unwrap()[..200].to_vec();
+    for (log, args, message) in [
+        (cut, &words[..], "its event 2, at byte 135, is cut off"),
+        (vec![0; 100], &words, "it does not begin with \"Spec ID Event03\""),
+        (vec![0; (1 << 20) + 1], &words, "it is longer than the 1048576 bytes that a log may have"),
+        (Vec::new(), &words[3..], "give --firmware and --kernel"),
+    ] {
+        fs::write(&path, log).unwrap();
+        let run = measure(&firmware, args).expect_code(2);
+        assert!(run.stderr.contains(message), "{}", run.stderr);
+    }
+}
+
 #[test]
 fn a_kernel_that_the_firmware_will_not_start_is_told_of() {
     let firmware = firmware::path().unwrap();
@@ -284,9 +402,17 @@ fn a_kernel_that_the_firmware_will_not_start_is_told_of() {
     assert!(stripped.status.success(), "{stripped:?}");
     let run = measure(&firmware, &["--kernel", &unsigned]).expect_code(0);
     assert!(run.stderr.contains("the kernel is not signed: it will not start"), "{}", run.stderr);
+    let signed = ["--kernel", &kernel.display().to_string()];
+    let run = measure(&firmware, &signed).expect_code(0);
+    assert!(run.stderr.contains("none of them has signed the kernel: it will not start"), "{}", run.stderr);
     // What signatures are of does not change with them.
-    let signed = foretold(&firmware, &["--kernel", &kernel.display().to_string()]);
+    let signed = foretold(&firmware, &signed);
     assert_eq!(foretold(&firmware, &["--kernel", &unsigned])["rtmr"][1], signed["rtmr"][1]);
+}
+
+/// The bytes of hexadecimal digits.
+fn bytes(hex: &str) -> Vec<u8> {
+    (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -3,7 +3,9 @@
 //! end what it has done in figures (with `--nocapture`).
 
 use std::fs;
+use std::io::ErrorKind::WouldBlock;
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +16,7 @@ use halyard_tests::census::Census;
 use halyard_tests::loads::{self, Load};
 use halyard_tests::service::{self, Service};
 use halyard_tests::story::{PATIENCE, Story, ask, boot, power_off};
-use halyard_tests::tiny::{Tiny, debug_exit, kvm};
+use halyard_tests::tiny::{Served, Tiny, debug_exit, kvm};
 use halyard_tests::{Cmd, Host, Kernel, Lent, Tap, VmSpec};
 
 /// Guests booted one after another: twice each pair of kernel and format, with one and with two processors.
@@ -42,6 +44,8 @@ const PLUGS_SETTLED: usize = 20;
 const ROUTES: &str = "halyard_interrupt_routes";
 /// How long each kind of abuse of the API lasts, connections that come at once with it, and how often clients are killed.
 const ABUSE: Duration = Duration::from_secs(20);
+/// How long a client of the API may be silent between its requests.
+const SILENCE: Duration = Duration::from_secs(60);
 /// How much longer than beside another monitor with the same abuse a vCPU may stand still.
 const STALL: Duration = Duration::from_millis(10);
 /// Examples for each operation of the API, unless CONTRACT_EXAMPLES says how many.
@@ -309,6 +313,36 @@ fn soak_abuse_of_the_api_disturbs_nobody() -> Result<()> {
     ensure!(own <= STALL, "a vCPU stood still {own:?} longer than beside a monitor with the same abuse: {report}");
     abuse::kill_clients(KILLED_CLIENTS);
     story.tell(&format!("{KILLED_CLIENTS} times two clients were killed"));
+    Ok(())
+}
+
+#[test]
+fn soak_silent_clients_are_sent_away_and_others_stay() -> Result<()> {
+    let story = Story::begin("silence");
+    let served = Served::start("serve", ["--log-level", "error"]);
+    let connect = || -> Result<UnixStream> {
+        let stream = UnixStream::connect(served.path("api"))?;
+        stream.set_read_timeout(Some(SILENCE / 10))?;
+        Ok(stream)
+    };
+    let (mut silent, mut slow, mut regular) = (connect()?, connect()?, connect()?);
+    slow.write_all(b"GET /api/v1/ping HTTP/1.1\r\nx-slow: ")?;
+    let (began, mut gone) = (Instant::now(), [None, None]);
+    while gone.contains(&None) {
+        ensure!(began.elapsed() < SILENCE * 3 / 2, "clients that say nothing whole are still connected: {gone:?}");
+        regular.write_all(b"GET /api/v1/ping HTTP/1.1\r\nhost: localhost\r\n\r\n")?;
+        ensure!(regular.read(&mut [0; 4096])? > 0, "a client that asks now and then was sent away");
+        // A byte of a head now and then is no request.
+        let _ = slow.write_all(b"x");
+        for (stream, gone) in [&mut silent, &mut slow].into_iter().zip(&mut gone) {
+            if gone.is_none() && !matches!(stream.read(&mut [0; 64]), Err(error) if error.kind() == WouldBlock) {
+                *gone = Some(began.elapsed());
+            }
+        }
+    }
+    let early = gone.iter().flatten().find(|gone| **gone < SILENCE - Duration::from_secs(1));
+    ensure!(early.is_none(), "a client was sent away after {early:?}");
+    story.tell(&format!("sent away after {gone:?}"));
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 //! The guest before its devices: memory with the kernel, its boot data and the platform's tables in it.
 
+use std::fs::File;
+
 use api::{Problem, Problems, VmConfig};
 use arch::payload::PayloadError;
 use arch::{BootError, BootSource, KernelError, LoadedKernel, Platform, Slide, Topology};
@@ -8,7 +10,7 @@ use devices::virtio::rng::kernel_random;
 use hal::{BootRegisters, GpaRange, HostCaps};
 
 use crate::Failure;
-use crate::confidential::Measured;
+use crate::confidential::{self, Measured};
 use crate::firmware;
 use crate::inputs::Inputs;
 use crate::kernel::{self, Image, Kept};
@@ -47,8 +49,10 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     if let Some(file) = &inputs.firmware {
         return firmware::load(file, platform, pluggable, config, inputs, trace);
     }
-    let image = inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Taken);
-    let mut memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+    let file = inputs.kernel.as_ref().ok_or_else(|| bad("kernel.path", "no kernel is named"))?;
+    let image = inputs.kernels.begin(file, &config.kernel.cache, Kept::Taken);
+    let (ranges, made) = (arch::layout::ram_ranges(ram), confidential::memory(config));
+    let mut memory = memory::create(&ranges, &made)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let cmdline = config.cmdline();
@@ -58,7 +62,7 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
     }
     let kernel = loop {
         let source = BootSource {
-            kernel: &inputs.kernel,
+            kernel: file,
             unpacked: image.unpacked(),
             share: config.memory.share_kernel,
             random: image.unpacked().map(|_| random()).transpose()?,
@@ -69,11 +73,13 @@ pub fn load(config: &VmConfig, caps: &HostCaps, inputs: &Inputs, trace: &Trace) 
         };
         match arch::load_kernel(&memory.map, &platform, &source) {
             Ok(kernel) => break kernel,
-            Err(error) => image = next_best(image, error, config, inputs).map_err(|error| bad_boot(config, &error))?,
+            Err(error) => {
+                image = next_best(image, error, config, (inputs, file)).map_err(|error| bad_boot(config, &error))?
+            }
         }
         // A part of the kernel may be there already. The host may not have as much memory again.
         drop(memory);
-        memory = memory::create(&arch::layout::ram_ranges(ram), &config.memory)?;
+        memory = memory::create(&ranges, &made)?;
     };
     arch::acpi::write(&memory.map, &platform)?;
     trace.mark(Milestone::Kernel);
@@ -115,11 +121,16 @@ fn pluggable(memory: &api::Memory) -> Result<(Option<GpaRange>, u64), Failure> {
 
 /// What is tried when an image could not be loaded: a kept kernel that is damaged is unpacked anew, and what was
 /// unpacked and cannot be entered unpacks itself.
-fn next_best(image: Image, error: BootError, config: &VmConfig, inputs: &Inputs) -> Result<Image, BootError> {
+fn next_best(
+    image: Image,
+    error: BootError,
+    config: &VmConfig,
+    (inputs, file): (&Inputs, &File),
+) -> Result<Image, BootError> {
     match (image, error) {
         (Image::Cached(_), error) if reading_failed(&error) => {
             tracing::warn!("a kept kernel is damaged, and is unpacked anew");
-            Ok(inputs.kernels.begin(&inputs.kernel, &config.kernel.cache, Kept::Replaced).wait())
+            Ok(inputs.kernels.begin(file, &config.kernel.cache, Kept::Replaced).wait())
         }
         (Image::Cached(_) | Image::Unpacked(_), BootError::Payload(error)) => {
             kernel::unpacks_itself(&error);

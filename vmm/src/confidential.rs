@@ -2,26 +2,28 @@
 //! launch, and the calls that the guest makes to the monitor.
 
 use std::collections::BTreeMap;
-use std::fmt;
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{fmt, io};
 
-use api::{Confidential, Identity, Tdx};
+use api::{Confidential, Identity, Tdx, VmConfig};
 use arch::tdx::{LaunchPlan, measure};
 use devices::seam::Interrupts;
 use hal::{
     Conversion, CpuidEntry, GpaRange, GuestCall, GuestCallStatus, SharedRanges, SnpSpec, TdxSpec, Visibility, Vm,
     VmKind,
 };
+use nix::sys::mman::{MmapAdvise, madvise};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-use crate::Failure;
 use crate::firmware::Image;
 use crate::machine::Parts;
 use crate::memory::Ram;
 use crate::quotes::{self, QuoteCounters, Quotes, SharedMemory};
 use crate::seams::VmSeam;
+use crate::{Failure, kinds};
 
 /// The most ranges of memory that a guest may share apart from each other: each is a mapping of the monitor's own.
 const MOST_RANGES: usize = 8192;
@@ -39,8 +41,16 @@ pub fn kind(confidential: Option<&Confidential>, cpuid: impl FnOnce() -> Vec<Cpu
 
 /// What devices reach of a VM's memory when its guest begins: all of it, or nothing where the guest is to share it first.
 pub fn view(vm: &dyn Vm, memory: &Ram) -> GuestMemoryAtomic<GuestMemoryMmap> {
-    let private = vm.kind().private_memory;
-    GuestMemoryAtomic::new(if private { GuestMemoryMmap::new() } else { memory.map.clone() })
+    GuestMemoryAtomic::new(match vm.kind().begins() {
+        Visibility::Private => GuestMemoryMmap::new(),
+        Visibility::Shared => memory.map.clone(),
+    })
+}
+
+/// How memory of a VM is to be made: what a confidential guest shares is mapped once more, for devices, and so it is a file.
+pub fn memory(config: &VmConfig) -> api::Memory {
+    let private = kinds::name(config.kind()).traits().private_memory;
+    api::Memory { shared: config.memory.shared || private, ..config.memory.clone() }
 }
 
 fn trust_domain(tdx: &Tdx, cpuid: Vec<CpuidEntry>) -> TdxSpec {
@@ -187,24 +197,44 @@ fn map_again(region: &GuestRegionMmap, part: GpaRange) -> Result<Arc<GuestRegion
     let len = usize::try_from(part.len).map_err(|error| error.to_string())?;
     let mapping = MmapRegion::from_file(FileOffset::from_arc(file.arc().clone(), offset), len);
     let mapping = mapping.map_err(|error| error.to_string())?;
+    keep_from_cores(&mapping).map_err(|error| error.to_string())?;
     GuestRegionMmap::new(mapping, GuestAddress(part.start)).map(Arc::new).ok_or_else(|| "beyond all addresses".into())
 }
 
+/// Keeps a mapping out of core files, also of those that were asked for.
+#[expect(unsafe_code, reason = "madvise takes a raw address")]
+fn keep_from_cores(mapping: &MmapRegion) -> io::Result<()> {
+    let Some(start) = NonNull::new(mapping.as_ptr().cast()) else { return Ok(()) };
+    // SAFETY: the range is the whole of a mapping that is alive, and MADV_DONTDUMP does not change its contents.
+    unsafe { madvise(start, mapping.size(), MmapAdvise::MADV_DONTDUMP) }.map_err(io::Error::from)
+}
+
 impl Guest {
-    /// A guest that has shared nothing of its RAM, which is a file mapped shared, yet. Devices are to reach `view` alone.
+    /// A guest whose RAM, a file mapped shared, is as its VM's kind begins. Devices are to reach `view` alone.
+    ///
+    /// # Errors
+    /// The host does not keep the memory out of core files.
     pub fn new(
         vm: Arc<dyn Vm>,
         ram: Vec<Arc<GuestRegionMmap>>,
         view: GuestMemoryAtomic<GuestMemoryMmap>,
         quotes: Option<Quotes>,
-    ) -> Self {
-        Self { vm, ram, view, shared: Mutex::default(), quotes }
+    ) -> io::Result<Self> {
+        ram.iter().try_for_each(|region| keep_from_cores(region))?;
+        let mut shared = Shared::default();
+        if vm.kind().begins() == Visibility::Shared {
+            for region in &ram {
+                shared.ranges.insert(range_of(region));
+                shared.regions.insert(region.start_addr().0, region.clone());
+            }
+        }
+        Ok(Self { vm, ram, view, shared: Mutex::new(shared), quotes })
     }
 
     /// The guest of a machine, where it is a confidential one. Devices are to reach `view` alone.
     ///
     /// # Errors
-    /// [`Failure::Host`] where there is no thread or interrupt for its quotes.
+    /// [`Failure::Host`] where there is no thread or interrupt for its quotes, or its memory cannot be kept out of core files.
     pub fn of_machine(
         parts: &Parts,
         seam: &VmSeam,
@@ -225,7 +255,9 @@ impl Guest {
             })?),
             _ => None,
         };
-        Ok(Some(Arc::new(Self::new(vm.clone(), memory.regions.clone(), view.clone(), quotes))))
+        let guest = Self::new(vm.clone(), memory.regions.clone(), view.clone(), quotes);
+        let guest = guest.map_err(|error| Failure::Host(format!("guest memory and core files: madvise: {error}")))?;
+        Ok(Some(Arc::new(guest)))
     }
 
     /// Makes memory private or shared, as the guest wants it. A device that is at work on what becomes private finds an
@@ -287,7 +319,7 @@ impl Guest {
 #[cfg(test)]
 mod tests {
     use hal::fake::Fake;
-    use hal::{HostCaps, Hypervisor, KindName, Slot, TdxSpec, VmKind, VmSpec};
+    use hal::{HostCaps, Hypervisor, Slot, TdxSpec, VmKind, VmSpec};
     use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
     use super::*;
@@ -302,10 +334,14 @@ mod tests {
         ram: memory::Ram,
     }
 
-    /// Two regions that touch, of 1 MiB each, and one apart from them.
     fn bench() -> Bench {
-        let caps = HostCaps { kinds: vec![KindName::Tdx], ..Fake::new().caps().clone() };
-        let spec = VmSpec { kind: VmKind::Tdx(TdxSpec::default()), max_vcpus: 1, ..VmSpec::default() };
+        bench_of(VmKind::Tdx(TdxSpec::default()))
+    }
+
+    /// Two regions that touch, of 1 MiB each, and one apart from them.
+    fn bench_of(kind: VmKind) -> Bench {
+        let caps = HostCaps { kinds: vec![kind.name()], ..Fake::new().caps().clone() };
+        let spec = VmSpec { kind, max_vcpus: 1, ..VmSpec::default() };
         let vm: Arc<dyn Vm> = Arc::from(Fake::with_caps(caps).create(&spec).unwrap());
         let ranges = [0, MIB, 4 * MIB].map(|start| GpaRange { start, len: MIB });
         let config = api::Memory { shared: true, ..api::Memory::default() };
@@ -313,8 +349,8 @@ mod tests {
         for region in &ram.regions {
             vm.memory().map(Slot::new(region.clone())).unwrap();
         }
-        let view = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None);
+        let view = view(&*vm, &ram);
+        let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None).unwrap();
         Bench { guest, vm, view, ram }
     }
 
@@ -346,6 +382,45 @@ mod tests {
     }
 
     #[test]
+    fn no_memory_of_it_goes_into_a_core_file() {
+        let bench = bench();
+        bench.convert(0, 8 * PAGE, Visibility::Shared);
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let is_dumped = |address: usize| {
+            let mut inside = false;
+            for line in smaps.lines() {
+                let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+                let ends = range.and_then(|(start, end)| {
+                    Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+                });
+                inside = ends.map_or(inside, |(start, end)| (start..end).contains(&address));
+                if let (true, Some(flags)) = (inside, line.strip_prefix("VmFlags:")) {
+                    return !flags.split(' ').any(|flag| flag == "dd");
+                }
+            }
+            panic!("nothing is mapped at {address:#x}");
+        };
+        assert!(is_dumped(smaps.as_ptr().addr()));
+        let shared = bench.view.memory().get_host_address(GuestAddress(0)).unwrap();
+        assert!(!is_dumped(shared.addr()));
+        assert!(bench.ram.regions.iter().all(|region| !is_dumped(region.as_ptr().addr())));
+    }
+
+    #[test]
+    fn memory_that_no_launch_fills_begins_shared() {
+        let bench = bench_of(VmKind::SoftwareProtected);
+        assert!([0, MIB, 4 * MIB].iter().all(|start| bench.reach(*start)));
+        assert_eq!(bench.convert(MIB, PAGE, Visibility::Private), Conversion::Done);
+        assert!(bench.reach(MIB - 1) && !bench.reach(MIB) && bench.reach(MIB + PAGE) && bench.reach(4 * MIB));
+        let shared = [(0, MIB), (MIB + PAGE, MIB - PAGE), (4 * MIB, MIB)].map(|(start, len)| GpaRange { start, len });
+        assert_eq!(bench.vm.memory().shared(), shared);
+        bench.view.memory().write_obj(0x1234_u16, GuestAddress(MIB + PAGE)).unwrap();
+        assert_eq!(bench.ram.map.read_obj::<u16>(GuestAddress(MIB + PAGE)).unwrap(), 0x1234);
+        assert_eq!(bench.convert(MIB, PAGE, Visibility::Shared), Conversion::Done);
+        assert!(bench.reach(MIB));
+    }
+
+    #[test]
     fn a_range_over_two_regions_is_shared_in_both_and_holes_are_nobodys() {
         let bench = bench();
         assert_eq!(bench.convert(MIB - PAGE, 4 * MIB, Visibility::Shared), Conversion::Done);
@@ -363,7 +438,7 @@ mod tests {
         let len = (2 * MOST_RANGES as u64 + 8) * PAGE;
         bench.ram =
             memory::create(&[GpaRange { start: 0, len }], &api::Memory { shared: true, ..Default::default() }).unwrap();
-        let guest = Guest::new(bench.vm.clone(), bench.ram.regions.clone(), bench.view.clone(), None);
+        let guest = Guest::new(bench.vm.clone(), bench.ram.regions.clone(), bench.view.clone(), None).unwrap();
         let mut shared = Shared::default();
         for page in 0..MOST_RANGES as u64 {
             shared.ranges.insert(GpaRange { start: 2 * page * PAGE, len: PAGE });

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use arch::firmware::{self, GivenKernel, Item, ItemContents, ItemKey};
-use arch::tdx::LaunchPlan;
+use arch::tdx::{LaunchPlan, authority};
 use arch::{Platform, layout};
 use devices::bus::Bus;
 use devices::legacy::{Cmos, FwCfg, FwCfgContents, FwCfgItems, PmTimer};
@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::Failure;
 use crate::boot::{Loaded, bad, bad_boot};
-use crate::confidential::Measured;
+use crate::confidential::{self, Measured};
 use crate::inbox::Inbox;
 use crate::inputs::Inputs;
 use crate::kinds;
@@ -48,16 +48,14 @@ pub fn load(
     let place = firmware::place(image.len() as u64).map_err(|error| bad_firmware(config, &error.to_string()))?;
     let items = items(config, &platform, &ram, inputs)?;
     let traits = kinds::name(config.kind()).traits();
-    // What a guest shares is mapped once more, for devices, and so its memory is a file.
-    let shared = config.memory.shared || traits.private_memory;
-    let memory =
-        memory::create(&ram, &api::Memory { shared, ..config.memory.clone() })?.with_firmware(place, shared)?;
+    let made = confidential::memory(config);
+    let memory = memory::create(&ram, &made)?.with_firmware(place, made.shared)?;
     let pluggable = pluggable.map(|range| PluggableMemory::reserve(range, &config.memory)).transpose()?;
     trace.mark(Milestone::Memory);
     let measured = if traits.boot == Boot::Measured {
         let measured = Measured { firmware: image, ram };
         let plan = measured.plan().map_err(|error| bad_firmware(config, &error.to_string()))?;
-        if let Some(warning) = warning_of_signature(&plan, &inputs.kernel) {
+        if let Some(warning) = inputs.kernel.as_ref().and_then(|kernel| warning_of_signature(&plan, kernel)) {
             tracing::warn!("{}: {warning}", config.kernel.path.display());
         }
         Some(measured)
@@ -70,20 +68,24 @@ pub fn load(
     Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware, measured, first_pages: None })
 }
 
-/// What may keep firmware that starts only signed executables from starting a kernel.
+/// What keeps firmware that starts only signed executables from starting a kernel.
 pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static str> {
-    if !arch::tdx::events::variables(plan).secure_boot() {
+    let variables = arch::tdx::events::variables(plan);
+    if !variables.secure_boot() {
         return None;
     }
-    Some(match firmware::is_signed(kernel) {
-        Ok(true) => {
-            "this firmware starts only what one of its keys has signed. The kernel is signed, and by whom is not looked at; \
-             Debian's are signed for its shim"
-        }
-        _ => {
-            "this firmware starts only what one of its keys has signed, and the kernel is not signed: it will not start"
-        }
-    })
+    match firmware::signatures(kernel) {
+        Ok(signatures) if !signatures.is_empty() => match authority::of(&variables, kernel) {
+            Ok(Some(_)) => None,
+            _ => Some(
+                "this firmware starts only what one of its keys has signed, and none of them has signed the kernel: it will not \
+                 start. Debian's kernels are signed for its shim",
+            ),
+        },
+        _ => Some(
+            "this firmware starts only what one of its keys has signed, and the kernel is not signed: it will not start",
+        ),
+    }
 }
 
 /// A firmware's file. It begins at the start of a page, so that a hypervisor takes pages from it as they are.
@@ -141,30 +143,38 @@ fn write(memory: &Ram, place: GpaRange, image: &[u8]) -> Result<(), Failure> {
 /// What the firmware is to find by fw_cfg.
 fn items(config: &VmConfig, platform: &Platform, ram: &[GpaRange], inputs: &Inputs) -> Result<FwCfgItems, Failure> {
     let cmdline = config.cmdline();
-    let given = GivenKernel {
-        kernel: &inputs.kernel,
+    let given = inputs.kernel.as_ref().map(|kernel| GivenKernel {
+        kernel,
         initramfs: inputs.initramfs.as_ref(),
         cmdline: &cmdline,
         // Whoever chose the firmware of a plain VM chose its kernel, too.
         unsigned: config.confidential.is_none(),
-    };
+    });
     let mut items = FwCfgItems::default();
     for Item { key, contents } in
-        firmware::items(platform, ram, Some(&given)).map_err(|error| bad_boot(config, &error))?
+        firmware::items(platform, ram, given.as_ref()).map_err(|error| bad_boot(config, &error))?
     {
-        let contents = match (contents, &inputs.initramfs) {
-            (ItemContents::Bytes(bytes), _) => FwCfgContents::Bytes(bytes),
-            (ItemContents::Kernel(range), _) => FwCfgContents::File(inputs.kernel.try_clone()?, range),
-            (ItemContents::Initramfs(range), Some(file)) => FwCfgContents::File(file.try_clone()?, range),
-            (ItemContents::Initramfs(_), None) => continue,
+        let (file, range) = match contents {
+            ItemContents::Bytes(bytes) => {
+                add(&mut items, key, FwCfgContents::Bytes(bytes))?;
+                continue;
+            }
+            ItemContents::Kernel(range) => (&inputs.kernel, range),
+            ItemContents::Initramfs(range) => (&inputs.initramfs, range),
         };
-        let added = match key {
-            ItemKey::Number(number) => items.add(number, contents),
-            ItemKey::Name(name) => items.add_named(name, contents),
-        };
-        added.map_err(|error| Failure::Host(error.to_string()))?;
+        if let Some(file) = file {
+            add(&mut items, key, FwCfgContents::File(file.try_clone()?, range))?;
+        }
     }
     Ok(items)
+}
+
+fn add(items: &mut FwCfgItems, key: ItemKey, contents: FwCfgContents) -> Result<(), Failure> {
+    let added = match key {
+        ItemKey::Number(number) => items.add(number, contents),
+        ItemKey::Name(name) => items.add_named(name, contents),
+    };
+    added.map_err(|error| Failure::Host(error.to_string()))
 }
 
 /// Puts the chipset that firmware looks for into the machine.

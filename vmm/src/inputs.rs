@@ -21,8 +21,8 @@ use crate::request::Descriptors;
 pub struct Inputs {
     /// The firmware that boots first.
     pub firmware: Option<File>,
-    /// The kernel file.
-    pub kernel: File,
+    /// The kernel file; none where firmware looks for one.
+    pub kernel: Option<File>,
     /// What makes it ready to be loaded.
     pub kernels: Kernels,
     /// The initial file system.
@@ -50,7 +50,11 @@ impl Inputs {
     /// Every problem, each with its field.
     pub fn open(config: &VmConfig, descriptors: &mut Descriptors) -> Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
-        let kernel = open_regular(&config.kernel.path, "kernel.path", "a bzImage or an ELF kernel", &mut problems);
+        let kernel = if config.kernel.is_none() {
+            None
+        } else {
+            open_regular(&config.kernel.path, "kernel.path", "a bzImage or an ELF kernel", &mut problems)
+        };
         let initramfs = config
             .kernel
             .initramfs
@@ -68,14 +72,11 @@ impl Inputs {
                 Err((field, problem)) => problems.push(Problem::new(format!("devices[{index}].{field}"), problem, "")),
             }
         }
-        match (kernel, initramfs) {
-            (Some(kernel), initramfs) if problems.is_empty() => {
-                let kernels = Kernels::default();
-                let (firmware, initramfs) = (firmware.flatten(), initramfs.flatten());
-                Ok(Self { firmware, kernel, kernels, initramfs, system_map, devices })
-            }
-            _ => Err(problems),
+        if !problems.is_empty() {
+            return Err(problems);
         }
+        let (firmware, initramfs) = (firmware.flatten(), initramfs.flatten());
+        Ok(Self { firmware, kernel, kernels: Kernels::default(), initramfs, system_map, devices })
     }
 }
 

@@ -420,8 +420,8 @@ impl Thread {
                 Ok(Exit::Shutdown) => VcpuEnd::TripleFault,
                 Ok(Exit::Crash(info)) => VcpuEnd::Crash(info.to_string()),
                 Ok(Exit::Debug) => VcpuEnd::Crash("a debug exit that nobody armed".into()),
-                Ok(Exit::MemoryFault { range, .. }) => {
-                    VcpuEnd::Crash(format!("a fault on private memory at {:#x} in a VM without any", range.start))
+                Ok(Exit::MemoryFault { range, want }) => {
+                    VcpuEnd::Crash(format!("memory at {:#x} is not to be {want:?}, as the guest wants it", range.start))
                 }
                 Err(error) => VcpuEnd::Crash(error.to_string()),
             };

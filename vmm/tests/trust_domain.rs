@@ -9,8 +9,11 @@ use vmm::request::Request;
 
 mod guest;
 mod service;
+#[path = "../../arch/src/x86_64/firmware/test_kernel.rs"]
+mod test_kernel;
 
 use service::Service;
+use test_kernel::kernel;
 
 const PAGE: u64 = 4096;
 /// Firmware of 64 KiB, which ends at 4 GiB.
@@ -42,22 +45,6 @@ fn firmware() -> Vec<u8> {
     table.extend((22_u16 + 18).to_le_bytes());
     table.extend(b"\xde\x82\xb5\x96\xb2\x1f\xf7\x45\xba\xea\xa3\x66\xc5\x5a\x08\x2d");
     file[SIZE - 0x20 - table.len()..][..table.len()].copy_from_slice(&table);
-    file
-}
-
-/// The least that is a bzImage with an EFI stub.
-fn kernel() -> Vec<u8> {
-    let mut file = vec![0; 1024 + 100];
-    file[..2].copy_from_slice(b"MZ");
-    file[0x3c] = 0x40;
-    file[0x40..0x44].copy_from_slice(b"PE\0\0");
-    file[0x1f1] = 1;
-    file[0x201] = 0x66;
-    file[0x202..0x206].copy_from_slice(b"HdrS");
-    file[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
-    file[0x211] = 1;
-    file[0x236] = 1;
-    file[0x238..0x23c].copy_from_slice(&100_u32.to_le_bytes());
     file
 }
 

@@ -260,6 +260,9 @@ impl Memory for Shared {
         }
         let words = usize::try_from(slot.region.len().div_ceil(PAGE * 64)).unwrap_or(0);
         state.slots.insert((self.number, free), MappedSlot { slot, dirty: vec![0; words] });
+        if self.kind.traits().private_memory && self.kind.traits().begins() == Visibility::Shared {
+            self.shared().insert(range);
+        }
         Ok(free)
     }
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use kvm_bindings::KVM_X86_TDX_VM;
+use kvm_bindings::{KVM_X86_SW_PROTECTED_VM, KVM_X86_TDX_VM};
 
 use crate::KindName;
 
@@ -13,8 +13,10 @@ const TDX_SINCE: (u32, u32) = (6, 16);
 /// The kinds that are built here and that the kernel has, by what it says of `KVM_CAP_VM_TYPES`: a bit for each type. What
 /// the kernel could do besides is no promise of ours.
 pub(super) fn possible(types: i32) -> Vec<KindName> {
-    let tdx = types > 0 && types >> KVM_X86_TDX_VM & 1 != 0;
-    if tdx { vec![KindName::Standard, KindName::Tdx] } else { vec![KindName::Standard] }
+    let has = |kind: u32| types > 0 && types >> kind & 1 != 0;
+    let others = [(KVM_X86_TDX_VM, KindName::Tdx), (KVM_X86_SW_PROTECTED_VM, KindName::SoftwareProtected)];
+    let others = others.into_iter().filter(|(kind, _)| has(*kind)).map(|(_, name)| name);
+    [KindName::Standard].into_iter().chain(others).collect()
 }
 
 /// Why there are no trust domains, and what would help. `root` is where the host's files are.
@@ -41,6 +43,10 @@ pub(super) fn why_no_tdx(root: &Path) -> String {
     reason.into()
 }
 
+/// Why there are no VMs that are protected by software alone.
+pub(super) const WHY_NOT_SOFTWARE_PROTECTED: &str =
+    "this kernel was built without them (CONFIG_KVM_SW_PROTECTED_VM, which is for development alone)";
+
 /// The first two numbers of a kernel's release.
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().ok());
@@ -52,9 +58,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trust_domains_are_possible_where_the_kernel_has_their_type() {
+    fn other_kinds_are_possible_where_the_kernel_has_their_type() {
         assert_eq!(possible(1 << 5 | 1), [KindName::Standard, KindName::Tdx]);
-        for types in [0, -1, 1, 0x1f] {
+        assert_eq!(possible(0x1f), [KindName::Standard, KindName::SoftwareProtected]);
+        for types in [0, -1, 1, 0x1d] {
             assert_eq!(possible(types), [KindName::Standard]);
         }
     }

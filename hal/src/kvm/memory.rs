@@ -15,7 +15,7 @@ use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
 use super::failed;
 use super::private::{self, PrivateSide};
 use super::vm::Shared;
-use crate::{DirtyLog, Error, GpaRange, Memory, Result, SharedRanges, Slot, SlotId, Visibility};
+use crate::{DirtyLog, Error, GpaRange, KindTraits, Memory, Result, SharedRanges, Slot, SlotId, Visibility};
 
 const PAGE: u64 = 4096;
 /// The most ranges that a guest may share, none beside another: what devices of the host's can be told of, and few enough to
@@ -27,7 +27,7 @@ pub(super) struct Slots {
     map: Mutex<Map>,
     max: u32,
     loggable: bool,
-    private: bool,
+    traits: &'static KindTraits,
 }
 
 #[derive(Default)]
@@ -44,10 +44,17 @@ struct Mapped {
 }
 
 impl Slots {
-    /// `max`: how many there may be; `loggable`: whether slots may ask for a dirty log; `private`: whether they have a
-    /// private side.
-    pub(super) fn new(max: u32, loggable: bool, private: bool) -> Self {
-        Self { map: Mutex::default(), max, loggable, private }
+    /// `max`: how many there may be; `loggable`: whether slots may ask for a dirty log; `traits`: those of the VM's kind.
+    pub(super) fn new(max: u32, loggable: bool, traits: &'static KindTraits) -> Self {
+        Self { map: Mutex::default(), max, loggable, traits }
+    }
+
+    pub(super) fn traits(&self) -> &'static KindTraits {
+        self.traits
+    }
+
+    fn private(&self) -> bool {
+        self.traits.private_memory
     }
 
     fn lock(&self) -> MutexGuard<'_, Map> {
@@ -60,14 +67,19 @@ impl Slots {
         let number = (0..self.max)
             .find(|number| !map.slots.contains_key(number))
             .ok_or_else(|| invalid(format!("all {} slots of the VM are in use", self.max)))?;
-        let private = if self.private { Some(PrivateSide::create(fd, &slot.region)?) } else { None };
+        let private = if self.private() { Some(PrivateSide::create(fd, &slot.region)?) } else { None };
         let mapped = Mapped { slot, private };
         set_region(fd, number, &mapped, mapped.slot.region.len())?;
         let range = mapped.slot.range();
         // KVM has it from here on, whatever else fails.
         map.slots.insert(number, mapped);
-        if self.private {
-            private::set_attributes(fd, range, Visibility::Private)?;
+        if self.private() {
+            let begins = self.traits.begins();
+            // Whatever a slot that was there before has left.
+            private::set_attributes(fd, range, begins)?;
+            if begins == Visibility::Shared {
+                map.shared.insert(range);
+            }
         }
         Ok(SlotId(number))
     }
@@ -91,7 +103,7 @@ impl Slots {
         if slot.log_dirty && !self.loggable {
             return Err(invalid("a dirty log was asked for in a VM created without dirty bitmaps".into()));
         }
-        if slot.readonly && self.private {
+        if slot.readonly && self.private() {
             return Err(invalid("memory with a private side cannot be read-only".into()));
         }
         Ok(())
@@ -120,7 +132,7 @@ impl Slots {
     /// Whether a range is private memory of one slot.
     pub(super) fn is_private(&self, range: GpaRange) -> bool {
         let map = self.lock();
-        self.private
+        self.private()
             && map.slots.values().any(|mapped| mapped.slot.range().common(range) == Some(range))
             && !map.shared.overlaps(range)
     }
@@ -129,7 +141,7 @@ impl Slots {
     /// is noted here are the same.
     fn convert(&self, fd: &VmFd, range: GpaRange, to: Visibility) -> Result<()> {
         let GpaRange { start, len } = range;
-        if !self.private {
+        if !self.private() {
             return Err(not_convertible("this kind of VM has no private memory"));
         }
         if !start.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) || start.checked_add(len).is_none() {
@@ -239,7 +251,7 @@ impl Memory for Shared {
     }
 
     fn is_shared(&self, range: GpaRange) -> bool {
-        !self.slots.private || self.slots.lock().shared.contains(range)
+        !self.slots.private() || self.slots.lock().shared.contains(range)
     }
 
     fn shared(&self) -> Vec<GpaRange> {

@@ -13,6 +13,8 @@ mod kick;
 mod kinds;
 mod memory;
 mod private;
+#[cfg(test)]
+mod protected;
 mod state;
 mod tdx;
 mod vcpu;
@@ -94,13 +96,14 @@ impl Hypervisor for Kvm {
 
     fn create(&self, spec: &VmSpec) -> Result<Box<dyn Vm>> {
         vm::check(&self.caps, spec)?;
+        let possible = self.caps.kinds.contains(&spec.kind.name());
         match &spec.kind {
-            VmKind::Standard => Ok(Box::new(vm::KvmVm::create(&self.system, &self.caps, spec)?)),
-            VmKind::Tdx(tdx) if self.caps.kinds.contains(&KindName::Tdx) => {
-                Ok(Box::new(tdx::TdVm::create(&self.system, &self.caps, spec, tdx)?))
+            VmKind::Standard | VmKind::SoftwareProtected if possible => {
+                Ok(Box::new(vm::KvmVm::create(&self.system, &self.caps, spec)?))
             }
-            VmKind::Tdx(_) | VmKind::Snp(_) | VmKind::SoftwareProtected => {
-                let kind = spec.kind.name();
+            VmKind::Tdx(tdx) if possible => Ok(Box::new(tdx::TdVm::create(&self.system, &self.caps, spec, tdx)?)),
+            kind => {
+                let kind = kind.name();
                 let why = self.missing(kind).unwrap_or_default();
                 Err(Error::Unsupported(format!("{kind}: {why}; leave the kind at \"standard\"")))
             }
@@ -111,6 +114,7 @@ impl Hypervisor for Kvm {
         match kind {
             _ if self.caps.kinds.contains(&kind) => None,
             KindName::Tdx => Some(kinds::why_no_tdx(Path::new("/"))),
+            KindName::SoftwareProtected => Some(kinds::WHY_NOT_SOFTWARE_PROTECTED.into()),
             _ => Some(format!("VMs of the kind {kind} cannot be created with KVM by this version of Halyard")),
         }
     }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_X86_DEFAULT_VM,
-    kvm_clock_data, kvm_enable_cap,
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_EXIT_HYPERCALL, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM, kvm_clock_data, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
@@ -13,6 +13,7 @@ use vmm_sys_util::ioctl_io_nr;
 
 use super::irq::{IOAPIC_PINS, Routes};
 use super::memory::Slots;
+use super::tdx::exits::MAP_GPA_RANGE;
 use super::vcpu::KvmVcpu;
 use super::{OTHER, System, failed};
 use crate::{
@@ -28,8 +29,8 @@ const TASK_STATE: usize = 0xfeff_d000;
 
 ioctl_io_nr!(KVM_GET_TSC_KHZ, kvm_bindings::KVMIO, 0xa3);
 
-/// A VM of KVM's.
-pub(super) struct KvmVm(Arc<Shared>);
+/// A VM of KVM's that needs no launch.
+pub(super) struct KvmVm(pub(super) Arc<Shared>);
 
 /// What a VM shares with its vCPUs, interrupts and doorbells: it lives until the last of them is gone, so that
 /// memory slots stay mapped as long as anything can reach them.
@@ -45,17 +46,24 @@ pub(super) struct Shared {
 
 impl KvmVm {
     pub(super) fn create(system: &Arc<System>, caps: &HostCaps, spec: &VmSpec) -> Result<Self> {
-        Ok(Self(Arc::new(Shared::new(create_plain(system)?, system, caps, spec))))
+        let fd = if spec.kind.name().traits().private_memory {
+            let fd = create_with_registers(system, KVM_X86_SW_PROTECTED_VM)?;
+            exit_to_convert(&fd)?;
+            fd
+        } else {
+            create_with_registers(system, KVM_X86_DEFAULT_VM)?
+        };
+        Ok(Self(Arc::new(Shared::new(fd, system, caps, spec))))
     }
 }
 
 impl Shared {
     pub(super) fn new(fd: VmFd, system: &Arc<System>, caps: &HostCaps, spec: &VmSpec) -> Self {
-        let private = spec.kind.name().traits().private_memory;
+        let traits = spec.kind.name().traits();
         Self {
             fd,
             system: system.clone(),
-            slots: Slots::new(caps.max_memory_slots, spec.dirty_tracking == DirtyTracking::Bitmap, private),
+            slots: Slots::new(caps.max_memory_slots, spec.dirty_tracking == DirtyTracking::Bitmap, traits),
             routes: Routes::new(),
             max_vcpus: spec.max_vcpus,
             dirty_tracking: spec.dirty_tracking,
@@ -106,9 +114,14 @@ pub(super) fn split_interrupt_chip(fd: &VmFd, pins: u8) -> Result<()> {
     enable(fd, KVM_CAP_SPLIT_IRQCHIP, pins.into()).map_err(failed("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))
 }
 
-/// Creates a plain VM.
-fn create_plain(system: &System) -> Result<VmFd> {
-    let fd = create_fd(system, KVM_X86_DEFAULT_VM)?;
+/// Has the guest's wishes for memory of another visibility handed on.
+pub(super) fn exit_to_convert(fd: &VmFd) -> Result<()> {
+    enable(fd, KVM_CAP_EXIT_HYPERCALL, 1 << MAP_GPA_RANGE).map_err(failed("KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL)"))
+}
+
+/// Creates a VM of a type whose registers the monitor sets.
+fn create_with_registers(system: &System, kind: u32) -> Result<VmFd> {
+    let fd = create_fd(system, kind)?;
     split_interrupt_chip(&fd, IOAPIC_PINS)?;
     // Saved states then hold exceptions that wait with all that belongs to them. Where a kernel lacks these, such an
     // exception is delivered before the state is read (the first), or a triple fault forgotten (the second).
@@ -127,7 +140,7 @@ pub(super) fn enable(fd: &VmFd, cap: u32, argument: u64) -> std::result::Result<
 
 impl Vm for KvmVm {
     fn kind(&self) -> &KindTraits {
-        &KindTraits::STANDARD
+        self.0.slots.traits()
     }
 
     fn memory(&self) -> &dyn Memory {
@@ -180,9 +193,9 @@ impl Shared {
     /// A VM of the same making without memory, from which the state of a vCPU at power-on can be read.
     pub(super) fn blank_twin(&self) -> Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            fd: create_plain(&self.system)?,
+            fd: create_with_registers(&self.system, KVM_X86_DEFAULT_VM)?,
             system: self.system.clone(),
-            slots: Slots::new(0, false, false),
+            slots: Slots::new(0, false, &KindTraits::STANDARD),
             routes: Routes::new(),
             max_vcpus: self.max_vcpus,
             dirty_tracking: DirtyTracking::Off,

@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use hal::kvm::Kvm;
 use hal::{
-    BootRegisters, Conversion, DescriptorTable, DirtyTracking, Error, Exit, ExitHandler, GpaRange, GuestCall,
-    GuestCallStatus, Hypervisor, Registers, ResetState, Segment, Slot, SlotId, SystemRegisters, Vcpu, VcpuId,
-    Visibility, Vm, VmSpec,
+    BootRegisters, DescriptorTable, DirtyTracking, Error, Exit, ExitHandler, Hypervisor, Registers, ResetState,
+    Segment, Slot, SlotId, SystemRegisters, Vcpu, VcpuId, Vm, VmSpec,
 };
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress, MmapRegion};
 
@@ -136,12 +135,6 @@ impl ExitHandler for Recorder {
     }
     fn end_of_interrupt(&self, vector: u8) {
         self.say(Did::Eoi(vector));
-    }
-    fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
-        Conversion::Invalid
-    }
-    fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
-        GuestCallStatus::Unsupported
     }
 }
 

@@ -5,9 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 
 use hal::kvm::kick_signal;
-use hal::{
-    Conversion, Exit, ExitHandler, GpaRange, GuestCall, GuestCallStatus, Kick, MpState, ResetState, VcpuId, Visibility,
-};
+use hal::{Exit, ExitHandler, Kick, MpState, ResetState, VcpuId};
 use vmm_sys_util::signal::block_signal;
 
 use crate::guest::{CODE, Did, Guest, Recorder, kvm, real_mode, then_die};
@@ -65,12 +63,6 @@ fn a_kick_from_a_handler_ends_the_run_after_the_instruction() {
         fn mmio_read(&self, _: u64, _: &mut [u8]) {}
         fn mmio_write(&self, _: u64, _: &[u8]) {}
         fn end_of_interrupt(&self, _: u8) {}
-        fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
-            Conversion::Invalid
-        }
-        fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
-            GuestCallStatus::Unsupported
-        }
     }
     let Some(kvm) = kvm() else { return };
     let guest = Guest::new(&kvm, &then_die(&[0xe4, 0x10]));

@@ -3,10 +3,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
-use hal::{
-    Conversion, Exit, ExitHandler, GpaRange, GuestCall, GuestCallStatus, Hypervisor, Kick, Msr, ResetState, Vcpu,
-    VcpuId, VcpuSnapshot, Visibility, VmSpec,
-};
+use hal::{Exit, ExitHandler, Hypervisor, Kick, Msr, ResetState, Vcpu, VcpuId, VcpuSnapshot, VmSpec};
 use vm_memory::{Bytes, MemoryRegionAddress};
 
 use crate::guest::{Did, Guest, MEMORY, Recorder, kvm, real_mode};
@@ -55,12 +52,6 @@ fn a_saved_state_goes_on_in_another_vm() {
         fn mmio_read(&self, _: u64, _: &mut [u8]) {}
         fn mmio_write(&self, _: u64, _: &[u8]) {}
         fn end_of_interrupt(&self, _: u8) {}
-        fn convert(&self, _: GpaRange, _: Visibility) -> Conversion {
-            Conversion::Invalid
-        }
-        fn guest_call(&self, _: GuestCall) -> GuestCallStatus {
-            GuestCallStatus::Unsupported
-        }
     }
     let handler = KickAt(vcpu.kick(), Mutex::default());
     for _ in 0..3 {

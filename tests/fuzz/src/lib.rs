@@ -7,6 +7,7 @@ pub mod allocated;
 pub mod bodies;
 pub mod census;
 pub mod configuration;
+pub mod event_log;
 pub mod functions;
 pub mod fw_cfg;
 pub mod guest;

@@ -37,6 +37,7 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "json" => json(),
         "tdvf" => tdvf(),
         "igvm" => igvm(),
+        "event_log" => event_log(),
         "fw_cfg" => fw_cfg(),
         "http" => http(),
         "quote" => quote(),
@@ -67,6 +68,17 @@ fn igvm() -> Vec<Vec<u8>> {
     .iter()
     .map(|headers| crate::igvm::file(headers))
     .collect()
+}
+
+/// A log with a variable and a text, one of MRTD, and an empty one that is filled up.
+fn event_log() -> Vec<Vec<u8>> {
+    let name = [&[0x61; 16][..], &2_u64.to_le_bytes(), &1_u64.to_le_bytes(), b"P\0K\0!"].concat();
+    let full = [crate::event_log::log(&[]), vec![0xff; 64]].concat();
+    vec![
+        crate::event_log::log(&[(1, 0x8000_0001, &name), (2, 4, &[0; 4]), (2, 0x8000_0007, b"Exit Boot Services")]),
+        crate::event_log::log(&[(0, 1, b"firmware"), (5, 4, b"")]),
+        full,
+    ]
 }
 
 /// Items selected and read by the port and by requests.

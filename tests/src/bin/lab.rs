@@ -19,6 +19,7 @@ overlay in memory. Exits with the command's exit code.
   -i         an IOMMU
   -q OPTION  an option for QEMU; repeatable
   -a WORDS   words for the host kernel's command line
+  -k         the kernel whose KVM has software-protected VMs (scripts/install soak builds it)
   -t         emulate even where this machine could do it itself
   -v         show the host's console
   -p         only build the kernels' ELF files and the initramfs, and print their paths";
@@ -81,6 +82,7 @@ fn apply(spec: HostSpec, option: &str, value: &mut dyn FnMut() -> Result<String>
         "-i" => spec.iommu(),
         "-q" => spec.qemu(value()?.split_whitespace()),
         "-a" => spec.kernel_words(&value()?),
+        "-k" => spec.kernel(Kernel::Protected),
         "-t" => spec.kind(Kind::Emulated),
         "-v" => spec.show_console(),
         "--" => spec,

@@ -203,13 +203,17 @@ pub struct MeasureArgs {
     #[command(flatten)]
     pub domain: DomainArgs,
 
-    /// Write MRTD as a CoRIM document, which verifiers read, to FILE, too
+    /// Write the measurements as a CoRIM document, which verifiers read, to FILE, too
     #[arg(long, value_name = "FILE")]
     pub corim: Option<PathBuf>,
 
     /// List what MRTD is made of, and what the registers are extended with
     #[arg(long)]
     pub events: bool,
+
+    /// Compare the guest's event log in FILE, event by event: Linux shows it as /sys/firmware/acpi/tables/data/CCEL
+    #[arg(long, value_name = "FILE", conflicts_with = "igvm")]
+    pub event_log: Option<PathBuf>,
 
     /// Print JSON instead of text
     #[arg(long)]
@@ -319,7 +323,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub kernel: Option<String>,
 
-    /// Boot this firmware first, which then starts the kernel: OVMF with code and variables in one file
+    /// Boot this firmware first, which then starts the kernel, or finds one on a disk: OVMF with code and variables in one file
     #[arg(long, value_name = "FILE", help_heading = "Boot")]
     pub firmware: Option<String>,
 

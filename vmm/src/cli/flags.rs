@@ -71,9 +71,11 @@ impl Flags {
         if let Some(kernel) = &args.kernel {
             self.origin("kernel.path", "--kernel", kernel);
             config.kernel.path = kernel.into();
-        } else if args.config.is_none() {
+        } else if args.config.is_none() && args.firmware.is_none() {
             self.origins.push(("kernel.path".to_owned(), "--kernel".to_owned()));
-            self.add("--kernel", "no kernel is named", "give --kernel FILE, or --config FILE with a kernel in it");
+            let remedy =
+                "give --kernel FILE, --config FILE with a kernel in it, or --firmware FILE, which finds one on a disk";
+            self.add("--kernel", "no kernel is named", remedy);
         }
         if let Some(firmware) = &args.firmware {
             self.origin("firmware.path", "--firmware", firmware);

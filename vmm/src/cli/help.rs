@@ -139,20 +139,21 @@ pub const MEASURE_TITLE: &str = "Foretell the measurements of an Intel TDX trust
 
 /// `halyard measure --help`, before the flags.
 pub const MEASURE_ABOUT: &str = "\
-Foretell the measurements of an Intel TDX trust domain. MRTD is the SHA-384 over the pages that are added before it runs,
-in the order in which KVM has them measured (Linux 6.16 and later). With a kernel, RTMR0 to 2 are foretold, too, as OVMF and
-Linux extend them until the kernel runs on its own: RTMR0 with memory, ACPI tables and the firmware's variables, RTMR1 with
-the kernel, RTMR2 with its command line and initramfs. It needs no TDX, and no privileges.";
+Foretell the measurements of an Intel TDX trust domain. MRTD is the SHA-384 over the pages that are added before it \
+runs, in the order in which KVM has them measured (Linux 6.16 and later). With a kernel, RTMR0 to 2 are foretold, too, as \
+OVMF and Linux extend them until the kernel runs on its own: RTMR0 with memory, ACPI tables and the firmware's variables, \
+RTMR1 with the kernel, RTMR2 with its command line and initramfs. It needs no TDX, and no privileges.";
 
 /// `halyard measure --help`, after the flags.
-pub const MEASURE: &str = "Exit codes: 0, and 2 where a file, a flag or the configuration cannot be used.";
+pub const MEASURE: &str = "\
+Exit codes: 0, 9 where an event log is not what was foretold, and 2 where a file, a flag or the configuration cannot be used.";
 
 /// `halyard verify` in the list of commands.
 pub const VERIFY_TITLE: &str = "Check a quote of an Intel TDX trust domain";
 
 /// `halyard verify --help`, before the flags.
 pub const VERIFY_ABOUT: &str = "\
-Check a quote of an Intel TDX trust domain: whether its fields are those that are wanted, and whether its signature is that of a
+Check a quote of an Intel TDX trust domain: whether its fields are those that are wanted, and whether its signature is that of a \
 platform of Intel's. It prints each field, and what it differs from. Nothing is fetched: collateral comes from a file.";
 
 /// `halyard verify --help`, after the flags.

@@ -13,7 +13,7 @@ use arch::firmware::GivenKernel;
 use arch::layout;
 use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
-use arch::tdx::{self, LaunchPlan, LaunchRegion};
+use arch::tdx::{LaunchPlan, LaunchRegion, authority, corim};
 use hal::GpaRange;
 use nix::libc;
 use serde::Serialize;
@@ -21,13 +21,21 @@ use vm_memory::{FileOffset, MmapRegion};
 use vmm::Failure;
 
 use super::args::{DomainArgs, MeasureArgs, RunArgs};
+use super::event_log::{self, ReportedLog};
 use super::run::Source;
-use super::{HOST_FAILED, complain, print};
+use super::{DIFFERS, HOST_FAILED, complain, print, print_json};
 use crate::logging::Format;
 
 /// One more byte than any firmware has, and than any IGVM file may have.
 const MAX_FIRMWARE: u64 = (64 << 20) + 1;
 const MAX_IGVM: u64 = (256 << 20) + 1;
+/// Why RTMR0 to 2 are not foretold.
+const OF_DISK: &str = "firmware that is given no kernel goes on by what it finds on the disks: boot options (RTMR0), partition \
+                       tables and loaders (RTMR1), and what those load and do (RTMR2)";
+const OF_IGVM: &str = "what the code in an IGVM file extends them with is its own";
+/// Why there is nothing to compare an event log with.
+const NO_EVENTS: &str =
+    "what it is to have is foretold only of firmware that is given a kernel: give --firmware and --kernel";
 
 /// The measurements as JSON.
 #[derive(Debug, Serialize)]
@@ -37,12 +45,18 @@ pub struct Report {
     /// RTMR0 to 2 when the kernel runs, 96 hexadecimal digits each; none without a kernel.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rtmr: Vec<String>,
+    /// Why there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_foretold: Option<&'static str>,
     /// What MRTD is made of.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pages: Vec<ReportedPages>,
     /// What firmware and kernel extend the registers with, or without a kernel, what firmware does first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     events: Vec<ReportedEvent>,
+    /// What a guest's event log has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log: Option<ReportedLog>,
 }
 
 #[derive(Debug, Serialize)]
@@ -70,14 +84,18 @@ impl From<&LaunchRegion<'_>> for ReportedPages {
     }
 }
 
+/// An event as JSON.
 #[derive(Debug, Serialize)]
-struct ReportedEvent {
-    register: String,
+pub struct ReportedEvent {
+    /// As in "rtmr0".
+    pub register: String,
     /// The event's type, as in "0x8000000b".
     #[serde(rename = "type")]
-    kind: String,
-    what: &'static str,
-    digest: String,
+    pub kind: String,
+    /// What it is of.
+    pub what: String,
+    /// 96 hexadecimal digits.
+    pub digest: String,
 }
 
 impl From<Event> for ReportedEvent {
@@ -85,7 +103,7 @@ impl From<Event> for ReportedEvent {
         Self {
             register: format!("rtmr{}", event.register),
             kind: format!("{:#010x}", event.kind),
-            what: event.what,
+            what: event.what.into_owned(),
             digest: hex(&event.digest),
         }
     }
@@ -97,16 +115,9 @@ pub fn measure(args: &MeasureArgs, format: Format) -> ExitCode {
         Ok((_, report)) => report,
         Err(code) => return code,
     };
-    if !args.json {
-        return print(&text(&report), ExitCode::SUCCESS, format);
-    }
-    match serde_json::to_string_pretty(&report) {
-        Ok(text) => print(&(text + "\n"), ExitCode::SUCCESS, format),
-        Err(error) => {
-            complain(format, "", &format!("the report cannot be written: {error}"));
-            HOST_FAILED.into()
-        }
-    }
+    let differs = report.log.as_ref().is_some_and(|log| !log.matches);
+    let code = if differs { DIFFERS.into() } else { ExitCode::SUCCESS };
+    if args.json { print_json(&report, code, format) } else { print(&text(&report), code, format) }
 }
 
 /// The measurements of a trust domain, and its configuration, of which an IGVM file has none; or the exit code, after what is
@@ -137,7 +148,6 @@ fn of_igvm(path: &Path, args: &MeasureArgs) -> Result<Report, Failure> {
 fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report), Failure> {
     let check = |config: &VmConfig| {
         let mut problems = api::validate(config, &HostFacts::unlimited());
-        problems.retain(|problem| problem.field != "kernel.path" || has_kernel(config));
         if config.firmware.is_none() {
             problems.push(Problem::new("firmware", "no firmware is named", "give --firmware FILE, or --igvm FILE"));
         }
@@ -153,16 +163,25 @@ fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report)
     let file = read(&path, MAX_FIRMWARE).map_err(|error| bad("firmware.path", &path, &error))?;
     let ram = layout::ram_ranges(config.memory.size.bytes());
     let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad("firmware.path", &path, &error))?;
-    let events = if has_kernel(&config) { Some(all_events(&config, &plan, &ram)?) } else { None };
+    let events = if config.kernel.is_none() { None } else { Some(all_events(&config, &plan, &ram)?) };
     report(&plan, events, args).map(|report| (config, report))
 }
 
 /// What is told of a plan, and of all events until the kernel runs, where they are known.
 fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> Result<Report, Failure> {
-    let mut report =
-        Report { mrtd: hex(&measure::mrtd(plan)), rtmr: Vec::new(), pages: Vec::new(), events: Vec::new() };
-    if let Some(events) = &events {
-        report.rtmr = events::registers(events).iter().map(|register| hex(register)).collect();
+    let mrtd = hex(&measure::mrtd(plan));
+    let not_foretold = match (&events, &args.domain.igvm) {
+        (Some(_), _) => None,
+        (None, Some(_)) => Some(OF_IGVM),
+        (None, None) => Some(OF_DISK),
+    };
+    let (pages, rtmr) = (Vec::new(), Vec::new());
+    let mut report = Report { mrtd, rtmr, not_foretold, pages, events: Vec::new(), log: None };
+    let registers = events.as_deref().map(events::registers);
+    report.rtmr = registers.iter().flatten().map(|register| hex(register)).collect();
+    if let Some(path) = &args.event_log {
+        let events = events.as_deref().ok_or_else(|| bad("--event-log", path, &NO_EVENTS))?;
+        report.log = Some(event_log::compare(path, events)?);
     }
     if args.events {
         report.pages = plan.regions.iter().map(Into::into).collect();
@@ -170,19 +189,19 @@ fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> 
         report.events = events.unwrap_or_else(first).into_iter().map(Into::into).collect();
     }
     if let Some(path) = &args.corim {
-        let document = tdx::corim(plan).map_err(|error| Failure::Host(format!("CoRIM: {error}")))?;
+        let document =
+            corim::document(plan, registers.as_ref()).map_err(|error| Failure::Host(format!("CoRIM: {error}")))?;
         std::fs::write(path, document).map_err(|error| bad("--corim", path, &error))?;
     }
     Ok(report)
 }
 
-/// The flags as those of a run; no kernel need be named here.
+/// The flags as those of a run.
 fn domain(args: &DomainArgs) -> RunArgs {
-    let kernel = if args.config.is_none() { args.kernel.clone().or(Some(String::new())) } else { args.kernel.clone() };
     RunArgs {
         config: args.config.clone(),
         firmware: args.firmware.clone(),
-        kernel,
+        kernel: args.kernel.clone(),
         initramfs: args.initramfs.clone(),
         cmdline: args.cmdline.clone(),
         cpus: args.cpus.clone(),
@@ -191,11 +210,8 @@ fn domain(args: &DomainArgs) -> RunArgs {
     }
 }
 
-fn has_kernel(config: &VmConfig) -> bool {
-    !config.kernel.path.as_os_str().is_empty()
-}
-
-fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
+/// Something about a file that a field or a flag names.
+pub fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure {
     Failure::BadInput(Problems(vec![Problem::new(field, format!("{}: {problem}", path.display()), "")]))
 }
 
@@ -214,7 +230,9 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
     let given = GivenKernel { kernel: &kernel, initramfs, cmdline: &cmdline, unsigned: false };
     let items = arch::firmware::items(&platform, ram, Some(&given));
     let items = items.map_err(|error| vmm::boot::bad_boot(config, &error))?;
-    let mut events = events::of_firmware(plan, &items);
+    let authority = authority::of(&events::variables(plan), &kernel);
+    let authority = authority.map_err(|error| bad("kernel.path", kernel_path, &error))?;
+    let mut events = events::of_firmware(plan, &items, authority);
     let given = MeasuredKernel { kernel: &kernel, initramfs, cmdline: &cmdline };
     events.extend(events::of_kernel(&given).map_err(|error| match error {
         EventError::Kernel(_) => bad("kernel.path", kernel_path, &error),
@@ -226,8 +244,10 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
 }
 
 /// What a file holds.
-enum Contents {
+pub enum Contents {
+    /// It is mapped.
     Mapped(MmapRegion),
+    /// It was read, which a pipe has to be.
     Read(Vec<u8>),
 }
 
@@ -246,7 +266,10 @@ impl Deref for Contents {
 }
 
 /// Takes a file; no more of it than shows that it is too long. A copy would take a quarter as long as its measurement.
-fn read(path: &Path, too_long: u64) -> io::Result<Contents> {
+///
+/// # Errors
+/// It cannot be read.
+pub fn read(path: &Path, too_long: u64) -> io::Result<Contents> {
     let file = File::open(path)?;
     let (metadata, flags) = (file.metadata()?, libc::MAP_PRIVATE | libc::MAP_POPULATE);
     if metadata.is_file() {
@@ -268,12 +291,18 @@ fn text(report: &Report) -> String {
     for (number, register) in report.rtmr.iter().enumerate() {
         let _ = writeln!(text, "RTMR{number} {register}");
     }
+    if let Some(why) = report.not_foretold {
+        let _ = writeln!(text, "RTMR0 to 2 are not foretold: {why}");
+    }
     for ReportedPages { start, count, what, measured, sha384 } in &report.pages {
         let how = if *measured { "measured" } else { "added" };
         let _ = writeln!(text, "mrtd  {start:>10} {sha384} {count} pages {how}: {what}");
     }
     for ReportedEvent { register, kind, what, digest } in &report.events {
         let _ = writeln!(text, "{register} {kind} {digest} {what}");
+    }
+    if let Some(log) = &report.log {
+        event_log::tell(log, &report.rtmr, &mut text);
     }
     text
 }

@@ -3,6 +3,7 @@
 mod args;
 mod complete;
 mod ctl;
+mod event_log;
 mod flags;
 mod help;
 mod keys;
@@ -20,6 +21,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use api::SCHEMA_JSON;
+use serde::Serialize;
 
 use crate::logging::Format;
 use args::{Action, Cli};
@@ -28,6 +30,8 @@ use args::{Action, Cli};
 const HOST_FAILED: u8 = 1;
 /// A flag, the configuration, or a file that it names cannot be used.
 const BAD_INPUT: u8 = 2;
+/// A quote, or an event log, is not the one that was wanted.
+const DIFFERS: u8 = 9;
 
 /// Does what the command line says.
 pub fn main() -> ExitCode {
@@ -58,6 +62,17 @@ fn print(text: &str, code: ExitCode, format: Format) -> ExitCode {
             HOST_FAILED.into()
         }
         _ => code,
+    }
+}
+
+/// Prints a report as JSON.
+fn print_json(report: &impl Serialize, code: ExitCode, format: Format) -> ExitCode {
+    match serde_json::to_string_pretty(report) {
+        Ok(text) => print(&(text + "\n"), code, format),
+        Err(error) => {
+            complain(format, "", &format!("the report cannot be written: {error}"));
+            HOST_FAILED.into()
+        }
     }
 }
 

@@ -4,23 +4,14 @@ use std::process::ExitCode;
 
 use api::HostReport;
 
-use super::{HOST_FAILED, complain, print};
+use super::{HOST_FAILED, print, print_json};
 use crate::logging::Format;
 
 /// Prints what this host can do.
 pub fn probe(json: bool, format: Format) -> ExitCode {
     let report = vmm::host::probe();
     let code = if report.can_run() { ExitCode::SUCCESS } else { HOST_FAILED.into() };
-    if !json {
-        return print(&text(&report), code, format);
-    }
-    match serde_json::to_string_pretty(&report) {
-        Ok(text) => print(&(text + "\n"), code, format),
-        Err(error) => {
-            complain(format, "", &format!("the report cannot be written: {error}"));
-            HOST_FAILED.into()
-        }
-    }
+    if json { print_json(&report, code, format) } else { print(&text(&report), code, format) }
 }
 
 /// The report for people: a line for each thing, with yes or no, what was found, and what would help.

@@ -167,8 +167,18 @@ fn flags_change_a_file() {
 
 /// Command lines with the problems that they have.
 const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
-    (&[], &["--kernel: no kernel is named; give --kernel FILE, or --config FILE with a kernel in it"]),
-    (&["--kernel", ""], &["--kernel : no kernel is named; name a bzImage (vmlinuz) or an ELF kernel (vmlinux)"]),
+    (
+        &[],
+        &[
+            "--kernel: no kernel is named; give --kernel FILE, --config FILE with a kernel in it, or --firmware FILE, which finds one on a disk",
+        ],
+    ),
+    (
+        &["--kernel", ""],
+        &[
+            "--kernel : no kernel is named; name a bzImage (vmlinuz) or an ELF kernel (vmlinux), or firmware that finds one on a disk",
+        ],
+    ),
     (&["--kernel", "k", "--cpus", "0"], &["--cpus 0: count: a VM without vCPUs cannot run; 1 to 254 are possible"]),
     (
         &["--kernel", "k", "--cpus", "300"],
@@ -307,7 +317,7 @@ fn a_broken_flag_hides_no_other_problem_and_makes_none() {
     assert_eq!(
         told,
         [
-            "--kernel: no kernel is named; give --kernel FILE, or --config FILE with a kernel in it",
+            "--kernel: no kernel is named; give --kernel FILE, --config FILE with a kernel in it, or --firmware FILE, which finds one on a disk",
             "--cpus x,cores=4: count: «x» is not possible; write a whole number",
             "--disk a,queues=x: queues: «x» is not possible; write a number",
             "--net tap0,mac=01:00:00:00:00:00: mac: 01:00:00:00:00:00 is a group's address (multicast); the first byte must \

@@ -15,11 +15,9 @@ use serde::Serialize;
 
 use super::args::{DomainArgs, MeasureArgs, VerifyArgs};
 use super::measure::{foretell, hex};
-use super::{BAD_INPUT, HOST_FAILED, complain, print};
+use super::{BAD_INPUT, DIFFERS, HOST_FAILED, complain, print, print_json};
 use crate::logging::Format;
 
-/// The quote is not the one that was wanted.
-const DIFFERS: u8 = 9;
 /// The program that reads quotes.
 const PROGRAM: &str = "halyard-verify";
 /// The most that is read of each file, in bytes.
@@ -85,16 +83,7 @@ pub fn verify(args: &VerifyArgs, format: Format) -> ExitCode {
     };
     let good = report.verified || args.fields_only && report.matches;
     let code = if good { ExitCode::SUCCESS } else { DIFFERS.into() };
-    if !args.json {
-        return print(&text(&report), code, format);
-    }
-    match serde_json::to_string_pretty(&report) {
-        Ok(text) => print(&(text + "\n"), code, format),
-        Err(error) => {
-            complain(format, "", &format!("the report cannot be written: {error}"));
-            HOST_FAILED.into()
-        }
-    }
+    if args.json { print_json(&report, code, format) } else { print(&text(&report), code, format) }
 }
 
 fn report(args: &VerifyArgs, format: Format) -> Result<Report, Failure> {

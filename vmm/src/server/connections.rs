@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Context as Waiting;
+use std::task::{Context as Waiting, Poll};
 use std::time::{Duration, Instant};
 
 use hyper::body::Incoming;
@@ -16,10 +16,11 @@ use hyper::{Request, StatusCode};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
+use tokio::time::sleep;
 
 use super::reply::Reply;
 use super::socket::Access;
-use super::stream::{ClientStream, Received, Timers};
+use super::stream::{ClientStream, Received};
 use super::{Context, handlers};
 
 /// The most connections at a time.
@@ -65,6 +66,15 @@ impl Connection {
         self.activity.store(activity as u8, Ordering::Relaxed);
         let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.since.store(now, Ordering::Relaxed);
+    }
+
+    /// How long the client may be silent from now on, if that is its turn.
+    fn patience(&self) -> Duration {
+        if self.activity.load(Ordering::Relaxed) != Activity::Idle as u8 {
+            return IDLE;
+        }
+        let silent = self.started.elapsed().saturating_sub(Duration::from_millis(self.since.load(Ordering::Relaxed)));
+        IDLE.saturating_sub(silent)
     }
 }
 
@@ -200,17 +210,29 @@ fn refuse(stream: &UnixStream, status: StatusCode) {
 /// Answers a client's requests until it goes, or the server ends.
 async fn converse(stream: ClientStream, service: Answers, mut stopped: watch::Receiver<bool>) {
     let mut protocol = http1::Builder::new();
-    protocol.timer(Timers).header_read_timeout(IDLE).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
+    protocol.header_read_timeout(None).max_buf_size(MAX_HEAD).max_headers(MAX_HEADERS);
     // A client that has sent its request may close its side: the request is answered all the same. It is for streams that
     // never end to see that their reader is gone.
     protocol.half_close(true);
+    let client = service.connection.clone();
     let mut connection = pin!(protocol.serve_connection(stream, service).with_upgrades());
+    // Of a client that asks often it is seen only now and then how long it has been silent: hyper would set a timer for
+    // each request.
+    let mut silence = pin!(sleep(IDLE));
     let mut stop = pin!(stopped.changed());
     let mut stopping = false;
     let ended = poll_fn(|cx: &mut Waiting<'_>| {
         if !stopping && stop.as_mut().poll(cx).is_ready() {
             stopping = true;
             connection.as_mut().graceful_shutdown();
+        }
+        while silence.as_mut().poll(cx).is_ready() {
+            let patience = client.patience();
+            if patience.is_zero() {
+                tracing::debug!(pid = client.pid, "API: a client was silent for too long");
+                return Poll::Ready(Ok(()));
+            }
+            silence.as_mut().reset(tokio::time::Instant::now() + patience);
         }
         connection.as_mut().poll(cx)
     })

@@ -2,8 +2,8 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use api::routes::{Found, METRICS_TEXT, Operation, Route, Verb, find};
@@ -14,7 +14,6 @@ use hyper::{Method, Request, StatusCode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
-use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::connections::{Activity, Connection};
@@ -47,8 +46,6 @@ pub async fn answer(context: &Arc<Context>, connection: &Arc<Connection>, reques
     connection.does(Activity::Working);
     counters.in_flight.add(1);
     let done = InFlight { context, connection };
-    // A client that asks again as soon as it is answered must not be served before those who wait.
-    yield_now().await;
     let outcome = route(context, connection, request).await;
     // Descriptors that nobody claimed are closed with their request.
     drop(connection.received.take());
@@ -108,11 +105,12 @@ impl Drop for InFlight<'_> {
 /// The client's id for its request, where it is one that a log can hold, or else a new one.
 fn request_id(headers: &HeaderMap) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(1);
+    static PID: LazyLock<u32> = LazyLock::new(std::process::id);
     let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let usable = |id: &&str| (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic());
     match given.filter(usable) {
         Some(id) => id.to_owned(),
-        None => format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)),
+        None => format!("{}-{}", *PID, NEXT.fetch_add(1, Ordering::Relaxed)),
     }
 }
 

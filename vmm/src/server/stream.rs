@@ -12,7 +12,7 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tokio::io::{AsyncWrite, Interest};
 use tokio::net::UnixStream;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 
 /// The most descriptors that may wait on a connection to be claimed.
 pub const MAX_DESCRIPTORS: usize = 64;
@@ -172,30 +172,4 @@ fn receive(stream: &UnixStream, into: &mut [u8], received: &Received) -> io::Res
 fn own(number: RawFd) -> OwnedFd {
     // SAFETY: the kernel has just made it for this process, and nobody else knows of it.
     unsafe { OwnedFd::from_raw_fd(number) }
-}
-
-/// Tokio's timers for hyper.
-#[derive(Debug, Clone)]
-pub struct Timers;
-
-struct TimerSleep(Pin<Box<Sleep>>);
-
-impl Future for TimerSleep {
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        self.0.as_mut().poll(cx)
-    }
-}
-
-impl hyper::rt::Sleep for TimerSleep {}
-
-impl hyper::rt::Timer for Timers {
-    fn sleep(&self, duration: Duration) -> Pin<Box<dyn hyper::rt::Sleep>> {
-        Box::pin(TimerSleep(Box::pin(sleep(duration))))
-    }
-
-    fn sleep_until(&self, deadline: std::time::Instant) -> Pin<Box<dyn hyper::rt::Sleep>> {
-        Box::pin(TimerSleep(Box::pin(tokio::time::sleep_until(Instant::from_std(deadline)))))
-    }
 }

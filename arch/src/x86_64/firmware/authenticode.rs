@@ -26,8 +26,13 @@ const SIGNATURES_INDEX: u32 = 4;
 /// A section's header, and in it the size and place of its contents in the file.
 const SECTION_SIZE: u64 = 40;
 const RAW_SIZE: usize = 16;
-/// Where a file ends, for the digest.
+/// Where a file ends, for the digest, and where a signature begins.
 const ALIGNMENT: u64 = 8;
+/// In front of a signature: its length with this, a revision, and that it is PKCS #7.
+const SIGNATURE_HEAD: usize = 8;
+const PKCS7: [u8; 4] = [0, 2, 2, 0];
+/// The most bytes of signatures that are read.
+const MAX_SIGNATURES: u64 = 1 << 20;
 
 /// Why there is no digest.
 #[derive(Debug, thiserror::Error)]
@@ -109,9 +114,29 @@ impl<'a> Executable<'a> {
         Ok(Self { image, parts, signatures })
     }
 
-    /// Somebody has signed it. Whether that is true is not looked at.
-    pub fn is_signed(&self) -> bool {
-        !self.signatures.is_empty()
+    /// The signatures, each as DER.
+    ///
+    /// # Errors
+    /// [`PeError`], also where there are more than anybody would make.
+    pub fn signatures(&self) -> Result<Vec<Vec<u8>>, PeError> {
+        let len = self.signatures.end - self.signatures.start;
+        if len > MAX_SIGNATURES {
+            return Err(PeError::Format("its signatures take more than 1 MiB"));
+        }
+        let all = bytes(self.image, self.signatures.start, len)?;
+        let mut rest = &*all;
+        let mut signatures = Vec::new();
+        while let Some((head, behind)) = rest.split_at_checked(SIGNATURE_HEAD) {
+            let len = head.first_chunk().map_or(0, |len| u32::from_le_bytes(*len));
+            let len = usize::try_from(len).unwrap_or(usize::MAX).saturating_sub(SIGNATURE_HEAD);
+            let Some(signature) = behind.get(..len) else { break };
+            if head.ends_with(&PKCS7) {
+                signatures.push(signature.to_vec());
+            }
+            let next = len.next_multiple_of(usize::try_from(ALIGNMENT).unwrap_or(8));
+            rest = behind.get(next..).unwrap_or_default();
+        }
+        Ok(signatures)
     }
 
     /// The digest, of the file with zeros up to a multiple of eight bytes.

@@ -3,6 +3,8 @@
 mod authenticode;
 mod items;
 #[cfg(test)]
+mod test_kernel;
+#[cfg(test)]
 mod tests;
 
 use std::fs::File;
@@ -46,13 +48,13 @@ pub fn check_reset_vector(last: &[u8; 16]) -> Result<(), ImageError> {
     if [[0; 16], [0xff; 16]].contains(last) { Err(ImageError::NoResetVector) } else { Ok(()) }
 }
 
-/// Whether somebody has signed an EFI executable. By whom, and whether that is true, is not looked at.
+/// The signatures of an EFI executable, each as DER. By whom they are, and whether that is true, is not looked at.
 ///
 /// # Errors
 /// [`PeError`] where it is none.
-pub fn is_signed(file: &File) -> Result<bool, PeError> {
+pub fn signatures(file: &File) -> Result<Vec<Vec<u8>>, PeError> {
     let image = FileImage::new(file)?.ok_or(PeError::Format("it is not a regular file"))?;
-    Ok(Executable::read(&image)?.is_signed())
+    Executable::read(&image)?.signatures()
 }
 
 /// The boot processor's registers after power-on: it begins at the last 16 bytes below 4 GiB, in real mode (Intel SDM

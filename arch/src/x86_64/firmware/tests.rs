@@ -3,23 +3,8 @@ use std::io::{Seek, Write};
 
 use super::super::boot::BootError;
 use super::super::{Platform, Topology, layout};
+use super::test_kernel::kernel;
 use super::*;
-
-/// The least that is a bzImage with an EFI stub: boot sector, one sector of setup, some code.
-fn kernel() -> Vec<u8> {
-    let mut file = vec![0; 1024 + 100];
-    file[..2].copy_from_slice(b"MZ");
-    file[0x3c] = 0x40;
-    file[0x40..0x44].copy_from_slice(b"PE\0\0");
-    file[0x1f1] = 1;
-    file[0x201] = 0x66;
-    file[0x202..0x206].copy_from_slice(b"HdrS");
-    file[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
-    file[0x211] = 1;
-    file[0x236] = 1;
-    file[0x238..0x23c].copy_from_slice(&100_u32.to_le_bytes());
-    file
-}
 
 fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
@@ -166,7 +151,6 @@ fn digest(file: &Vec<u8>) -> Result<Vec<u8>, String> {
 #[test]
 fn signatures_and_checksum_do_not_count_and_all_else_does() {
     let file = executable();
-    assert!(Executable::read(&file).unwrap().is_signed());
     let before = digest(&file).unwrap();
     for at in [0x58 + 64, 0x58 + 67, 0x5f4, 0x5ff] {
         let mut changed = file.clone();
@@ -178,6 +162,21 @@ fn signatures_and_checksum_do_not_count_and_all_else_does() {
         changed[at] ^= 1;
         assert_ne!(digest(&changed).ok().as_ref(), Some(&before), "byte {at:#x}");
     }
+}
+
+#[test]
+fn signatures_are_read_up_to_one_that_is_cut_off() {
+    let with = |head: [u8; 8]| {
+        let mut file = executable();
+        file[0x5f4..0x5fc].copy_from_slice(&head);
+        Executable::read(&file).unwrap().signatures().unwrap()
+    };
+    assert_eq!(with([12, 0, 0, 0, 0, 2, 2, 0]), [vec![0x5a; 4]]);
+    assert_eq!(with([10, 0, 0, 0, 0, 2, 2, 0]), [vec![0x5a; 2]]);
+    // Of another kind, longer than there is, shorter than its own head.
+    assert!(with([12, 0, 0, 0, 0, 2, 1, 0]).is_empty());
+    assert!(with([13, 0, 0, 0, 0, 2, 2, 0]).is_empty());
+    assert_eq!(with([0, 0, 0, 0, 0, 2, 2, 0]), [Vec::<u8>::new()]);
 }
 
 #[test]

@@ -26,6 +26,10 @@ const EV_EFI_VARIABLE_DRIVER_CONFIG: u32 = 0x8000_0001;
 const EV_EFI_VARIABLE_BOOT: u32 = 0x8000_0002;
 const EV_EFI_BOOT_SERVICES_APPLICATION: u32 = 0x8000_0003;
 const EV_EFI_ACTION: u32 = 0x8000_0007;
+const EV_EFI_VARIABLE_AUTHORITY: u32 = 0x8000_00e0;
+/// Those whose data is a variable.
+pub(super) const EV_EFI_VARIABLES: [u32; 3] =
+    [EV_EFI_VARIABLE_DRIVER_CONFIG, EV_EFI_VARIABLE_BOOT, EV_EFI_VARIABLE_AUTHORITY];
 
 /// Items that firmware measures when it first looks at them, in its order: the boot menu is one with a number.
 const MEASURED_ITEMS: [(ItemKey, &str); 6] = [
@@ -85,8 +89,9 @@ pub fn variables<'a>(plan: &'a LaunchPlan) -> Variables<'a> {
     volume.map(|volume| Variables::read(&volume.contents)).unwrap_or_default()
 }
 
-/// What extends RTMR0: what the firmware is told of the machine, and whose executables it starts.
-pub fn of_firmware(plan: &LaunchPlan, items: &[Item]) -> Vec<Event> {
+/// What extends RTMR0: what the firmware is told of the machine, whose executables it starts, and by which key it starts the
+/// kernel ([`super::authority`]).
+pub fn of_firmware(plan: &LaunchPlan, items: &[Item], authority: Option<Digest384>) -> Vec<Event> {
     let mut events = super::measure::first_events(plan);
     let find = |key: ItemKey| items.iter().find(|item| item.key == key).map(|item| &item.contents);
     for (key, what) in MEASURED_ITEMS {
@@ -95,7 +100,7 @@ pub fn of_firmware(plan: &LaunchPlan, items: &[Item]) -> Vec<Event> {
         }
     }
     for (name, digest) in variables(plan).measured() {
-        events.push(Event { register: 0, kind: EV_EFI_VARIABLE_DRIVER_CONFIG, what: name, digest });
+        events.push(Event { register: 0, kind: EV_EFI_VARIABLE_DRIVER_CONFIG, what: name.into(), digest });
     }
     events.push(separator(0));
     for name in TABLES {
@@ -103,6 +108,9 @@ pub fn of_firmware(plan: &LaunchPlan, items: &[Item]) -> Vec<Event> {
             events.push(event(0, EV_PLATFORM_CONFIG_FLAGS, name, bytes));
         }
     }
+    let key =
+        |digest| Event { register: 0, kind: EV_EFI_VARIABLE_AUTHORITY, what: "the kernel's key in db".into(), digest };
+    events.extend(authority.map(key));
     events.push(event(0, EV_EFI_VARIABLE_BOOT, "BootOrder", &BOOT_ORDER));
     events.push(event(0, EV_EFI_VARIABLE_BOOT, "Boot0000", &menu()));
     events
@@ -117,7 +125,7 @@ pub fn of_kernel(given: &MeasuredKernel) -> Result<Vec<Event>, EventError> {
     let digest = Executable::read(&image)?.digest::<Sha384>().map_err(PeError::Read)?;
     let action = |text: &'static str| event(1, EV_EFI_ACTION, text, text.as_bytes());
     let mut events = vec![
-        Event { register: 1, kind: EV_EFI_BOOT_SERVICES_APPLICATION, what: "the kernel", digest: digest.into() },
+        Event { register: 1, kind: EV_EFI_BOOT_SERVICES_APPLICATION, what: "the kernel".into(), digest: digest.into() },
         action(CALLING),
         separator(1),
         action(EXIT_INVOKED),
@@ -131,7 +139,7 @@ pub fn of_kernel(given: &MeasuredKernel) -> Result<Vec<Event>, EventError> {
     }
     if let Some(initramfs) = given.initramfs {
         let digest = whole(initramfs).map_err(EventError::Initramfs)?;
-        events.push(Event { register: 2, kind: EV_EVENT_TAG, what: "the initramfs", digest });
+        events.push(Event { register: 2, kind: EV_EVENT_TAG, what: "the initramfs".into(), digest });
     }
     Ok(events)
 }

@@ -1,13 +1,9 @@
 //! IGVM files (Independent Guest Virtual Machine, <https://docs.rs/igvm_defs>): the pages of a trust domain as somebody has
-//! put them together, in the order of their measurement; and measurements as a CoRIM document, which verifiers read.
+//! put them together, in the order of their measurement.
 
 use hal::GpaRange;
-use igvm::corim::launch_measurement::{LaunchMeasurement, MeasurementKind};
-use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader, IgvmRevision, IgvmSerializer};
-use igvm_defs::{
-    IGVM_MAGIC_VALUE, IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType,
-    IgvmPlatformType,
-};
+use igvm::{IgvmDirectiveHeader, IgvmFile, IgvmPlatformHeader};
+use igvm_defs::{IGVM_MAGIC_VALUE, IgvmPlatformType};
 
 use super::super::layout::PAGE_SIZE;
 use super::plan::{LaunchPlan, LaunchRegion};
@@ -34,7 +30,6 @@ const REGISTERS: u32 = 0x304;
 const PLACES: [(u32, usize); 5] = [(PARAMETER_AREA, 12), (0x302, 12), (REGISTERS, 12), (CORIM[0], 4), (CORIM[1], 4)];
 /// No trust domain has memory from here on: the bit that makes an address a shared one.
 const ADDRESS_END: u64 = 1 << 51;
-const PAGE_BYTES: usize = 4096;
 
 /// Why an IGVM file cannot be launched.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -203,46 +198,4 @@ fn check_places(regions: &[LaunchRegion]) -> Result<(), IgvmError> {
         };
     }
     Ok(())
-}
-
-/// The launch measurement with a security version number, without which the profile has none: 0, the lowest.
-fn endorsed() -> Result<LaunchMeasurement, igvm::corim::launch_measurement::Error> {
-    let mut measurement = LaunchMeasurement::for_platform(IgvmPlatformType::TDX)?;
-    measurement.set_measurement(MeasurementKind::Launch)?;
-    measurement.endorse(0).with(MeasurementKind::Launch)?.finish()?;
-    Ok(measurement)
-}
-
-/// A CoRIM document (Concise Reference Integrity Manifest, draft-ietf-rats-corim) of the launch measurement, MRTD, without a
-/// signature.
-///
-/// # Errors
-/// What the igvm crate has against the plan.
-pub fn corim(plan: &LaunchPlan) -> Result<Vec<u8>, String> {
-    let mask = 1;
-    let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
-        compatibility_mask: mask,
-        highest_vtl: 0,
-        platform_type: IgvmPlatformType::TDX,
-        platform_version: IGVM_TDX_PLATFORM_VERSION,
-        shared_gpa_boundary: 0,
-    });
-    let mut pages = Vec::new();
-    for region in &plan.regions {
-        let mut contents = region.contents.chunks(PAGE_BYTES);
-        for gpa in (region.memory.start..region.memory.start + region.memory.len).step_by(PAGE_BYTES) {
-            pages.push(IgvmDirectiveHeader::PageData {
-                gpa,
-                compatibility_mask: mask,
-                flags: IgvmPageDataFlags::new().with_unmeasured(!region.measured),
-                data_type: IgvmPageDataType::NORMAL,
-                data: contents.next().unwrap_or_default().to_vec(),
-            });
-        }
-    }
-    let told = |error: igvm::Error| error.to_string();
-    let file = IgvmFile::new(IgvmRevision::V1, vec![platform], Vec::new(), pages).map_err(told)?;
-    let measurement = endorsed().map_err(|error| error.to_string())?;
-    let mut serializer = IgvmSerializer::new(&file).map_err(told)?;
-    serializer.add_corim(IgvmPlatformType::TDX, measurement.build()).map(<[u8]>::to_vec).map_err(told)
 }

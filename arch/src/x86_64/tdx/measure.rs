@@ -1,6 +1,8 @@
 //! What the TDX module makes of a launch: MRTD, and the events that firmware extends first (Intel TDX Module Base
 //! Architecture Specification, "Measurement and Attestation").
 
+use std::borrow::Cow;
+
 use sha2::{Digest, Sha384};
 
 use super::plan::{LaunchPlan, LaunchRegion};
@@ -22,7 +24,7 @@ pub struct Event {
     /// Its type (TCG PC Client Platform Firmware Profile, §10.4.1).
     pub kind: u32,
     /// What it is of.
-    pub what: &'static str,
+    pub what: Cow<'static, str>,
     /// The SHA-384 that the register is extended with.
     pub digest: Digest384,
 }
@@ -49,7 +51,7 @@ pub fn first_events(plan: &LaunchPlan) -> Vec<Event> {
 
 /// An event of these bytes.
 pub(super) fn event(register: u8, kind: u32, what: &'static str, measured: &[u8]) -> Event {
-    Event { register, kind, what, digest: Sha384::digest(measured).into() }
+    Event { register, kind, what: what.into(), digest: Sha384::digest(measured).into() }
 }
 
 /// TDH.MEM.PAGE.ADD of each page, and TDH.MR.EXTEND of what is measured, which begins with the contents and goes on with zeros.

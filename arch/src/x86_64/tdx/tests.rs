@@ -1,5 +1,11 @@
 //! Firmware made for the purpose, good and bad, and the values that other programs and real hardware gave.
 
+mod captured;
+mod signed;
+
+use std::fs::File;
+use std::io::Write;
+
 use hal::GpaRange;
 use sha2::{Digest, Sha384};
 
@@ -286,12 +292,8 @@ fn a_platform_key_is_secure_boot() {
     assert_eq!(Variables::read(&changed).measured(), empty.measured());
 }
 
-/// The events of a log of real hardware, and RTMRs as they follow from events.
-#[test]
-fn what_a_kernel_is_given_is_measured_as_hardware_did() {
-    use std::io::Write;
-
-    let mut kernel = tempfile::tempfile().unwrap();
+/// An executable as short as there is one.
+fn pe() -> Vec<u8> {
     let mut pe = vec![0; 0x400];
     pe[..2].copy_from_slice(b"MZ");
     pe[0x3c] = 0x40;
@@ -299,7 +301,19 @@ fn what_a_kernel_is_given_is_measured_as_hardware_did() {
     pe[0x54] = 240;
     pe[0x58..0x5a].copy_from_slice(&[0x0b, 2]);
     pe[0x58 + 60..0x58 + 62].copy_from_slice(&[0, 2]);
-    kernel.write_all(&pe).unwrap();
+    pe
+}
+
+fn executable() -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&pe()).unwrap();
+    file
+}
+
+/// The events of a log of real hardware, and RTMRs as they follow from events.
+#[test]
+fn what_a_kernel_is_given_is_measured_as_hardware_did() {
+    let kernel = executable();
     let given = events::MeasuredKernel { kernel: &kernel, initramfs: Some(&kernel), cmdline: "quiet" };
     let all = events::of_kernel(&given).unwrap();
     let seen: Vec<_> = all.iter().map(|event| (event.register, event.kind)).collect();
@@ -308,7 +322,7 @@ fn what_a_kernel_is_given_is_measured_as_hardware_did() {
     let digests: Vec<_> = all[1..5].iter().map(|event| start_of(&event.digest)).collect();
     assert_eq!(digests, [0x77a0_dab2, 0x3943_41b7, 0x214b_0bef, 0x0a2e_01c8]);
     let options: Vec<u8> = "initrd=initrd quiet\0".encode_utf16().flat_map(u16::to_le_bytes).collect();
-    assert_eq!((all[5].digest, all[6].digest), (Sha384::digest(options).into(), Sha384::digest(&pe).into()));
+    assert_eq!((all[5].digest, all[6].digest), (Sha384::digest(options).into(), Sha384::digest(pe()).into()));
     let last = Sha384::digest([[0; 48], all[5].digest].concat());
     let last: [u8; 48] = Sha384::digest([&last[..], &all[6].digest].concat()).into();
     let registers = events::registers(&all);

@@ -29,7 +29,9 @@ const GLOBAL: [u8; 16] =
 const SECURITY: [u8; 16] =
     [0xcb, 0xb2, 0x19, 0xd7, 0x3a, 0x3d, 0x96, 0x45, 0xa3, 0xbc, 0xda, 0xd0, 0x0e, 0x67, 0x65, 0x6f];
 /// Keys and signatures by which firmware decides, in the order in which it measures them: the last where it is there.
-const KEYS: [(&str, [u8; 16]); 4] = [("PK", GLOBAL), ("KEK", GLOBAL), ("db", SECURITY), ("dbx", SECURITY)];
+const KEYS: [(&str, [u8; 16]); 4] = [("PK", GLOBAL), ("KEK", GLOBAL), (DATABASE, SECURITY), ("dbx", SECURITY)];
+/// Whose signatures count.
+const DATABASE: &str = "db";
 const TIMESTAMPS: (&str, [u8; 16]) = ("dbt", SECURITY);
 const SECURE_BOOT: &str = "SecureBoot";
 
@@ -68,6 +70,11 @@ impl<'a> Variables<'a> {
         self.by_name.contains_key(&(name.to_owned(), vendor))
     }
 
+    /// Whose signatures count: EFI signature lists.
+    pub(super) fn database(&self) -> &'a [u8] {
+        self.by_name.get(&(DATABASE.to_owned(), SECURITY)).copied().unwrap_or_default()
+    }
+
     /// What firmware measures of them, by name: a variable that is missing is one without data.
     pub fn measured(&self) -> Vec<(&'static str, Digest384)> {
         // Firmware makes it from the others.
@@ -85,6 +92,11 @@ impl<'a> Variables<'a> {
         measured.extend(find(name, vendor).map(|data| (name, digest(name, vendor, data))));
         measured
     }
+}
+
+/// What firmware measures of an entry of its database.
+pub(super) fn digest_of_entry(entry: &[u8]) -> Digest384 {
+    digest(DATABASE, SECURITY, entry)
 }
 
 /// Of a variable's vendor, the lengths of name (in characters) and data as numbers of 64 bits, and both (TCG PC Client

@@ -20,14 +20,13 @@ use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPUS, KVM_CAP_X86_APIC_BUS_CYCLES_NS, KVM_X86_TDX_VM};
+use kvm_bindings::{KVM_CAP_MAX_VCPUS, KVM_CAP_X86_APIC_BUS_CYCLES_NS, KVM_X86_TDX_VM};
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
 use self::abi::Command;
 pub(super) use self::abi::{EXIT_TDX, SYSTEM_EVENT_TDX_FATAL};
-use self::exits::MAP_GPA_RANGE;
 use self::launch::{Calls, Capabilities};
 use self::vcpu::TdVcpu;
 use super::irq::IOAPIC_PINS;
@@ -89,8 +88,7 @@ impl TdVm {
         let vm = Arc::new(Shared::new(fd, system, caps, spec));
         let calls = Bare(&vm);
         let capabilities = launch::capabilities(&calls)?;
-        vm::enable(&vm.fd, KVM_CAP_EXIT_HYPERCALL, 1 << MAP_GPA_RANGE)
-            .map_err(failed("KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL)"))?;
+        vm::exit_to_convert(&vm.fd)?;
         vm::split_interrupt_chip(&vm.fd, IOAPIC_PINS)?;
         // Only once there is an interrupt chip, and no vCPU yet.
         vm::enable(&vm.fd, KVM_CAP_X86_APIC_BUS_CYCLES_NS, APIC_CYCLE)

@@ -41,7 +41,9 @@ pub fn vm(vm: &VmInfo) -> String {
     let Some(config) = vm.running.as_ref().or(vm.config.as_ref()) else { return facts(lines) };
     let path = |path: &std::path::Path| path.display().to_string();
     lines.extend(config.firmware.as_ref().map(|firmware| ("firmware", path(&firmware.path))));
-    lines.push(("kernel", path(&config.kernel.path)));
+    if !config.kernel.is_none() {
+        lines.push(("kernel", path(&config.kernel.path)));
+    }
     lines.extend(config.kernel.initramfs.as_ref().map(|initramfs| ("initramfs", path(initramfs))));
     lines.extend(config.kernel.cmdline.as_ref().map(|cmdline| ("command line", cmdline.clone())));
     lines.push(("vCPUs", config.cpus.count.to_string()));

@@ -1,0 +1,120 @@
+//! Which of its keys firmware starts an executable by, which it measures (UEFI 2.10, §32.4; RFC 5652 and RFC 5280 for what
+//! is signed). Signatures are not checked: an executable that is not what was signed will not start, and so extends nothing.
+
+use std::fs::File;
+
+use super::super::firmware::{PeError, signatures};
+use super::measure::Digest384;
+use super::variables::{Variables, digest_of_entry};
+
+/// a5c059a1-94e4-4aa7-87b5-ab155c2bf072: a list of certificates.
+const CERTIFICATES: [u8; 16] =
+    [0xa1, 0x59, 0xc0, 0xa5, 0xe4, 0x94, 0xa7, 0x4a, 0x87, 0xb5, 0xab, 0x15, 0x5c, 0x2b, 0xf0, 0x72];
+/// Of a list: its kind, and the lengths of all of it, of a header of its own, and of each entry.
+const LIST_HEAD: usize = 28;
+/// Of an entry: who put it there.
+const OWNER: usize = 16;
+
+/// Tags of DER.
+const SEQUENCE: u8 = 0x30;
+const FIRST_OF_CHOICE: u8 = 0xa0;
+
+/// What firmware with secure boot measures of the key by which it starts an executable; none where it has no secure boot, or no
+/// such key.
+///
+/// # Errors
+/// [`PeError`], where the file is no executable.
+pub fn of(variables: &Variables, file: &File) -> Result<Option<Digest384>, PeError> {
+    if !variables.secure_boot() {
+        return Ok(None);
+    }
+    let entries = entries(variables.database());
+    let signatures = signatures(file)?;
+    let by = |signature: &Vec<u8>| {
+        let signers = signers(signature)?;
+        entries.iter().find(|entry| entry.get(OWNER..).is_some_and(|key| has_signed(key, &signers)))
+    };
+    Ok(signatures.iter().find_map(by).map(|entry| digest_of_entry(entry)))
+}
+
+/// The entries of a database that are certificates, each with its owner in front.
+fn entries(mut database: &[u8]) -> Vec<&[u8]> {
+    let mut entries = Vec::new();
+    while let Some(head) = database.get(..LIST_HEAD) {
+        let length = |at: usize| {
+            let bytes = head.get(at..).and_then(|rest| rest.first_chunk());
+            usize::try_from(bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))).unwrap_or(usize::MAX)
+        };
+        let (all, header, each) = (length(16), length(20), length(24));
+        let Some((list, rest)) = database.split_at_checked(all.max(LIST_HEAD)) else { break };
+        if list.starts_with(&CERTIFICATES) && each > OWNER {
+            let behind = LIST_HEAD.checked_add(header).and_then(|start| list.get(start..));
+            entries.extend(behind.unwrap_or_default().chunks_exact(each));
+        }
+        database = rest;
+    }
+    entries
+}
+
+/// A certificate is one of these, or has the name of one's issuer.
+fn has_signed(key: &[u8], signers: &[&[u8]]) -> bool {
+    let Some((_, subject)) = names(key) else { return false };
+    signers.iter().any(|signer| key.starts_with(signer) || names(signer).is_some_and(|(issuer, _)| issuer == subject))
+}
+
+/// The certificates in signed data.
+fn signers(signature: &[u8]) -> Option<Vec<&[u8]>> {
+    let (content, _) = element(signature, SEQUENCE)?;
+    let signed = parts(content.inside).find(|part| part.tag == FIRST_OF_CHOICE)?;
+    let (signed, _) = element(signed.inside, SEQUENCE)?;
+    let certificates = parts(signed.inside).find(|part| part.tag == FIRST_OF_CHOICE)?;
+    Some(parts(certificates.inside).map(|part| part.whole).collect())
+}
+
+/// Whose certificate it is by whom: the names of issuer and subject.
+fn names(certificate: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (certificate, _) = element(certificate, SEQUENCE)?;
+    let (signed, _) = element(certificate.inside, SEQUENCE)?;
+    // Behind a version, if there is one, a number: algorithm, issuer, validity, subject.
+    let mut sequences = parts(signed.inside).filter(|part| part.tag == SEQUENCE);
+    let issuer = sequences.nth(1)?;
+    let subject = sequences.nth(1)?;
+    Some((issuer.whole, subject.whole))
+}
+
+struct Element<'a> {
+    tag: u8,
+    inside: &'a [u8],
+    whole: &'a [u8],
+}
+
+/// An element with this tag, and what is behind it.
+fn element(bytes: &[u8], tag: u8) -> Option<(Element<'_>, &[u8])> {
+    next(bytes).filter(|(element, _)| element.tag == tag)
+}
+
+/// The elements that follow each other.
+fn parts(mut bytes: &[u8]) -> impl Iterator<Item = Element<'_>> {
+    std::iter::from_fn(move || {
+        let (element, rest) = next(bytes)?;
+        bytes = rest;
+        Some(element)
+    })
+}
+
+fn next(bytes: &[u8]) -> Option<(Element<'_>, &[u8])> {
+    let (&tag, rest) = bytes.split_first()?;
+    let (&first, rest) = rest.split_first()?;
+    let (length, rest) = match first {
+        0..=0x7f => (usize::from(first), rest),
+        // The number of bytes that have it.
+        0x81..=0x84 => {
+            let (length, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
+            (length.iter().fold(0, |length, byte| length << 8 | usize::from(*byte)), rest)
+        }
+        _ => return None,
+    };
+    let (inside, behind) = rest.split_at_checked(length)?;
+    let whole = bytes.get(..bytes.len() - behind.len())?;
+    Some((Element { tag, inside, whole }, behind))
+}
