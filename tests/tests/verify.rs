@@ -109,6 +109,7 @@ fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     let differs = |args: &[&str], name: &str| {
         let run = verify(&quote, &[&wanted[..6], args].concat()).expect_code(9);
         assert!(run.output().contains(&format!("DIFFERS   {name} ")), "{run}");
+        assert_eq!(run.output().contains("halyard measure --event-log"), name.starts_with("rtmr"), "{run}");
         assert!(run.output().ends_with("signature valid, platform UpToDate\nNOT VERIFIED\n"), "{run}");
     };
     differs(&["--report-data", "deadbeee"], "reportdata");

@@ -216,6 +216,11 @@ fn text(report: &Report) -> String {
             }
         }
     }
+    if report.fields.iter().any(|field| field.name.starts_with("rtmr") && field.differs()) {
+        text.push_str(
+            "          which event makes a register another: halyard measure --event-log FILE, with the guest's log\n",
+        );
+    }
     let _ = match &report.signature {
         None => writeln!(text, "signature NOT CHECKED: anybody can have written this"),
         Some(QuoteSignature::Invalid { reason }) => writeln!(text, "signature INVALID: {reason}"),
