@@ -3,8 +3,10 @@
 use std::fmt::Write;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Deref;
 use std::path::Path;
 use std::process::ExitCode;
+use std::slice;
 
 use api::{HostFacts, Problem, Problems, VmConfig};
 use arch::firmware::GivenKernel;
@@ -13,7 +15,9 @@ use arch::tdx::events::{self, EventError, MeasuredKernel};
 use arch::tdx::measure::{self, Event};
 use arch::tdx::{LaunchPlan, LaunchRegion, authority, corim};
 use hal::GpaRange;
+use nix::libc;
 use serde::Serialize;
+use vm_memory::{FileOffset, MmapRegion};
 use vmm::Failure;
 
 use super::args::{DomainArgs, MeasureArgs, RunArgs};
@@ -239,17 +243,46 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
     Ok(events)
 }
 
-/// Reads a file; no more of it than shows that it is too long.
+/// What a file holds.
+pub enum Contents {
+    /// It is mapped.
+    Mapped(MmapRegion),
+    /// It was read, which a pipe has to be.
+    Read(Vec<u8>),
+}
+
+impl Deref for Contents {
+    type Target = [u8];
+
+    #[expect(unsafe_code, reason = "a mapped file is read where it lies")]
+    fn deref(&self) -> &[u8] {
+        match self {
+            // SAFETY: the mapping is as long, and lives as long as this does. Nobody writes to it here; who writes to the file or
+            // cuts it short meanwhile has other measurements told, or this program ended, which holds nothing.
+            Self::Mapped(mapping) => unsafe { slice::from_raw_parts(mapping.as_ptr(), mapping.size()) },
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// Takes a file; no more of it than shows that it is too long. A copy would take a quarter as long as its measurement.
 ///
 /// # Errors
 /// It cannot be read.
-pub fn read(path: &Path, too_long: u64) -> io::Result<Vec<u8>> {
+pub fn read(path: &Path, too_long: u64) -> io::Result<Contents> {
     let file = File::open(path)?;
-    // One more byte than there is shows the end without another round.
-    let expected = file.metadata()?.len().saturating_add(1).min(too_long);
-    let mut bytes = Vec::with_capacity(usize::try_from(expected).unwrap_or(0));
+    let (metadata, flags) = (file.metadata()?, libc::MAP_PRIVATE | libc::MAP_POPULATE);
+    if metadata.is_file() {
+        let len = usize::try_from(metadata.len().min(too_long)).unwrap_or(usize::MAX);
+        let place = FileOffset::new(file.try_clone()?, 0);
+        // An empty file has no mapping, nor have those of some file systems.
+        if let Ok(mapping) = MmapRegion::build(Some(place), len, libc::PROT_READ, flags) {
+            return Ok(Contents::Mapped(mapping));
+        }
+    }
+    let mut bytes = Vec::new();
     file.take(too_long).read_to_end(&mut bytes)?;
-    Ok(bytes)
+    Ok(Contents::Read(bytes))
 }
 
 fn text(report: &Report) -> String {

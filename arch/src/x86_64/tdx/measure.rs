@@ -5,7 +5,6 @@ use std::borrow::Cow;
 
 use sha2::{Digest, Sha384};
 
-use super::super::layout::PAGE_SIZE;
 use super::plan::{LaunchPlan, LaunchRegion};
 use super::tdvf::SectionKind;
 
@@ -55,29 +54,29 @@ pub(super) fn event(register: u8, kind: u32, what: &'static str, measured: &[u8]
     Event { register, kind, what: what.into(), digest: Sha384::digest(measured).into() }
 }
 
-/// TDH.MEM.PAGE.ADD of each page, and TDH.MR.EXTEND of what is measured.
+/// TDH.MEM.PAGE.ADD of each page, and TDH.MR.EXTEND of what is measured, which begins with the contents and goes on with zeros.
 fn add(hash: &mut Sha384, region: &LaunchRegion) {
     let pages = (region.memory.start..region.memory.start + region.memory.len).step_by(PAGE_BYTES);
-    let mut contents = &*region.contents;
+    let mut rest = &*region.contents;
+    // All of a page at once: a hash does two of its blocks faster than one and another.
+    let mut piece = [0; BLOCK + PAGE_BYTES / CHUNK * (BLOCK + CHUNK)];
     for page in pages {
-        hash.update(block(b"MEM.PAGE.ADD", page));
-        let here;
-        (here, contents) = contents.split_at(contents.len().min(PAGE_BYTES));
-        if region.measured {
-            extend(hash, page, here);
+        let (front, chunks) = piece.split_at_mut(BLOCK);
+        front.copy_from_slice(&block(b"MEM.PAGE.ADD", page));
+        if !region.measured {
+            hash.update(front);
+            continue;
         }
-    }
-}
-
-/// Measures a page that begins with `contents` and goes on with zeros.
-fn extend(hash: &mut Sha384, page: u64, contents: &[u8]) {
-    let mut rest = contents;
-    for at in (page..page + PAGE_SIZE).step_by(CHUNK) {
-        hash.update(block(b"MR.EXTEND", at));
-        let here;
-        (here, rest) = rest.split_at(rest.len().min(CHUNK));
-        hash.update(here);
-        hash.update([0; CHUNK].split_at(here.len()).1);
+        for (at, chunk) in (page..).step_by(CHUNK).zip(chunks.chunks_exact_mut(BLOCK + CHUNK)) {
+            let (front, contents) = chunk.split_at_mut(BLOCK);
+            front.copy_from_slice(&block(b"MR.EXTEND", at));
+            let here;
+            (here, rest) = rest.split_at(rest.len().min(CHUNK));
+            let (held, zeros) = contents.split_at_mut(here.len());
+            held.copy_from_slice(here);
+            zeros.fill(0);
+        }
+        hash.update(piece);
     }
 }
 
