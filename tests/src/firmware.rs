@@ -10,9 +10,11 @@ use igvm_defs::{
     IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
 
-use crate::cache;
+use crate::{Host, cache};
 
 const PAGE: usize = 4096;
+/// The vendor of the variables that hold the keys of secure boot and what it forbids.
+pub const SECURITY: &str = "d719b2cb-3d3a-4596-a3bc-dad00e67656f";
 
 /// Debian's firmware for trust domains.
 ///
@@ -117,4 +119,34 @@ pub fn mrtd_by_igvm(file: &[u8]) -> Result<String> {
     let pages = directives(file)?;
     let digest = generate_tdx_measurement(&pages, 1)?;
     Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// What the firmware ticks with, 100 times a second, does so once in 1000 s, which no boot takes and it does not miss: a host in
+/// QEMU's software emulation ends when an interrupt comes while a guest is in the handler of another and writes the register
+/// CR8 there, as this firmware's handlers do and Linux's do not (`tcg_handle_interrupt: assertion failed: (bql_locked())`,
+/// QEMU 10.0). Only periodic timers of local APICs are slower by this, which Linux does not use.
+const SLOW_TICKS: &str = "echo 1000000000 > /sys/module/kvm/parameters/min_timer_period_us";
+
+/// Has a host's guests live with few ticks of local APICs' periodic timers, so that firmware can run there.
+///
+/// # Errors
+/// The host does not do it.
+pub fn slow_ticks(host: &Host) -> Result<()> {
+    host.run(SLOW_TICKS)?.ok().map(drop)
+}
+
+/// What is measured in front of a variable's data: its vendor, the lengths of name and data, the name.
+///
+/// # Errors
+/// The vendor is no GUID.
+pub fn variable_head(name: &str, vendor: &str, data: usize) -> Result<Vec<u8>> {
+    // The first three numbers of a GUID are little-endian.
+    let digits = vendor.replace('-', "");
+    let byte = |number: usize| u8::from_str_radix(&digits[2 * number..2 * number + 2], 16);
+    let order = [3, 2, 1, 0, 5, 4, 7, 6, 8, 9, 10, 11, 12, 13, 14, 15];
+    let mut head = order.into_iter().map(byte).collect::<Result<Vec<u8>, _>>()?;
+    head.extend_from_slice(&(name.len() as u64).to_le_bytes());
+    head.extend_from_slice(&(data as u64).to_le_bytes());
+    head.extend(name.encode_utf16().flat_map(u16::to_le_bytes));
+    Ok(head)
 }
