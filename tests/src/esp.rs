@@ -1,5 +1,4 @@
 //! A disk that firmware boots: an EFI system partition with Debian's signed shim and GRUB, and a kernel for them.
-//! `scripts/install soak` unpacks both.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -7,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{cache, images, kernels::Kernel};
+use crate::{firmware, images, kernels::Kernel};
 
 /// Bytes of the disk, and where its one partition begins: at a MiB, as `@@1M` tells mtools.
 const SIZE: u64 = 64 << 20;
@@ -27,13 +26,7 @@ struct Content {
 /// # Errors
 /// It is not there.
 pub fn shim() -> Result<PathBuf> {
-    signed("usr/lib/shim/shimx64.efi.signed")
-}
-
-fn signed(path: &str) -> Result<PathBuf> {
-    let path = cache::folder()?.join("trees/esp").join(path);
-    ensure!(path.exists(), "{} is not there: scripts/install soak unpacks it", path.display());
-    Ok(path)
+    firmware::file("shimx64.efi.signed")
 }
 
 /// Makes a disk in a folder: shim starts GRUB, and GRUB the kernel with the test guest's initramfs and this command line.
@@ -45,7 +38,7 @@ pub fn disk(folder: &Path, kernel: Kernel, cmdline: &str) -> Result<PathBuf> {
     fs::write(&config, format!("linux /vmlinuz {cmdline}\ninitrd /initrd.img\nboot\n"))?;
     let contents = [
         Content { name: "EFI/BOOT/BOOTX64.EFI", file: shim()? },
-        Content { name: "EFI/BOOT/grubx64.efi", file: signed("usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed")? },
+        Content { name: "EFI/BOOT/grubx64.efi", file: firmware::file("grubx64.efi.signed")? },
         Content { name: "EFI/debian/grub.cfg", file: config },
         Content { name: "vmlinuz", file: kernel.bzimage()? },
         Content { name: "initrd.img", file: images::guest(kernel)? },

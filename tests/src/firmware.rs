@@ -21,7 +21,15 @@ pub const SECURITY: &str = "d719b2cb-3d3a-4596-a3bc-dad00e67656f";
 /// # Errors
 /// It is not there.
 pub fn path() -> Result<PathBuf> {
-    let path = cache::folder()?.join("firmware/OVMF.inteltdx.ms.fd");
+    file("OVMF.inteltdx.ms.fd")
+}
+
+/// A file of firmware, or of what firmware starts.
+///
+/// # Errors
+/// It is not there.
+pub fn file(name: &str) -> Result<PathBuf> {
+    let path = cache::folder()?.join("firmware").join(name);
     ensure!(path.exists(), "{} is not there: scripts/install unpacks it", path.display());
     Ok(path)
 }
