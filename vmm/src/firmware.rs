@@ -68,7 +68,8 @@ pub fn load(
     Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware, measured, first_pages: None })
 }
 
-/// What keeps firmware that starts only signed executables from starting a kernel.
+/// What makes firmware with secure boot go another way with a kernel than [`arch::tdx::events`] has it: a kernel that it does not
+/// trust it starts, unless it was built without, by its older loader, which knows the kernel's boot protocol and no signatures.
 pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static str> {
     let variables = arch::tdx::events::variables(plan);
     if !variables.secure_boot() {
@@ -78,12 +79,13 @@ pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static
         Ok(signatures) if !signatures.is_empty() => match authority::of(&variables, kernel) {
             Ok(Some(_)) => None,
             _ => Some(
-                "this firmware starts only what one of its keys has signed, and none of them has signed the kernel: it will not \
-                 start. Debian's kernels are signed for its shim",
+                "no key of this firmware, which has secure boot on, has signed the kernel: it is started by an older loader, if at \
+                 all, and RTMR1 and RTMR2 are then others than foretold. Debian's kernels are signed for its shim",
             ),
         },
         _ => Some(
-            "this firmware starts only what one of its keys has signed, and the kernel is not signed: it will not start",
+            "this firmware has secure boot on, and the kernel is not signed: it is started by an older loader, if at all, and \
+             RTMR1 and RTMR2 are then others than foretold",
         ),
     }
 }
