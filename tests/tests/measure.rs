@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use halyard_tests::quotes::digits;
 use halyard_tests::tiny::{Run, run_halyard};
 use halyard_tests::{Kernel, firmware};
 use igvm_defs::IgvmPlatformType;
@@ -129,10 +130,10 @@ fn pages_are_those_that_a_real_qemu_adds() {
         let (qemu, own) = (if gib < 3 { gib } else { 2 }, gib.min(3));
         let told = lines.lines().find_map(|line| line.strip_prefix("  hob ")).unwrap();
         let expected = hand_off(qemu * GIB, (gib - qemu) * GIB);
-        assert_eq!(told, hex(&expected) + "ffff080000000000", "{title}: what QEMU tells of memory");
+        assert_eq!(told, digits(&expected) + "ffff080000000000", "{title}: what QEMU tells of memory");
 
         let report = reports.entry(memory).or_insert_with(|| foretold(&firmware, &["--memory", memory, "--events"]));
-        assert_eq!(report["events"][0]["digest"], hex(&Sha384::digest(hand_off(own * GIB, (gib - own) * GIB))));
+        assert_eq!(report["events"][0]["digest"], digits(&Sha384::digest(hand_off(own * GIB, (gib - own) * GIB))));
         let added: Vec<&str> = lines.lines().filter(|line| line.starts_with("INIT_MEM_REGION ")).collect();
         let pages = report["pages"].as_array().unwrap();
         assert_eq!(pages.len(), added.len(), "{title}");
@@ -176,7 +177,7 @@ fn an_igvm_file_of_the_same_pages_has_the_same_measurement() {
     assert_eq!(report["pages"][0]["count"], 892);
     // The document names the digest, and is the same for the firmware that has the same measurement.
     let document = fs::read(&corim).unwrap();
-    assert!(hex(&document).contains(&mrtd));
+    assert!(digits(&document).contains(&mrtd));
     measure(&firmware, &["--corim", corim.to_str().unwrap()]).expect_code(0);
     assert_eq!(fs::read(&corim).unwrap(), document);
 
@@ -209,7 +210,7 @@ fn replayed(report: &serde_json::Value, register: &str) -> String {
         let digest = bytes(event["digest"].as_str().unwrap());
         Sha384::digest([&value[..], &digest].concat()).into()
     });
-    hex(&value)
+    digits(&value)
 }
 
 /// The digests of a report's events of one type, by what they are of.
@@ -251,7 +252,7 @@ fn document(report: &serde_json::Value) -> Vec<u8> {
     let measurement = |value: &serde_json::Value| bytes(value.as_str().unwrap());
     let registers = [0, 1, 2].map(|at| measurement(&report["rtmr"][at]));
     let id = Sha384::digest([&[measurement(&report["mrtd"])], &registers[..]].concat().concat());
-    let id = string(&format!("Intel/TDX/{}", hex(&id[..16])));
+    let id = string(&format!("Intel/TDX/{}", digits(&id[..16])));
     let digests = |digest: Vec<u8>| array(&[array(&[number(7), item(2, 48, &[digest])])]);
     let environment = map(&[(0, map(&[(1, string("Intel")), (2, string("TDX"))]))]);
     let launch = map(&[(0, string("MRTD")), (1, map(&[(2, digests(measurement(&report["mrtd"])))]))]);
@@ -275,7 +276,7 @@ fn with_a_kernel_all_registers_are_foretold() {
     let with = |more: &[&str]| foretold(&firmware, &[&words[..], more].concat());
     let corim = folder.path().join("td.corim");
     let report = with(&["--memory", "2G", "--cpus", "2", "--corim", corim.to_str().unwrap()]);
-    assert_eq!(hex(&fs::read(&corim).unwrap()), hex(&document(&report)));
+    assert_eq!(digits(&fs::read(&corim).unwrap()), digits(&document(&report)));
     for (number, register) in ["rtmr0", "rtmr1", "rtmr2"].into_iter().enumerate() {
         assert_eq!(report["rtmr"][number], replayed(&report, register));
     }
@@ -287,11 +288,11 @@ fn with_a_kernel_all_registers_are_foretold() {
         .unwrap();
     assert!(osslsigncode.status.success(), "{osslsigncode:?}");
     let [("the kernel", digest)] = events_of(&report, "0x80000003")[..] else { panic!("{report}") };
-    assert!(hex(&fs::read(&data).unwrap()).contains(digest), "{digest}");
+    assert!(digits(&fs::read(&data).unwrap()).contains(digest), "{digest}");
     let options: Vec<u8> = "initrd=initrd quiet\0".encode_utf16().flat_map(u16::to_le_bytes).collect();
     let expected = [
-        ("the kernel's command line", &*hex(&Sha384::digest(options))),
-        ("the initramfs", &hex(&Sha384::digest(b"an archive"))),
+        ("the kernel's command line", &*digits(&Sha384::digest(options))),
+        ("the initramfs", &digits(&Sha384::digest(b"an archive"))),
     ];
     assert_eq!(events_of(&report, "0x00000006"), expected);
     // Debian's firmware has keys of Microsoft's.
@@ -359,7 +360,7 @@ fn an_event_log_is_compared_event_by_event() {
     let listed = report["log"]["events"].as_array().unwrap();
     assert!(listed.len() == events.len() - 1 && listed.iter().all(|event| event["found"] == "both"));
 
-    let digest = hex(&events[3].2);
+    let digest = digits(&events[3].2);
     events[3].2 = vec![7; 48];
     fs::write(&path, event_log(&events)).unwrap();
     let run = measure(&firmware, &words[..2]).expect_code(0);
@@ -417,10 +418,6 @@ fn a_kernel_that_the_firmware_does_not_trust_is_told_of() {
 /// The bytes of hexadecimal digits.
 fn bytes(hex: &str) -> Vec<u8> {
     (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[test]

@@ -114,8 +114,7 @@ impl Machine {
         let vm = create_vm(parts, &platform, &memory, pluggable.as_ref())?;
         parts.trace.mark(Milestone::Vm);
         let seam = VmSeam(vm.clone());
-        let pio = Arc::new(Bus::new());
-        let mmio = Arc::new(Bus::new());
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
 
         let devices = add_platform_devices(parts, &platform, &seam, &pio)?;
         let ioapic = devices.ioapic.clone();

@@ -104,6 +104,21 @@ fn note_answer(exit: &str, word: impl Fn(usize) -> u64) {
     }
 }
 
+/// The next exit of a vCPU, after what its guest does by itself until then.
+fn next_exit(script: &mut Script, vcpu: c_int, id: usize) -> Option<String> {
+    if id != 0 {
+        return None;
+    }
+    loop {
+        let exit = script.lines.pop_front()?;
+        // What is written may be long.
+        line(&exit.chars().take(80).collect::<String>());
+        if !act(vcpu, &exit) {
+            return Some(exit);
+        }
+    }
+}
+
 /// Notes what was answered, and makes the next exit.
 ///
 /// # Safety
@@ -122,20 +137,12 @@ unsafe fn next(page: *mut u64, fd: c_int, id: usize) -> Answer {
     if unsafe { *page.cast::<u8>().add(IMMEDIATE_EXIT) } != 0 {
         return Answer::Quiet(libc::EINTR);
     }
-    let exit = loop {
-        let exit = if id == 0 { script.lines.pop_front() } else { None };
-        let Some(exit) = exit else {
-            drop(script);
-            // Nothing happens until somebody wants something of it, which a signal says, or has said before it rests.
-            // SAFETY: as above.
-            while unsafe { page.cast::<u8>().add(IMMEDIATE_EXIT).read_volatile() } == 0 && msi::rest(10) {}
-            return Answer::Quiet(libc::EINTR);
-        };
-        // What is written may be long.
-        line(&exit.chars().take(80).collect::<String>());
-        if !act(fd, &exit) {
-            break exit;
-        }
+    let Some(exit) = next_exit(&mut script, fd, id) else {
+        drop(script);
+        // Nothing happens until somebody wants something of it, which a signal says, or has said before it rests.
+        // SAFETY: as above.
+        while unsafe { page.cast::<u8>().add(IMMEDIATE_EXIT).read_volatile() } == 0 && msi::rest(10) {}
+        return Answer::Quiet(libc::EINTR);
     };
     let words: Vec<&str> = exit.split(' ').collect();
     let number = |at: usize| words.get(at).and_then(|word| u64::from_str_radix(word, 16).ok()).unwrap_or(0);

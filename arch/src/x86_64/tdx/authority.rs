@@ -1,5 +1,5 @@
 //! Which of its keys firmware starts an executable by, which it measures (UEFI 2.10, §32.4; RFC 5652 and RFC 5280 for what
-//! is signed). Signatures are not checked: an executable that is not what was signed will not start, and so extends nothing.
+//! is signed). Signatures are not checked: of an executable that is not what was signed, what is foretold does not hold anyway.
 
 use std::fs::File;
 
