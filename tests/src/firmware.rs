@@ -1,7 +1,7 @@
 //! Firmware for trust domains, as `scripts/install` unpacked it, and what the igvm crate makes of it. The reader of the
 //! file is another than Halyard's.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use igvm::measurement::generate_tdx_measurement;
@@ -10,7 +10,7 @@ use igvm_defs::{
     IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
 
-use crate::{Host, cache};
+use crate::{Host, cache, python};
 
 const PAGE: usize = 4096;
 /// The vendor of the variables that hold the keys of secure boot and what it forbids.
@@ -33,6 +33,20 @@ pub fn file(name: &str) -> Result<PathBuf> {
     ensure!(path.exists(), "{} is not there: scripts/install unpacks it", path.display());
     Ok(path)
 }
+
+/// Makes a file of firmware, or of its variables, whose secure boot has another key, or the digest of an executable: with the
+/// tool that its users have, as in `&["--distro-keys", "debian"]`.
+///
+/// # Errors
+/// It cannot be made.
+pub fn enroll(file: &Path, made: &Path, what: &[&str]) -> Result<()> {
+    let output = python::program("virt-fw-vars")?.arg("-i").arg(file).arg("-o").arg(made).args(what).output()?;
+    ensure!(output.status.success(), "virt-fw-vars: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// What gives firmware the key by which Debian signs its kernels.
+pub const DEBIANS_KEY: [&str; 2] = ["--distro-keys", "debian"];
 
 /// Where the TDVF descriptor begins in a firmware file.
 ///

@@ -91,7 +91,7 @@ fn add_modules(archive: &mut Archive, kernel: Kernel, names: &[&str]) -> Result<
 }
 
 /// The machine's busybox, which must need no libraries.
-fn busybox() -> Result<PathBuf> {
+pub(crate) fn busybox() -> Result<PathBuf> {
     let path = ["/bin/busybox", "/usr/bin/busybox"].into_iter().map(PathBuf::from).find(|path| path.exists());
     path.context("there is no busybox: scripts/install installs busybox-static")
 }

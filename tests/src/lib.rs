@@ -30,6 +30,7 @@ pub mod images;
 pub mod kaslr;
 pub mod kernels;
 pub mod loads;
+pub mod measured;
 pub mod network;
 pub mod pool;
 pub mod process;

@@ -22,15 +22,18 @@ pub fn bytes(digits: &str) -> Vec<u8> {
     pairs.map_while(|pair| u8::from_str_radix(pair, 16).ok()).collect()
 }
 
-/// Writes the configuration of a trust domain with this owner, and more of it.
+/// Writes the configuration of a trust domain with this owner, and more of it, and beside it its firmware, firmware.fd, which
+/// starts Debian's kernels.
 ///
 /// # Errors
 /// Firmware or kernel are missing, or the file cannot be written.
 pub fn configure(path: &Path, owner: u8, more: &str) -> Result<()> {
+    let made = path.with_file_name("firmware.fd");
+    firmware::enroll(&firmware::path()?, &made, &firmware::DEBIANS_KEY)?;
     let text = format!(
         "firmware: {{path: {}}}\nkernel: {{path: {}, cmdline: quiet}}\nmemory: {{size: 2G}}\n\
          confidential: {{kind: tdx, config_id: \"{}\", owner: \"{}\"{more}}}\n",
-        firmware::path()?.display(),
+        made.display(),
         Kernel::Debian6_12Cloud.bzimage()?.display(),
         digits(&[0x22; 48]),
         digits(&[owner; 48]),

@@ -6,13 +6,18 @@ use halyard_tests::story::{PATIENCE, ask, boot, power_off};
 use halyard_tests::tiny::run_halyard;
 use halyard_tests::{Cmd, Host, HostSpec, Kernel, Vm, VmSpec, firmware};
 use sha2::{Digest, Sha384};
+use tempfile::TempDir;
 
 #[test]
 fn debians_firmware_boots_a_stock_kernel_and_switches_the_machine_off() -> Result<()> {
     let host = Host::start(&HostSpec::new())?;
     firmware::slow_ticks(&host)?;
-    let file = firmware::path()?.display().to_string();
-    for kernel in [Kernel::Debian6_12Cloud, Kernel::Debian6_1Cloud] {
+    let folder = TempDir::new()?;
+    let (as_it_is, with_key) = (firmware::path()?, folder.path().join("firmware.fd"));
+    firmware::enroll(&as_it_is, &with_key, &firmware::DEBIANS_KEY)?;
+    for (kernel, file) in [(Kernel::Debian6_12Cloud, &with_key), (Kernel::Debian6_1Cloud, &as_it_is)] {
+        let trusted = *file == with_key;
+        let file = file.display().to_string();
         let spec = VmSpec::guest(kernel)?.memory("1G").cpus(2).args(["--firmware", &file]);
         let vm = boot(&host, &spec)?;
         assert_eq!(ask(&vm, "uname -r")?, kernel.version()?);
@@ -20,7 +25,13 @@ fn debians_firmware_boots_a_stock_kernel_and_switches_the_machine_off() -> Resul
         // It was the firmware that started the kernel, and it found our tables.
         assert_eq!(ask(&vm, "test -d /sys/firmware/efi && echo yes")?, "yes");
         ensure!(ask(&vm, "dmesg")?.contains("HALYRD"), "the tables are the firmware's own");
-        variables_are_foretold(&vm, kernel, &file)?;
+        // A kernel that it trusts it starts as an EFI executable, whose words name the initramfs, others by an older way. The
+        // kernel knows that secure boot is on.
+        assert_eq!(ask(&vm, "cat /proc/cmdline")?.starts_with("initrd=initrd "), trusted);
+        ensure!(ask(&vm, "dmesg")?.contains("Secure boot enabled"), "secure boot is off");
+        if trusted {
+            variables_are_foretold(&vm, kernel, &file)?;
+        }
         power_off(&vm)?;
     }
     Ok(())

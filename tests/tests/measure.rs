@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use halyard_tests::quotes::digits;
@@ -264,11 +264,18 @@ fn document(report: &serde_json::Value) -> Vec<u8> {
     item(6, 501, &[map(&[(0, id), (1, tags)])])
 }
 
+/// Debian's firmware that also has Debian's key, and so starts Debian's kernels.
+fn trusting(folder: &TempDir) -> PathBuf {
+    let made = folder.path().join("firmware.fd");
+    firmware::enroll(&firmware::path().unwrap(), &made, &firmware::DEBIANS_KEY).unwrap();
+    made
+}
+
 #[test]
 fn with_a_kernel_all_registers_are_foretold() {
-    let firmware = firmware::path().unwrap();
-    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
     let folder = TempDir::new().unwrap();
+    let firmware = trusting(&folder);
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
     let initramfs = folder.path().join("initrd.img");
     fs::write(&initramfs, b"an archive").unwrap();
     let initramfs = initramfs.display().to_string();
@@ -337,9 +344,9 @@ fn event_log(events: &[(u32, u32, Vec<u8>)]) -> Vec<u8> {
 
 #[test]
 fn an_event_log_is_compared_event_by_event() {
-    let firmware = firmware::path().unwrap();
-    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
     let folder = TempDir::new().unwrap();
+    let firmware = trusting(&folder);
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
     let path = folder.path().join("CCEL");
     let words = ["--kernel", &kernel, "--events", "--event-log", path.to_str().unwrap()];
     let mut events: Vec<(u32, u32, Vec<u8>)> = foretold(&firmware, &words[..3])["events"]
@@ -382,7 +389,7 @@ fn an_event_log_is_compared_event_by_event() {
         (cut, &words[..], "its event 2, at byte 135, is cut off"),
         (vec![0; 100], &words, "it does not begin with \"Spec ID Event03\""),
         (vec![0; (1 << 20) + 1], &words, "it is longer than the 1048576 bytes that a log may have"),
-        (Vec::new(), &words[3..], "give --firmware and --kernel"),
+        (Vec::new(), &words[3..], "is not foretold: firmware that is given no kernel (--kernel) goes on by what"),
     ] {
         fs::write(&path, log).unwrap();
         let run = measure(&firmware, args).expect_code(2);
@@ -391,28 +398,27 @@ fn an_event_log_is_compared_event_by_event() {
 }
 
 #[test]
-fn a_kernel_that_the_firmware_does_not_trust_is_told_of() {
+fn a_kernel_that_the_firmware_does_not_start_has_no_registers() {
     let firmware = firmware::path().unwrap();
     let folder = TempDir::new().unwrap();
     let unsigned = folder.path().join("vmlinuz").display().to_string();
-    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap();
-    let stripped = Command::new("osslsigncode")
-        .args(["remove-signature", "-in", &kernel.display().to_string(), "-out", &unsigned])
-        .output()
-        .unwrap();
+    let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
+    let stripped =
+        Command::new("osslsigncode").args(["remove-signature", "-in", &kernel, "-out", &unsigned]).output().unwrap();
     assert!(stripped.status.success(), "{stripped:?}");
-    let run = measure(&firmware, &["--kernel", &unsigned]).expect_code(0);
-    assert!(run.stderr.contains("the kernel is not signed: it is started by an older loader"), "{}", run.stderr);
-    let signed = ["--kernel", &kernel.display().to_string()];
-    let run = measure(&firmware, &signed).expect_code(0);
-    assert!(
-        run.stderr.contains("no key of this firmware, which has secure boot on, has signed the kernel"),
-        "{}",
-        run.stderr
-    );
-    // What signatures are of does not change with them.
-    let signed = foretold(&firmware, &signed);
-    assert_eq!(foretold(&firmware, &["--kernel", &unsigned])["rtmr"][1], signed["rtmr"][1]);
+    for (kernel, why) in [(&unsigned, "which is not signed"), (&kernel, "which no key of it has signed")] {
+        let why = format!("this firmware has secure boot on, and does not start the kernel, {why}: ");
+        let report = foretold(&firmware, &["--kernel", kernel, "--events"]);
+        assert!(report["not_foretold"].as_str().unwrap().starts_with(&why), "{report}");
+        assert_eq!((report.get("rtmr"), report["events"].as_array().unwrap().len()), (None, 2));
+        let run = measure(&firmware, &["--kernel", kernel, "--event-log", kernel]).expect_code(2);
+        assert!(run.stderr.contains(&why), "{}", run.stderr);
+    }
+    // What signatures are of does not change with them; here neither is needed.
+    let without = folder.path().join("firmware.fd");
+    firmware::enroll(&firmware, &without, &["--delete", "PK"]).unwrap();
+    let register = |kernel: &str| foretold(&without, &["--kernel", kernel])["rtmr"][1].clone();
+    assert!(register(&kernel).is_string() && register(&kernel) == register(&unsigned));
 }
 
 /// The bytes of hexadecimal digits.

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use halyard_qgs::Registers;
-use halyard_tests::firmware;
 use halyard_tests::quotes::{configure, digits, foretold_registers, quoted};
 use halyard_tests::tiny::{Run, run_halyard};
 use serde_json::Value;
@@ -116,7 +115,7 @@ fn a_quote_is_that_of_the_trust_domain_which_is_foretold() {
     differs(&["--memory", "1G"], "rtmr0");
     differs(&["--cmdline", "loud"], "rtmr2");
     let other = path("other.fd");
-    let mut changed = fs::read(firmware::path().unwrap()).unwrap();
+    let mut changed = fs::read(path("firmware.fd")).unwrap();
     changed[0x9_0000] ^= 1;
     fs::write(&other, changed).unwrap();
     differs(&["--firmware", &other], "mrtd");

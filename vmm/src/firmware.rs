@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use api::VmConfig;
 use arch::firmware::{self, GivenKernel, Item, ItemContents, ItemKey};
-use arch::tdx::{LaunchPlan, authority};
+use arch::tdx::authority::{self, Verdict};
+use arch::tdx::events;
 use arch::{Platform, layout};
 use devices::bus::Bus;
 use devices::legacy::{Cmos, FwCfg, FwCfgContents, FwCfgItems, PmTimer};
@@ -55,8 +56,9 @@ pub fn load(
     let measured = if traits.boot == Boot::Measured {
         let measured = Measured { firmware: image, ram };
         let plan = measured.plan().map_err(|error| bad_firmware(config, &error.to_string()))?;
-        if let Some(warning) = inputs.kernel.as_ref().and_then(|kernel| warning_of_signature(&plan, kernel)) {
-            tracing::warn!("{}: {warning}", config.kernel.path.display());
+        let verdict = inputs.kernel.as_ref().and_then(|kernel| authority::of(&events::variables(&plan), kernel).ok());
+        if let Some(problem) = verdict.and_then(Verdict::problem) {
+            tracing::warn!("{}: {problem}", config.kernel.path.display());
         }
         Some(measured)
     } else {
@@ -66,28 +68,6 @@ pub fn load(
     trace.mark(Milestone::Kernel);
     let (entry, firmware) = (firmware::entry(), Some(items));
     Ok(Loaded { memory, pluggable, platform, entry, slide: None, firmware, measured, first_pages: None })
-}
-
-/// What makes firmware with secure boot go another way with a kernel than [`arch::tdx::events`] has it: a kernel that it does not
-/// trust it starts, unless it was built without, by its older loader, which knows the kernel's boot protocol and no signatures.
-pub fn warning_of_signature(plan: &LaunchPlan, kernel: &File) -> Option<&'static str> {
-    let variables = arch::tdx::events::variables(plan);
-    if !variables.secure_boot() {
-        return None;
-    }
-    match firmware::signatures(kernel) {
-        Ok(signatures) if !signatures.is_empty() => match authority::of(&variables, kernel) {
-            Ok(Some(_)) => None,
-            _ => Some(
-                "no key of this firmware, which has secure boot on, has signed the kernel: it is started by an older loader, if at \
-                 all, and RTMR1 and RTMR2 are then others than foretold. Debian's kernels are signed for its shim",
-            ),
-        },
-        _ => Some(
-            "this firmware has secure boot on, and the kernel is not signed: it is started by an older loader, if at all, and \
-             RTMR1 and RTMR2 are then others than foretold",
-        ),
-    }
 }
 
 /// A firmware's file. It begins at the start of a page, so that a hypervisor takes pages from it as they are.

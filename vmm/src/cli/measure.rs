@@ -30,19 +30,19 @@ use crate::logging::Format;
 const MAX_FIRMWARE: u64 = (64 << 20) + 1;
 const MAX_IGVM: u64 = (256 << 20) + 1;
 /// Why RTMR0 to 2 are not foretold.
-const OF_DISK: &str = "firmware that is given no kernel goes on by what it finds on the disks: boot options (RTMR0), partition \
+const OF_DISK: &str = "firmware that is given no kernel (--kernel) goes on by what it finds on the disks: boot options (RTMR0), partition \
                        tables and loaders (RTMR1), and what those load and do (RTMR2)";
 const OF_IGVM: &str = "what the code in an IGVM file extends them with is its own";
-/// Why there is nothing to compare an event log with.
-const NO_EVENTS: &str =
-    "what it is to have is foretold only of firmware that is given a kernel: give --firmware and --kernel";
+
+/// All events until the kernel runs, or why they are not foretold.
+type Foretold = Result<Vec<Event>, &'static str>;
 
 /// The measurements as JSON.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// 96 hexadecimal digits.
     pub mrtd: String,
-    /// RTMR0 to 2 when the kernel runs, 96 hexadecimal digits each; none without a kernel.
+    /// RTMR0 to 2 when the kernel runs, 96 hexadecimal digits each; none without one that is started.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rtmr: Vec<String>,
     /// Why there are none.
@@ -141,7 +141,7 @@ pub fn foretell(args: &MeasureArgs, format: Format) -> Result<(Option<VmConfig>,
 fn of_igvm(path: &Path, args: &MeasureArgs) -> Result<Report, Failure> {
     let file = read(path, MAX_IGVM).map_err(|error| bad("--igvm", path, &error))?;
     let plan = LaunchPlan::from_igvm(&file).map_err(|error| bad("--igvm", path, &error))?;
-    report(&plan, None, args)
+    report(&plan, Err(OF_IGVM), args)
 }
 
 /// The measurements of a firmware, and of the kernel that it is given, if any.
@@ -163,29 +163,26 @@ fn of_firmware(source: &Source, args: &MeasureArgs) -> Result<(VmConfig, Report)
     let file = read(&path, MAX_FIRMWARE).map_err(|error| bad("firmware.path", &path, &error))?;
     let ram = layout::ram_ranges(config.memory.size.bytes());
     let plan = LaunchPlan::from_firmware(&file, &ram).map_err(|error| bad("firmware.path", &path, &error))?;
-    let events = if config.kernel.is_none() { None } else { Some(all_events(&config, &plan, &ram)?) };
+    let events = if config.kernel.is_none() { Err(OF_DISK) } else { all_events(&config, &plan, &ram)? };
     report(&plan, events, args).map(|report| (config, report))
 }
 
-/// What is told of a plan, and of all events until the kernel runs, where they are known.
-fn report(plan: &LaunchPlan, events: Option<Vec<Event>>, args: &MeasureArgs) -> Result<Report, Failure> {
+/// What is told of a plan, and of its events.
+fn report(plan: &LaunchPlan, events: Foretold, args: &MeasureArgs) -> Result<Report, Failure> {
     let mrtd = hex(&measure::mrtd(plan));
-    let not_foretold = match (&events, &args.domain.igvm) {
-        (Some(_), _) => None,
-        (None, Some(_)) => Some(OF_IGVM),
-        (None, None) => Some(OF_DISK),
-    };
+    let not_foretold = events.as_ref().err().copied();
     let (pages, rtmr) = (Vec::new(), Vec::new());
     let mut report = Report { mrtd, rtmr, not_foretold, pages, events: Vec::new(), log: None };
-    let registers = events.as_deref().map(events::registers);
+    let registers = events.as_deref().ok().map(events::registers);
     report.rtmr = registers.iter().flatten().map(|register| hex(register)).collect();
     if let Some(path) = &args.event_log {
-        let events = events.as_deref().ok_or_else(|| bad("--event-log", path, &NO_EVENTS))?;
+        let nothing = |why: &&str| bad("--event-log", path, &format!("what it is to have is not foretold: {why}"));
+        let events = events.as_deref().map_err(nothing)?;
         report.log = Some(event_log::compare(path, events)?);
     }
     if args.events {
         report.pages = plan.regions.iter().map(Into::into).collect();
-        let first = || if args.domain.igvm.is_some() { Vec::new() } else { measure::first_events(plan) };
+        let first = |_| if args.domain.igvm.is_some() { Vec::new() } else { measure::first_events(plan) };
         report.events = events.unwrap_or_else(first).into_iter().map(Into::into).collect();
     }
     if let Some(path) = &args.corim {
@@ -216,23 +213,23 @@ pub fn bad(field: &str, path: &Path, problem: &dyn std::fmt::Display) -> Failure
 }
 
 /// What the registers are extended with until the kernel runs.
-fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<Vec<Event>, Failure> {
+fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<Foretold, Failure> {
     let kernel_path = &config.kernel.path;
     let kernel = File::open(kernel_path).map_err(|error| bad("kernel.path", kernel_path, &error))?;
     let open = |path| File::open(path).map_err(|error| bad("kernel.initramfs", path, &error));
     let initramfs = config.kernel.initramfs.as_deref().map(open).transpose()?;
     let (initramfs, cmdline) = (initramfs.as_ref(), config.cmdline());
-    if let Some(warning) = vmm::firmware::warning_of_signature(plan, &kernel) {
-        tracing::warn!("{}: {warning}", kernel_path.display());
+    let verdict = authority::of(&events::variables(plan), &kernel);
+    let verdict = verdict.map_err(|error| bad("kernel.path", kernel_path, &error))?;
+    if let Some(problem) = verdict.problem() {
+        return Ok(Err(problem));
     }
     // As for a host with the most address bits that there are: the tables do not depend on them.
     let (platform, _) = vmm::boot::platform(config, 52)?;
     let given = GivenKernel { kernel: &kernel, initramfs, cmdline: &cmdline, unsigned: false };
     let items = arch::firmware::items(&platform, ram, Some(&given));
     let items = items.map_err(|error| vmm::boot::bad_boot(config, &error))?;
-    let authority = authority::of(&events::variables(plan), &kernel);
-    let authority = authority.map_err(|error| bad("kernel.path", kernel_path, &error))?;
-    let mut events = events::of_firmware(plan, &items, authority);
+    let mut events = events::of_firmware(plan, &items, verdict.measured());
     let given = MeasuredKernel { kernel: &kernel, initramfs, cmdline: &cmdline };
     events.extend(events::of_kernel(&given).map_err(|error| match error {
         EventError::Kernel(_) => bad("kernel.path", kernel_path, &error),
@@ -240,7 +237,7 @@ fn all_events(config: &VmConfig, plan: &LaunchPlan, ram: &[GpaRange]) -> Result<
             bad("kernel.initramfs", config.kernel.initramfs.as_deref().unwrap_or(Path::new("")), &error)
         }
     })?);
-    Ok(events)
+    Ok(Ok(events))
 }
 
 /// What a file holds.

@@ -72,7 +72,7 @@ pub struct GivenKernel<'a> {
     pub cmdline: &'a str,
     /// Firmware with secure boot may start a kernel that none of its keys has signed: not as an EFI executable then, but by
     /// its setup header, where a boot loader is entered for that. Not for a guest that is to prove what it runs: such a
-    /// kernel is not measured.
+    /// kernel is not measured, so that firmware is told not to, whatever it does unasked.
     pub unsigned: bool,
 }
 
@@ -143,9 +143,7 @@ impl Items {
         cmdline.push(0);
         self.number(CMDLINE_SIZE, u32::try_from(cmdline.len()).unwrap_or(u32::MAX).to_le_bytes());
         self.add(ItemKey::Number(CMDLINE_DATA), ItemContents::Bytes(cmdline));
-        if given.unsigned {
-            self.named(LEGACY_LOADER, b"yes".to_vec());
-        }
+        self.named(LEGACY_LOADER, if given.unsigned { b"yes".to_vec() } else { b"no".to_vec() });
         Ok(())
     }
 }

@@ -7,13 +7,11 @@ mod test_kernel;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
-
 use hal::{BootRegisters, GpaRange};
 
 pub use self::authenticode::{Executable, PeError};
 pub use self::items::{GivenKernel, Item, ItemContents, ItemKey, items};
-use super::boot::{FileImage, registers};
+use super::boot::registers;
 use super::layout::{self, PAGE_SIZE};
 
 /// Why a file is no firmware.
@@ -46,15 +44,6 @@ pub fn place(size: u64) -> Result<GpaRange, ImageError> {
 /// [`ImageError::NoResetVector`], where all of them are zeros or ones.
 pub fn check_reset_vector(last: &[u8; 16]) -> Result<(), ImageError> {
     if [[0; 16], [0xff; 16]].contains(last) { Err(ImageError::NoResetVector) } else { Ok(()) }
-}
-
-/// The signatures of an EFI executable, each as DER. By whom they are, and whether that is true, is not looked at.
-///
-/// # Errors
-/// [`PeError`] where it is none.
-pub fn signatures(file: &File) -> Result<Vec<Vec<u8>>, PeError> {
-    let image = FileImage::new(file)?.ok_or(PeError::Format("it is not a regular file"))?;
-    Executable::read(&image)?.signatures()
 }
 
 /// The boot processor's registers after power-on: it begins at the last 16 bytes below 4 GiB, in real mode (Intel SDM

@@ -19,8 +19,11 @@ fn platform(ram: u64) -> Platform {
 
 fn given(kernel: &[u8], initramfs: Option<&[u8]>, cmdline: &str) -> Result<Vec<Item>, BootError> {
     let (kernel, initramfs) = (file(kernel), initramfs.map(file));
-    let given = GivenKernel { kernel: &kernel, initramfs: initramfs.as_ref(), cmdline, unsigned: true };
-    items(&platform(1 << 30), &layout::ram_ranges(1 << 30), Some(&given))
+    items_for(&GivenKernel { kernel: &kernel, initramfs: initramfs.as_ref(), cmdline, unsigned: true })
+}
+
+fn items_for(given: &GivenKernel) -> Result<Vec<Item>, BootError> {
+    items(&platform(1 << 30), &layout::ram_ranges(1 << 30), Some(given))
 }
 
 fn find(items: &[Item], key: ItemKey) -> Option<&ItemContents> {
@@ -68,6 +71,14 @@ fn a_kernel_is_given_whole_and_in_its_parts() {
     assert_eq!(bytes(&items, ItemKey::Name("opt/org.tianocore/EnableLegacyLoader")), b"yes");
     let items = given(&kernel(), None, "").unwrap();
     assert_eq!((bytes(&items, ItemKey::Number(0x0b)), find(&items, ItemKey::Number(0x12))), (&[0; 4][..], None));
+}
+
+#[test]
+fn a_kernel_that_is_to_be_measured_is_as_its_file_has_it() {
+    let file = file(&kernel());
+    let items = items_for(&GivenKernel { kernel: &file, initramfs: None, cmdline: "", unsigned: false }).unwrap();
+    assert_eq!(find(&items, ItemKey::Number(0x18)), Some(&ItemContents::Kernel(0..1024)));
+    assert_eq!(bytes(&items, ItemKey::Name("opt/org.tianocore/EnableLegacyLoader")), b"no");
 }
 
 #[test]

@@ -1,15 +1,22 @@
-//! Which of its keys firmware starts an executable by, which it measures (UEFI 2.10, §32.4; RFC 5652 and RFC 5280 for what
-//! is signed). Signatures are not checked: of an executable that is not what was signed, what is foretold does not hold anyway.
+//! By what firmware with secure boot starts an executable, which it measures, or that it does not (UEFI 2.10, §32.4; RFC 5652
+//! and RFC 5280 for what is signed). Signatures are not checked: of an executable that is not what was signed, what is
+//! foretold does not hold anyway.
 
 use std::fs::File;
 
-use super::super::firmware::{PeError, signatures};
+use sha2::Sha256;
+
+use super::super::boot::FileImage;
+use super::super::firmware::{Executable, PeError};
 use super::measure::Digest384;
 use super::variables::{Variables, digest_of_entry};
 
 /// a5c059a1-94e4-4aa7-87b5-ab155c2bf072: a list of certificates.
 const CERTIFICATES: [u8; 16] =
     [0xa1, 0x59, 0xc0, 0xa5, 0xe4, 0x94, 0xa7, 0x4a, 0x87, 0xb5, 0xab, 0x15, 0x5c, 0x2b, 0xf0, 0x72];
+/// c1c41626-504c-4092-aca9-41f936934328: a list of digests, SHA-256.
+const DIGESTS: [u8; 16] =
+    [0x26, 0x16, 0xc4, 0xc1, 0x4c, 0x50, 0x92, 0x40, 0xac, 0xa9, 0x41, 0xf9, 0x36, 0x93, 0x43, 0x28];
 /// Of a list: its kind, and the lengths of all of it, of a header of its own, and of each entry.
 const LIST_HEAD: usize = 28;
 /// Of an entry: who put it there.
@@ -19,26 +26,76 @@ const OWNER: usize = 16;
 const SEQUENCE: u8 = 0x30;
 const FIRST_OF_CHOICE: u8 = 0xa0;
 
-/// What firmware with secure boot measures of the key by which it starts an executable; none where it has no secure boot, or no
-/// such key.
-///
-/// # Errors
-/// [`PeError`], where the file is no executable.
-pub fn of(variables: &Variables, file: &File) -> Result<Option<Digest384>, PeError> {
-    if !variables.secure_boot() {
-        return Ok(None);
-    }
-    let entries = entries(variables.database());
-    let signatures = signatures(file)?;
-    let by = |signature: &Vec<u8>| {
-        let signers = signers(signature)?;
-        entries.iter().find(|entry| entry.get(OWNER..).is_some_and(|key| has_signed(key, &signers)))
-    };
-    Ok(signatures.iter().find_map(by).map(|entry| digest_of_entry(entry)))
+/// Whether firmware starts an executable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Without secure boot it starts any.
+    Any,
+    /// It has a key that has signed it, or its digest, and measures that.
+    By(Digest384),
+    /// It does not: nobody has signed it.
+    Unsigned,
+    /// It does not: others have signed it.
+    OfOthers,
 }
 
-/// The entries of a database that are certificates, each with its owner in front.
-fn entries(mut database: &[u8]) -> Vec<&[u8]> {
+impl Verdict {
+    /// What firmware measures of what it starts it by.
+    pub fn measured(self) -> Option<Digest384> {
+        if let Self::By(digest) = self { Some(digest) } else { None }
+    }
+
+    /// Why it does not start it, and what helps.
+    pub fn problem(self) -> Option<&'static str> {
+        match self {
+            Self::Any | Self::By(_) => None,
+            Self::Unsigned => Some(
+                "this firmware has secure boot on, and does not start the kernel, which is not signed: add its digest to \
+                 the firmware's file (virt-fw-vars --add-db-hash), or take firmware without secure boot",
+            ),
+            Self::OfOthers => Some(
+                "this firmware has secure boot on, and does not start the kernel, which no key of it has signed: add the \
+                 signer's key to the firmware's file (Debian's: virt-fw-vars --distro-keys debian), or boot from a disk \
+                 with a loader that Microsoft has signed",
+            ),
+        }
+    }
+}
+
+/// Whether firmware with these variables starts an executable.
+///
+/// # Errors
+/// [`PeError`], where the file is none.
+pub fn of(variables: &Variables, file: &File) -> Result<Verdict, PeError> {
+    if !variables.secure_boot() {
+        return Ok(Verdict::Any);
+    }
+    let image = FileImage::new(file)?.ok_or(PeError::Format("it is not a regular file"))?;
+    let executable = Executable::read(&image)?;
+    let signatures = executable.signatures()?;
+    let by = signer(variables.database(), &signatures);
+    let listed = || -> Result<_, PeError> {
+        let digest = executable.digest::<Sha256>()?;
+        Ok(entries(variables.database(), DIGESTS).into_iter().find(|entry| entry.get(OWNER..) == Some(&digest[..])))
+    };
+    Ok(match by.map_or_else(listed, |entry| Ok(Some(entry)))? {
+        Some(entry) => Verdict::By(digest_of_entry(entry)),
+        None if signatures.is_empty() => Verdict::Unsigned,
+        None => Verdict::OfOthers,
+    })
+}
+
+/// The entry of a database that is the certificate of the first signer that has one there.
+pub fn signer<'a>(database: &'a [u8], signatures: &[Vec<u8>]) -> Option<&'a [u8]> {
+    let entries = entries(database, CERTIFICATES);
+    signatures.iter().find_map(|signature| {
+        let signers = signers(signature)?;
+        entries.iter().copied().find(|entry| entry.get(OWNER..).is_some_and(|key| has_signed(key, &signers)))
+    })
+}
+
+/// The entries of a database's lists of a kind, each with its owner in front.
+fn entries(mut database: &[u8], kind: [u8; 16]) -> Vec<&[u8]> {
     let mut entries = Vec::new();
     while let Some(head) = database.get(..LIST_HEAD) {
         let length = |at: usize| {
@@ -47,7 +104,7 @@ fn entries(mut database: &[u8]) -> Vec<&[u8]> {
         };
         let (all, header, each) = (length(16), length(20), length(24));
         let Some((list, rest)) = database.split_at_checked(all.max(LIST_HEAD)) else { break };
-        if list.starts_with(&CERTIFICATES) && each > OWNER {
+        if list.starts_with(&kind) && each > OWNER {
             let behind = LIST_HEAD.checked_add(header).and_then(|start| list.get(start..));
             entries.extend(behind.unwrap_or_default().chunks_exact(each));
         }

@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io::Write;
 
-use super::super::{Variables, authority};
+use super::super::Variables;
+use super::super::authority::{self, Verdict};
 use super::{AUTHENTICATED, GLOBAL, SECURITY, pe, volume};
-use sha2::{Digest, Sha384};
+use sha2::{Digest, Sha256, Sha384};
 
 /// An element of DER.
 fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
@@ -63,6 +64,14 @@ fn list(kind: [u8; 16], entries: &[Vec<u8>]) -> Vec<u8> {
 
 const X509: [u8; 16] = *b"\xa1\x59\xc0\xa5\xe4\x94\xa7\x4a\x87\xb5\xab\x15\x5c\x2b\xf0\x72";
 
+const SHA256: [u8; 16] = *b"\x26\x16\xc4\xc1\x4c\x50\x92\x40\xac\xa9\x41\xf9\x36\x93\x43\x28";
+
+/// What firmware measures of an entry of its database.
+fn digest_of(entry: &[u8]) -> [u8; 48] {
+    let head = [&[2, 0, 0, 0, 0, 0, 0, 0][..], &(entry.len() as u64).to_le_bytes(), b"d\0b\0"].concat();
+    Sha384::digest([&SECURITY[..], &head, entry].concat()).into()
+}
+
 #[test]
 fn the_key_is_the_first_that_has_signed() {
     let owned = |owner: u8, certificate: &[u8]| [&[owner; 16], certificate].concat();
@@ -77,20 +86,31 @@ fn the_key_is_the_first_that_has_signed() {
     let keys = volume(AUTHENTICATED, &[("PK", GLOBAL, b"key"), ("db", SECURITY, &database)]);
     let keys = Variables::read(&keys);
     let of = |signatures: &[&[&[u8]]]| authority::of(&keys, &executable(signatures)).unwrap();
-    let digest = |entry: Vec<u8>| {
-        let name = [&[2, 0, 0, 0, 0, 0, 0, 0][..], &(entry.len() as u64).to_le_bytes(), b"d\0b\0"].concat();
-        Some(<[u8; 48]>::from(Sha384::digest([&SECURITY[..], &name, &entry].concat())))
-    };
+    let digest = |entry: Vec<u8>| Verdict::By(digest_of(&entry));
     assert_eq!(of(&[&[&leaf]]), digest(owned(3, &root)));
     // The key itself, one signature of somebody else's in front, and two keys that have signed.
     assert_eq!(of(&[&[&other]]), digest(owned(2, &other)));
     assert_eq!(of(&[&[&certificate(b"x", b"y")], &[&leaf]]), digest(owned(3, &root)));
     assert_eq!(of(&[&[&leaf, &other]]), digest(owned(2, &other)));
-    assert_eq!(of(&[&[&certificate(b"root2", b"y")]]), None);
-    assert_eq!(of(&[]), None);
+    assert_eq!(of(&[&[&certificate(b"root2", b"y")]]), Verdict::OfOthers);
+    assert_eq!(of(&[]), Verdict::Unsigned);
     // Without secure boot nothing is looked at.
     let none = volume(AUTHENTICATED, &[("db", SECURITY, &database)]);
-    assert_eq!(authority::of(&Variables::read(&none), &executable(&[&[&leaf]])).unwrap(), None);
+    assert_eq!(authority::of(&Variables::read(&none), &executable(&[&[&leaf]])).unwrap(), Verdict::Any);
+}
+
+#[test]
+fn a_digest_in_the_database_is_as_good_as_a_key() {
+    // All but the checksum.
+    let digest = Sha256::digest([&pe()[..0x98], &pe()[0x9c..]].concat());
+    let listed = [&[5; 16], &digest[..]].concat();
+    let with = |entries: &[Vec<u8>]| {
+        let database = [list(X509, &[certificate(b"root", b"root")]), list(SHA256, entries)].concat();
+        let keys = volume(AUTHENTICATED, &[("PK", GLOBAL, b"key"), ("db", SECURITY, &database)]);
+        authority::of(&Variables::read(&keys), &super::executable()).unwrap()
+    };
+    assert_eq!(with(&[vec![1; 48], listed.clone()]), Verdict::By(digest_of(&listed)));
+    assert_eq!(with(&[vec![1; 48]]), Verdict::Unsigned);
 }
 
 #[test]
@@ -102,18 +122,18 @@ fn lists_and_signatures_that_lie_are_none() {
         let keys = volume(AUTHENTICATED, &[("PK", GLOBAL, b"key"), ("db", SECURITY, database)]);
         authority::of(&Variables::read(&keys), &signed).unwrap()
     };
-    assert!(with(&good).is_some());
+    assert!(matches!(with(&good), Verdict::By(_)));
     for (at, bytes) in
         [(16, [0xff; 4]), (16, [0; 4]), (20, [0xff; 4]), (24, [0xff; 4]), (24, [0; 4]), (24, [16, 0, 0, 0])]
     {
         let mut bad = good.clone();
         bad[at..at + 4].copy_from_slice(&bytes);
-        assert_eq!(with(&bad), None, "{bytes:?} at {at}");
+        assert_eq!(with(&bad), Verdict::OfOthers, "{bytes:?} at {at}");
     }
-    assert_eq!(with(&good[..good.len() - 1]), None);
-    assert_eq!(with(&good[..20]), None);
+    assert_eq!(with(&good[..good.len() - 1]), Verdict::OfOthers);
+    assert_eq!(with(&good[..20]), Verdict::OfOthers);
     for len in 0..root.len() {
         let cut = list(X509, &[[&[3; 16], &root[..len]].concat()]);
-        assert_eq!(with(&cut), None, "{len} bytes of a certificate");
+        assert_eq!(with(&cut), Verdict::OfOthers, "{len} bytes of a certificate");
     }
 }
