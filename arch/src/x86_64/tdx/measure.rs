@@ -60,33 +60,37 @@ fn add(hash: &mut Sha384, region: &LaunchRegion) {
     let mut rest = &*region.contents;
     // All of a page at once: a hash does two of its blocks faster than one and another.
     let mut piece = [0; BLOCK + PAGE_BYTES / CHUNK * (BLOCK + CHUNK)];
+    let (added, chunks) = piece.split_at_mut(BLOCK);
+    name(added, b"MEM.PAGE.ADD");
+    chunks.chunks_exact_mut(BLOCK + CHUNK).for_each(|chunk| name(chunk, b"MR.EXTEND"));
     for page in pages {
-        let (front, chunks) = piece.split_at_mut(BLOCK);
-        front.copy_from_slice(&block(b"MEM.PAGE.ADD", page));
+        let (added, chunks) = piece.split_at_mut(BLOCK);
+        address(added, page);
         if !region.measured {
-            hash.update(front);
+            hash.update(added);
             continue;
         }
         for (at, chunk) in (page..).step_by(CHUNK).zip(chunks.chunks_exact_mut(BLOCK + CHUNK)) {
-            let (front, contents) = chunk.split_at_mut(BLOCK);
-            front.copy_from_slice(&block(b"MR.EXTEND", at));
+            let (extended, contents) = chunk.split_at_mut(BLOCK);
+            address(extended, at);
             let here;
             (here, rest) = rest.split_at(rest.len().min(CHUNK));
             let (held, zeros) = contents.split_at_mut(here.len());
             held.copy_from_slice(here);
             zeros.fill(0);
         }
-        hash.update(piece);
+        hash.update(&piece[..]);
     }
 }
 
 const PAGE_BYTES: usize = 4096;
+/// Where the address is in a call's block, behind its name; the rest is zeros.
+const ADDRESS: usize = 16;
 
-/// A name of at most 16 bytes, an address, and zeros.
-fn block(name: &[u8], address: u64) -> [u8; BLOCK] {
-    let mut block = [0; BLOCK];
-    let (front, rest) = block.split_at_mut(16);
-    front.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
-    rest.iter_mut().zip(address.to_le_bytes()).for_each(|(to, from)| *to = from);
-    block
+fn name(block: &mut [u8], name: &[u8]) {
+    block.iter_mut().zip(name).for_each(|(to, from)| *to = *from);
+}
+
+fn address(block: &mut [u8], address: u64) {
+    block.iter_mut().skip(ADDRESS).zip(address.to_le_bytes()).for_each(|(to, from)| *to = from);
 }
