@@ -251,7 +251,7 @@ pub const ROUTES: &[Route] = &[
             Operation::PatchDevice,
             "patch_device",
             "/api/v1/vm/devices/{id}",
-            "Change fields of a device (JSON merge patch, RFC 7396): while the VM runs, a disk's size and a card's link.",
+            "Change fields of a device (JSON merge patch, RFC 7396): while the VM runs, a disk's size, a card's link and where a console leads.",
         )
     },
     Route {

@@ -101,6 +101,16 @@ fn story_devices_of_every_type_come_and_go_beside_a_busy_disk() -> Result<()> {
     )?;
     port.write_all(b"to the guest\n")?;
     echo.wait_line("to the guest")?;
+    let file = format!("{folder}/port");
+    service.client.patch_device("port", &json!({"endpoint": {"type": "file", "path": file}}))?;
+    ensure!(port.read(&mut [0])? == 0, "the client is told that the console leads elsewhere");
+    ask(
+        &guest,
+        "port=$(grep -l org.halyard.test /sys/class/virtio-ports/*/name); port=${port%/name}; echo out >/dev/${port##*/}",
+    )?;
+    host.run(format!("until grep -qx out {file}; do sleep 0.1; done"))?.ok()?;
+    service.client.patch_device("port", &json!({"endpoint": {"type": "api", "path": null}}))?;
+    let mut port = service.client.console("port", false)?;
     wait_in(&guest, "grep -q virtio_rng /sys/class/misc/hw_random/rng_current")?;
     ask(&guest, "head -c 32 /dev/hwrng >/dev/null")?;
     let all = service.client.devices()?;

@@ -86,6 +86,20 @@ impl Endpoints {
         found.map_or(Ok(()), |wanted| self.make(Wanted { field: "endpoint".into(), ..wanted }, board))
     }
 
+    /// Has a console lead where this configuration says.
+    ///
+    /// # Errors
+    /// As [`Endpoints::add`]; it leads where it led.
+    pub fn lead(&mut self, config: &VmConfig, id: &str) -> Result<(), Failure> {
+        let wanted = wanted(config).into_iter().find(|wanted| wanted.id == id);
+        let (Some(wanted), Some(endpoint)) = (wanted, self.by_id.get_mut(id)) else { return Ok(()) };
+        endpoint.lead(kind(&wanted.endpoint), &self.io).map_err(|error| failure("endpoint".into(), &error))?;
+        if let Some(path) = endpoint.path() {
+            tracing::info!("{id} is at {}", path.display());
+        }
+        Ok(())
+    }
+
     /// Gives up the endpoint of a device that is gone, where it had one.
     pub fn remove(&mut self, id: &str) {
         self.by_id.remove(id);

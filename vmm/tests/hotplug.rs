@@ -271,6 +271,44 @@ fn a_console_that_is_added_can_be_reached_and_goes() {
     service.end();
 }
 
+#[test]
+fn a_console_that_runs_leads_elsewhere() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let service = start_in(PhaseName::Running, LONG);
+    let console = |endpoint: &Endpoint| {
+        DeviceConfig::Console(api::Console { id: "c".into(), name: None, endpoint: endpoint.clone() })
+    };
+    let adding = job(put(&service, console(&Endpoint::Api {})));
+    shows(&service, &[BLINKING, ON]);
+    end_of(&service, adding);
+    let open = || service.ask(Request::OpenConsole { id: "c".into(), take_over: false });
+    let path = |name: &str| folder.path().join(name);
+    let (file, socket) = (Endpoint::File { path: path("file") }, Endpoint::Socket { path: path("socket") });
+    for endpoint in [&file, &socket, &socket] {
+        assert!(matches!(put(&service, console(endpoint)), Ok(Answer::Done)));
+        assert_eq!(service.board.info().0.running.unwrap().devices, [console(endpoint)]);
+        assert!(matches!(open(), Err(Refusal::Conflict(_))));
+    }
+    assert!(path("file").exists());
+    std::os::unix::net::UnixStream::connect(path("socket")).unwrap();
+    // What cannot be leaves it where it leads.
+    for (endpoint, field) in [
+        (Endpoint::Stdio {}, "endpoint"),
+        (Endpoint::File { path: folder.path().to_owned() }, "endpoint"),
+        (Endpoint::Socket { path: "x".repeat(108).into() }, "endpoint.path"),
+    ] {
+        assert_eq!(fields(put(&service, console(&endpoint))), [field], "{endpoint:?}");
+    }
+    let named = api::Console { id: "c".into(), name: Some("other".into()), endpoint: Endpoint::Api {} };
+    assert_eq!(fields(put(&service, DeviceConfig::Console(named))), ["name"]);
+    std::os::unix::net::UnixStream::connect(path("socket")).unwrap();
+    assert!(matches!(put(&service, console(&Endpoint::Api {})), Ok(Answer::Done)));
+    assert!(!path("socket").exists() && matches!(open(), Ok(Answer::Console(_))));
+    let changes = told(&service).into_iter().filter(|event| matches!(event, EventKind::DeviceChanged { .. }));
+    assert_eq!(changes.count(), 3, "what is as it was is no event");
+    service.end();
+}
+
 /// The fields that a refusal names.
 #[track_caller]
 fn fields(answer: Result<Answer, Refusal>) -> Vec<String> {

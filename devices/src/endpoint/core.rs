@@ -76,6 +76,23 @@ struct State {
     registration: Option<Registration>,
 }
 
+/// Where an endpoint leads, opened.
+pub(super) enum Lead {
+    Nowhere,
+    /// A reader that is there from the first.
+    There {
+        connection: Connection,
+        /// `None` for what is never waited for.
+        registration: Option<Registration>,
+        with_escape: bool,
+    },
+    /// Readers who come.
+    Comes {
+        arrivals: Arrivals,
+        registration: Registration,
+    },
+}
+
 /// What to do with output that there is no room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Excess {
@@ -86,16 +103,11 @@ pub(super) enum Excess {
 }
 
 impl Core {
-    pub(super) fn new(
-        name: String,
-        history: usize,
-        patience: Option<Duration>,
-        quit: Option<EventFd>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(name: String, patience: Option<Duration>, quit: Option<EventFd>) -> io::Result<Self> {
         Ok(Self {
             name,
             state: Mutex::new(State {
-                ring: OutputRing::new(OUTPUT_CAPACITY, history),
+                ring: OutputRing::new(OUTPUT_CAPACITY, 0),
                 input: VecDeque::new(),
                 connection: None,
                 arrivals: None,
@@ -118,20 +130,27 @@ impl Core {
         })
     }
 
-    /// Starts with a connection that is there from the first.
-    pub(super) fn connect(&self, connection: Connection, registration: Option<Registration>, with_escape: bool) {
+    /// Leads there from now on, and no longer where it led. What a reader there did not take, it will not get any more.
+    pub(super) fn lead(&self, lead: Lead, history: usize) {
         let mut state = lock(&self.state);
-        state.registration = registration;
-        state.escape = (with_escape && self.quit.is_some()).then(Escape::default);
-        self.attach(&mut state, connection);
-    }
-
-    /// Starts to wait for readers who come.
-    pub(super) fn await_readers(&self, arrivals: Arrivals, registration: Registration) {
-        let mut state = lock(&self.state);
-        state.registration = Some(registration);
-        state.arrivals = Some(arrivals);
-        self.await_next(&mut state);
+        // Before the reader goes, so that no other comes from where it led.
+        state.arrivals = None;
+        self.disconnect(&mut state);
+        state.ring.keep(history);
+        (state.reserved, state.complained, state.escape) = (false, false, None);
+        match lead {
+            Lead::Nowhere => state.registration = None,
+            Lead::There { connection, registration, with_escape } => {
+                state.registration = registration;
+                state.escape = (with_escape && self.quit.is_some()).then(Escape::default);
+                self.attach(&mut state, connection);
+            }
+            Lead::Comes { arrivals, registration } => {
+                state.registration = Some(registration);
+                state.arrivals = Some(arrivals);
+                self.await_next(&mut state);
+            }
+        }
     }
 
     /// See [`super::Endpoint::reserve`].
@@ -151,7 +170,10 @@ impl Core {
     /// See [`super::Reservation::attach`].
     pub(super) fn attach_reserved(&self, client: OwnedFd, early: &[u8]) -> io::Result<()> {
         let mut state = lock(&self.state);
-        state.reserved = false;
+        // It may lead elsewhere since the place was set aside.
+        if !std::mem::take(&mut state.reserved) {
+            return Ok(());
+        }
         let Some(registration) = &state.registration else { return Ok(()) };
         let connection = Connection::duplex(Peer::Client, client, Waiting::Socket, registration)?;
         if !early.is_empty() {

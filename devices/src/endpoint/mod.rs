@@ -30,8 +30,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::arrivals::{Arrivals, Listening, Pty};
 use self::connection::Connection;
-use self::core::{Core, Excess, OUTPUT_CAPACITY, OnOutput};
-use self::poller::Source;
+use self::core::{Core, Excess, Lead, OUTPUT_CAPACITY, OnOutput};
+use self::poller::{Registration, Source};
 
 pub use self::poller::ConsoleIo;
 
@@ -155,6 +155,9 @@ pub enum EndpointError {
 #[derive(Debug)]
 pub struct Endpoint {
     core: Arc<Core>,
+    name: String,
+    /// How much is kept for readers who come.
+    history: usize,
     path: Option<PathBuf>,
 }
 
@@ -165,48 +168,64 @@ impl Endpoint {
     /// [`EndpointError`] names the endpoint, and what was tried.
     pub fn open(options: EndpointOptions, io: &ConsoleIo) -> Result<Self, EndpointError> {
         let EndpointOptions { name, kind, history, patience, quit, observer } = options;
-        let host = |what| {
-            let name = name.clone();
-            move |source| EndpointError::Host { name, what, source }
-        };
+        let core = Core::new(name.clone(), patience, quit);
+        let mut core = core.map_err(|source| EndpointError::Host { name: name.clone(), what: "events", source })?;
+        core.observer = observer;
+        let mut endpoint = Self { core: Arc::new(core), name, history, path: None };
+        endpoint.lead(kind, io)?;
+        Ok(endpoint)
+    }
+
+    /// Has the endpoint lead elsewhere from now on. Its device does not notice, but for a reader who goes or comes. A reader
+    /// where it leads then is sent the last output, as always; who read where it led is sent away.
+    ///
+    /// # Errors
+    /// As [`Endpoint::open`]; it leads where it led.
+    pub fn lead(&mut self, kind: EndpointKind, io: &ConsoleIo) -> Result<(), EndpointError> {
         let history = match kind {
-            EndpointKind::Socket { .. } | EndpointKind::Pty | EndpointKind::Handed => history,
+            EndpointKind::Socket { .. } | EndpointKind::Pty | EndpointKind::Handed => self.history,
             _ => 0,
         };
-        let mut core = Core::new(name.clone(), history, patience, quit).map_err(host("events"))?;
-        core.observer = observer;
-        let core = Arc::new(core);
-        let register = || {
-            let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&core) as Arc<dyn Source>));
-            io.add(source).map_err(host("console thread"))
-        };
-        let mut pty_path = None;
-        match kind {
-            EndpointKind::Off => {}
+        let mut path = None;
+        let lead = match kind {
+            EndpointKind::Off => Lead::Nowhere,
             EndpointKind::Stdio => {
-                let registration = register()?;
+                let registration = self.register(io)?;
                 let connection = Connection::streams(io::stdin().as_fd(), io::stdout().as_fd(), &registration)
-                    .map_err(host("standard streams"))?;
-                let terminal = io::stdin().is_terminal();
-                core.connect(connection, Some(registration), terminal);
+                    .map_err(self.host("standard streams"))?;
+                Lead::There { connection, registration: Some(registration), with_escape: io::stdin().is_terminal() }
             }
             EndpointKind::File { path, append } => {
-                core.connect(open_file(&name, &path, append)?, None, false);
+                let connection = open_file(&self.name, &path, append)?;
+                Lead::There { connection, registration: None, with_escape: false }
             }
             EndpointKind::Socket { path } => {
-                let registration = register()?;
-                let listening = Listening::bind(&path, &registration).map_err(|e| socket_error(&name, &path, e))?;
-                core.await_readers(Arrivals::Socket(listening), registration);
+                let registration = self.register(io)?;
+                let listening = Listening::bind(&path, &registration);
+                let listening = listening.map_err(|error| socket_error(&self.name, &path, error))?;
+                Lead::Comes { arrivals: Arrivals::Socket(listening), registration }
             }
-            EndpointKind::Handed => core.await_readers(Arrivals::Handed, register()?),
+            EndpointKind::Handed => Lead::Comes { arrivals: Arrivals::Handed, registration: self.register(io)? },
             EndpointKind::Pty => {
-                let registration = register()?;
-                let (pty, path) = Pty::open(&registration).map_err(host("pseudo-terminal"))?;
-                core.await_readers(Arrivals::Pty(pty), registration);
-                pty_path = Some(path);
+                let registration = self.register(io)?;
+                let (pty, other) = Pty::open(&registration).map_err(self.host("pseudo-terminal"))?;
+                path = Some(other);
+                Lead::Comes { arrivals: Arrivals::Pty(pty), registration }
             }
-        }
-        Ok(Self { core, path: pty_path })
+        };
+        self.path = path;
+        self.core.lead(lead, history);
+        Ok(())
+    }
+
+    fn register(&self, io: &ConsoleIo) -> Result<Registration, EndpointError> {
+        let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&self.core) as Arc<dyn Source>));
+        io.add(source).map_err(self.host("console thread"))
+    }
+
+    fn host(&self, what: &'static str) -> impl Fn(io::Error) -> EndpointError {
+        let name = self.name.clone();
+        move |source| EndpointError::Host { name: name.clone(), what, source }
     }
 
     /// A device's way to this endpoint. Only one device uses it at a time.

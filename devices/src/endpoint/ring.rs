@@ -21,6 +21,12 @@ impl OutputRing {
         Self { bytes: VecDeque::new(), unsent: 0, capacity, history: history.min(capacity), lost: 0 }
     }
 
+    /// Keeps this many sent bytes from now on.
+    pub(super) fn keep(&mut self, history: usize) {
+        self.history = history.min(self.capacity);
+        self.trim();
+    }
+
     /// How many bytes [`OutputRing::push`] takes.
     pub(super) fn room(&self) -> usize {
         self.capacity - self.unsent

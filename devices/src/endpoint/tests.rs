@@ -1,3 +1,5 @@
+mod lead;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -388,7 +390,10 @@ fn signals_and_exit_put_the_terminal_back() {
     }
     let run = |what: &str| {
         let pty = openpty(None, None).unwrap();
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        // Whoever started this may have signals ignored, which is inherited.
+        let mut child = Command::new("env")
+            .arg("--default-signal")
+            .arg(std::env::current_exe().unwrap())
             .args(["--exact", "endpoint::tests::signals_and_exit_put_the_terminal_back", "--nocapture"])
             .env(CHILD, what)
             .stdin(Stdio::from(pty.slave.try_clone().unwrap()))
@@ -468,7 +473,7 @@ fn ends_and_hang_ups_leave_the_thread_asleep() {
 
 /// An endpoint on other streams than this process's own.
 fn streams(bench: &Bench, input: (OwnedFd, Waiting), output: (OwnedFd, Waiting), quit: Option<EventFd>) -> Endpoint {
-    let core = Arc::new(Core::new("streams".into(), 0, None, quit).unwrap());
+    let core = Arc::new(Core::new("streams".into(), None, quit).unwrap());
     let source: Weak<dyn Source> = Arc::downgrade(&(Arc::clone(&core) as Arc<dyn Source>));
     let registration = bench.io.add(source).unwrap();
     let with_escape = nix::unistd::isatty(&input.0).unwrap();
@@ -477,8 +482,8 @@ fn streams(bench: &Bench, input: (OwnedFd, Waiting), output: (OwnedFd, Waiting),
     } else {
         Connection::streams(input.0.as_fd(), output.0.as_fd(), &registration).unwrap()
     };
-    core.connect(connection, Some(registration), with_escape);
-    Endpoint { core, path: None }
+    core.lead(Lead::There { connection, registration: Some(registration), with_escape }, 0);
+    Endpoint { core, name: "streams".into(), history: 0, path: None }
 }
 
 #[test]

@@ -62,7 +62,8 @@ fn changeable(device: &DeviceConfig) -> &'static [&'static str] {
     match device {
         DeviceConfig::Disk(_) => &["size"],
         DeviceConfig::Net(_) => &["link"],
-        DeviceConfig::Console(_) | DeviceConfig::Rng(_) => &[],
+        DeviceConfig::Console(_) => &["endpoint"],
+        DeviceConfig::Rng(_) => &[],
     }
 }
 

@@ -8,9 +8,10 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use api::{DeviceConfig, EventKind, JobKind, JobState, Problem, ProblemDocument, Problems};
+use api::{DeviceConfig, EventKind, JobKind, JobState, ProblemDocument, Problems};
 use devices::pci::Indicator;
 
+use super::consoles::check_no_stdio;
 use super::phase::{Live, Phase, Prepared, no_device};
 use super::{Owner, change};
 use crate::board::Board;
@@ -112,10 +113,8 @@ impl Owner {
                 None => self.change_running(&device),
             };
         }
-        if let DeviceConfig::Console(api::Console { endpoint: api::Endpoint::Stdio {}, .. }) = &device {
-            let problem = "standard input and output are given to a console only when the VM boots";
-            let remedy = "choose file, socket, pty, api or off";
-            return Err(Refusal::Problems(Problems(vec![Problem::new("endpoint", problem, remedy)])));
+        if let DeviceConfig::Console(console) = &device {
+            check_no_stdio(&console.endpoint)?;
         }
         let port = self.put_behind_a_port(device, descriptors)?;
         let job = self.board.start_job(JobKind::AddDevice, Some(&id));
@@ -127,8 +126,12 @@ impl Owner {
     /// Changes a device that the machine has, as far as that can be while it runs.
     fn change_running(&mut self, wanted: &DeviceConfig) -> Result<Answer, Refusal> {
         let id = wanted.id().to_owned();
-        let Some(Live { machine, prepared, .. }) = self.phase.live() else { return Err(no_device(&id)) };
+        let Some(Live { prepared, .. }) = self.phase.live() else { return Err(no_device(&id)) };
         change::allowed_while_it_runs(prepared, wanted)?;
+        if let DeviceConfig::Console(console) = wanted {
+            self.lead_console(console)?;
+        }
+        let Some(Live { machine, prepared, .. }) = self.phase.live() else { return Err(no_device(&id)) };
         let changed = machine.change_device(wanted).map_err(|problem| Refusal::Problems(Problems(vec![problem])))?;
         if prepared.set_changeable(wanted) || changed {
             self.show_change(EventKind::DeviceChanged { id });

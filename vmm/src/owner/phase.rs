@@ -205,8 +205,33 @@ impl Prepared {
         if self.given.devices.get(index) == Some(&device) {
             return Ok(false);
         }
+        let config = self.with_device(index, device.clone(), validate)?;
+        // The device that makes room lets go of its file first: the new one may be on the same.
+        self.inputs.devices.remove(&id);
+        match DeviceInput::open(&device, &mut descriptors) {
+            Ok(opened) => drop(self.inputs.devices.insert(id, opened)),
+            Err((field, problem)) => {
+                self.reopen(index);
+                return Err(Refusal::Problems(Problems(vec![Problem::new(field, problem, "")])));
+            }
+        }
+        self.config = config;
+        put(&mut self.given.devices, index, device);
+        Ok(at.is_none())
+    }
+
+    /// The configuration with another device at this place, where `validate` finds no problem with it.
+    ///
+    /// # Errors
+    /// [`Refusal::Problems`], whose fields are the device's.
+    fn with_device(
+        &self,
+        index: usize,
+        device: DeviceConfig,
+        validate: impl Fn(&VmConfig) -> Vec<Problem>,
+    ) -> Result<VmConfig, Refusal> {
         let mut config = self.config.clone();
-        put(&mut config.devices, index, device.clone());
+        put(&mut config.devices, index, device);
         config.fill_defaults();
         let of_device = format!("devices[{index}]");
         let mut checked = config.clone();
@@ -222,21 +247,20 @@ impl Prepared {
             Problem { field: field.unwrap_or_default(), ..problem }
         });
         let problems: Vec<Problem> = problems.collect();
-        if !problems.is_empty() {
-            return Err(Refusal::Problems(Problems(problems)));
-        }
-        // The device that makes room lets go of its file first: the new one may be on the same.
-        self.inputs.devices.remove(&id);
-        match DeviceInput::open(&device, &mut descriptors) {
-            Ok(opened) => drop(self.inputs.devices.insert(id, opened)),
-            Err((field, problem)) => {
-                self.reopen(index);
-                return Err(Refusal::Problems(Problems(vec![Problem::new(field, problem, "")])));
-            }
-        }
-        self.config = config;
-        put(&mut self.given.devices, index, device);
-        Ok(at.is_none())
+        if problems.is_empty() { Ok(config) } else { Err(Refusal::Problems(Problems(problems))) }
+    }
+
+    /// The configuration with another in the place of a device that there is, where `validate` finds no problem with it.
+    ///
+    /// # Errors
+    /// [`Refusal::Missing`]; [`Refusal::Problems`], whose fields are the device's.
+    pub fn with_changed(
+        &self,
+        device: DeviceConfig,
+        validate: impl Fn(&VmConfig) -> Vec<Problem>,
+    ) -> Result<VmConfig, Refusal> {
+        let at = self.config.devices.iter().position(|other| other.id() == device.id());
+        self.with_device(at.ok_or_else(|| no_device(device.id()))?, device, validate)
     }
 
     /// Opens a device's file again, where its successor could not be.
@@ -260,6 +284,10 @@ impl Prepared {
                 }
                 (DeviceConfig::Net(device), DeviceConfig::Net(wanted)) => {
                     changed |= std::mem::replace(&mut device.link, wanted.link) != wanted.link;
+                }
+                (DeviceConfig::Console(device), DeviceConfig::Console(wanted)) => {
+                    changed |= device.endpoint != wanted.endpoint;
+                    device.endpoint.clone_from(&wanted.endpoint);
                 }
                 _ => {}
             }

@@ -155,7 +155,7 @@ pub enum DevicesVerb {
     },
     /// Add a device
     Add(AddArgs),
-    /// Change fields of a device, as in readonly=true or endpoint='{type: pty}'; while the VM runs, a disk's size and a card's link
+    /// Change fields of a device, as in readonly=true or endpoint='{type: pty, path: null}'; while the VM runs, a disk's size, a card's link and where a console leads
     Change(ChangeArgs),
     /// Remove a device
     Remove(RemoveArgs),
