@@ -3,12 +3,8 @@
 # and "b" takes the time of 1 GiB in steps of 2 MiB, and waits for a byte after each of its lines.
     .include "prelude.inc"
     .include "virtio.inc"
+    .include "private.inc"
 
-    .set MAP_GPA_RANGE, 12              # Linux, Documentation/virt/kvm/x86/hypercalls.rst
-    .set SHARED, 0
-    .set PRIVATE, 1 << 4
-    .set ACCESS_PLATFORM, 1 << 1        # of the features above bit 32
-    .set PAGE, 0x400000
     .set ABOVE, 0x800000                # as much memory as there is, from 8 MiB on, and more
     .set REGISTERS, 0xfec00000          # of the I/O APIC
     .set ROUNDS, 300
@@ -16,27 +12,6 @@
     .set FIRST, 0x40000000
     .set STEPS, 512
     .set STEP, 0x200000
-
-# Asks for pages of another visibility. The result comes in %eax.
-    .macro MAP address, pages, attributes
-    push %ebx
-    push %ecx
-    push %edx
-    mov $\address, %ebx
-    mov $\pages, %ecx
-    mov $\attributes, %edx
-    mov $MAP_GPA_RANGE, %eax
-    vmmcall
-    pop %edx
-    pop %ecx
-    pop %ebx
-    .endm
-
-    .macro SAY text, value
-    PRINT "\text "
-    PRINT_HEX \value
-    PRINT "\n"
-    .endm
 
 main:
     mov start_info, %eax
@@ -77,16 +52,6 @@ pages:
     MAP PAGE, 1, PRIVATE
     SAY "private again", PAGE
     EXIT 0
-
-# Has virtio-rng write eight bytes to PAGE, and says what came of it.
-    .macro RANDOM
-    call virtio_start
-    DESCRIPTOR 0, PAGE, 8, WRITE
-    xor %eax, %eax
-    call virtio_submit
-    call virtio_wait
-    SAY "answer", %eax
-    .endm
 
 device:
     movl $(1 | ACCESS_PLATFORM), high_features

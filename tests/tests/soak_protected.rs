@@ -71,6 +71,21 @@ fn soak_a_guest_makes_memory_private_and_shared_and_devices_reach_what_is_shared
     Ok(())
 }
 
+/// Two processors convert the same pages at once, 300 times each; and a reset, by which all memory is new and shared again.
+#[test]
+fn soak_processors_convert_the_same_pages_and_a_reset_makes_them_shared() -> Result<()> {
+    let host = host("")?;
+    let kernel = VmSpec::kernel(guest("convert").display().to_string()).memory("64M").cpus(2);
+    let vm = host.halyard(&kernel.args(KIND).args(["--rng"]))?;
+    for run in 1..=3 {
+        for line in ["begins 00000000", "refused 00000000", "shared 00000000", "answer 00000000", "private 11111111"] {
+            vm.process().wait_line_for(line, PATIENCE).with_context(|| format!("in run {run}"))?;
+        }
+    }
+    vm.process().kill(15)?;
+    Ok(())
+}
+
 #[test]
 fn soak_a_stock_kernel_boots_in_memory_that_it_leaves_shared() -> Result<()> {
     let host = host("")?;

@@ -4,6 +4,7 @@
 //! Helpers panic where the monitor's code has gone wrong: that is how libFuzzer learns of it.
 
 pub mod allocated;
+pub mod authority;
 pub mod bodies;
 pub mod census;
 pub mod configuration;

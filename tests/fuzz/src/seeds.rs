@@ -38,12 +38,24 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "tdvf" => tdvf(),
         "igvm" => igvm(),
         "event_log" => event_log(),
+        "authority" => authority(),
         "fw_cfg" => fw_cfg(),
         "http" => http(),
         "quote" => quote(),
         "qgs" => qgs(),
         _ => panic!("there is no target {target}"),
     }
+}
+
+/// A key that has signed, the second of two, one that signed itself, and none.
+fn authority() -> Vec<Vec<u8>> {
+    use crate::authority::signed;
+    vec![
+        signed(&[b"root"], b"leaf", b"root"),
+        signed(&[b"other", b"root"], b"leaf", b"root"),
+        signed(&[b"root"], b"root", b"root"),
+        signed(&[b"other"], b"leaf", b"root"),
+    ]
 }
 
 /// A sound IGVM file for TDX, one for SEV-SNP, one with a page twice, and one with parameters.
