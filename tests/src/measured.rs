@@ -3,13 +3,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::cpio::Archive;
+use crate::process::Killed;
 use crate::{firmware, images};
 
 /// Longer than any boot in software emulation takes.
@@ -50,17 +51,6 @@ pub fn initramfs() -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// A program that does not outlive its test.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Boots a kernel that shows its event log, with [`initramfs`] at `initramfs`, by Debian's firmware with the variables in this
 /// file, and takes the log. `folder` is for what that needs.
 ///
@@ -73,7 +63,7 @@ pub fn event_log(folder: &Path, variables: &Path, given: &[(&str, &str)]) -> Res
     let mut tpm = Command::new("swtpm");
     tpm.args(["socket", "--tpm2", "--tpmstate", &format!("dir={}", state.display())]);
     tpm.args(["--ctrl", &format!("type=unixio,path={}", socket.display())]);
-    let _tpm = Ended(tpm.spawn().context("swtpm")?);
+    let _tpm = Killed(tpm.spawn().context("swtpm")?);
     wait_for("swtpm's socket", || Ok(socket.exists()))?;
 
     let mut qemu = Command::new("qemu-system-x86_64");
@@ -88,7 +78,7 @@ pub fn event_log(folder: &Path, variables: &Path, given: &[(&str, &str)]) -> Res
     qemu.args(["-tpmdev", "emulator,id=tpm,chardev=tpm", "-device", "tpm-tis,tpmdev=tpm"]);
     qemu.args(["-serial", &format!("file:{}", serial.display())]);
     qemu.args(given.iter().flat_map(|(name, value)| [*name, *value]));
-    let mut qemu = Ended(qemu.stdin(Stdio::null()).spawn().context("qemu-system-x86_64")?);
+    let mut qemu = Killed(qemu.stdin(Stdio::null()).spawn().context("qemu-system-x86_64")?);
     let ended = wait_for("QEMU's end", || Ok(qemu.0.try_wait()?.is_some()));
     let said = fs::read(&serial).unwrap_or_default();
     let said = String::from_utf8_lossy(&said);

@@ -1,6 +1,7 @@
 //! What runs in a host or guest while a test goes on: processes, and connections to sockets.
 
 use std::io::{self, Read, Write};
+use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,17 @@ impl Channel {
             bytes = later;
         }
         Ok(())
+    }
+}
+
+/// A process of this machine, which does not outlive whoever holds it.
+pub(crate) struct Killed(pub(crate) Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -8,7 +8,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use tempfile::TempDir;
 
 use super::memory::private_memory;
 use super::{Finding, Series};
+use crate::process::Killed;
 use crate::tiny::{self, Running};
 use crate::vm;
 
@@ -354,17 +355,6 @@ fn from_line(guest: &Path, sandbox: &str) -> Result<f64> {
     let mut child = Killed(command.spawn()?);
     first_byte(&mut child)?;
     Ok(since(began))
-}
-
-/// A process that does not outlive its measurement.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 fn first_byte(child: &mut Killed) -> Result<()> {
