@@ -1,6 +1,6 @@
 //! By what firmware with secure boot starts an executable, which it measures, or that it does not (UEFI 2.10, §32.4; RFC 5652
-//! and RFC 5280 for what is signed). Signatures are not checked: of an executable that is not what was signed, what is
-//! foretold does not hold anyway.
+//! and RFC 5280 for what is signed). Neither are signatures checked, nor is what firmware forbids (dbx) looked at: of an
+//! executable that is not what was signed, or must not run, what is foretold does not hold anyway.
 
 use std::fs::File;
 
@@ -73,16 +73,26 @@ pub fn of(variables: &Variables, file: &File) -> Result<Verdict, PeError> {
     let image = FileImage::new(file)?.ok_or(PeError::Format("it is not a regular file"))?;
     let executable = Executable::read(&image)?;
     let signatures = executable.signatures()?;
-    let by = signer(variables.database(), &signatures);
-    let listed = || -> Result<_, PeError> {
-        let digest = executable.digest::<Sha256>()?;
-        Ok(entries(variables.database(), DIGESTS).into_iter().find(|entry| entry.get(OWNER..) == Some(&digest[..])))
+    let entry = match signer(variables.database(), &signatures) {
+        Some(entry) => Some(entry),
+        None => listed(variables.database(), &executable)?,
     };
-    Ok(match by.map_or_else(listed, |entry| Ok(Some(entry)))? {
+    Ok(match entry {
         Some(entry) => Verdict::By(digest_of_entry(entry)),
         None if signatures.is_empty() => Verdict::Unsigned,
         None => Verdict::OfOthers,
     })
+}
+
+/// The entry of a database that is an executable's digest.
+fn listed<'a>(database: &'a [u8], executable: &Executable) -> Result<Option<&'a [u8]>, PeError> {
+    let entries = entries(database, DIGESTS);
+    if entries.is_empty() {
+        // A digest takes longer than all else of a launch.
+        return Ok(None);
+    }
+    let digest = executable.digest::<Sha256>()?;
+    Ok(entries.into_iter().find(|entry| entry.get(OWNER..) == Some(&digest[..])))
 }
 
 /// The entry of a database that is the certificate of the first signer that has one there.
