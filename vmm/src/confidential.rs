@@ -385,6 +385,8 @@ mod tests {
     fn no_memory_of_it_goes_into_a_core_file() {
         let bench = bench();
         bench.convert(0, 8 * PAGE, Visibility::Shared);
+        // Some memory of the monitor's own. What it reads the list into may come to be where the list was read already.
+        let own = vec![0_u8; 4096];
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let is_dumped = |address: usize| {
             let mut inside = false;
@@ -400,7 +402,7 @@ mod tests {
             }
             panic!("nothing is mapped at {address:#x}");
         };
-        assert!(is_dumped(smaps.as_ptr().addr()));
+        assert!(is_dumped(own.as_ptr().addr()));
         let shared = bench.view.memory().get_host_address(GuestAddress(0)).unwrap();
         assert!(!is_dumped(shared.addr()));
         assert!(bench.ram.regions.iter().all(|region| !is_dumped(region.as_ptr().addr())));
