@@ -266,6 +266,14 @@ impl Endpoint {
     }
 }
 
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // Devices, and the thread that waits for its descriptors, may hold the rest of it for a while: what others see of it, a
+        // socket and its client, is gone at once.
+        self.core.lead(Lead::Nowhere, 0);
+    }
+}
+
 /// Why no client can be handed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ReserveError {

@@ -229,7 +229,8 @@ fn what_is_written_is_on_the_host_and_is_read_back() {
     assert_eq!((count(&counters.reads), count(&counters.read_bytes)), (2, 4608));
     assert_eq!((count(&counters.writes), count(&counters.written_bytes)), (1, 4096));
     assert_eq!((count(&counters.flushes), count(&counters.errors)), (1, 0));
-    assert_eq!(count(&counters.kicks), 4);
+    // A queue begins with a kick, which the driver's first may overtake.
+    assert!((4..=5).contains(&count(&counters.kicks)), "{counters:?}");
     let times = [&counters.read_nanoseconds, &counters.write_nanoseconds, &counters.flush_nanoseconds].map(count);
     assert!(times.iter().all(|time| (1..60_000_000_000).contains(time)), "{times:?}");
 }
