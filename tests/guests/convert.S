@@ -6,8 +6,6 @@
     .include "virtio.inc"
     .include "private.inc"
 
-    .set INIT_ALL, 0xc4500              # INIT, asserted, to all but this one
-    .set START_ALL, 0xc4600 | TRAMPOLINE_PAGE   # SIPI, to all but this one
     .set ROUNDS, 300
     .set RESET, 0x622
 
@@ -15,9 +13,7 @@ main:
     SAY "begins", PAGE
     LAPIC_ENABLE
     PUT_TRAMPOLINE
-    movl $INIT_ALL, LAPIC_COMMAND
-    movl $START_ALL, LAPIC_COMMAND
-    movl $START_ALL, LAPIC_COMMAND
+    START_OTHERS
 1:  pause
     cmpl $0, arrived
     je 1b
@@ -30,9 +26,7 @@ main:
     SAY "refused", refused
     SAY "shared", "(PAGE + 0x3000)"
 
-    movl $(1 | ACCESS_PLATFORM), high_features
-    mov $VIRTIO_RNG, %eax
-    call virtio_open
+    OPEN_RNG
     RANDOM
     cmpl $0, PAGE
     REQUIRE jne, "the device wrote nothing"

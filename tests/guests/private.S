@@ -54,9 +54,7 @@ pages:
     EXIT 0
 
 device:
-    movl $(1 | ACCESS_PLATFORM), high_features
-    mov $VIRTIO_RNG, %eax
-    call virtio_open
+    OPEN_RNG
     RANDOM
     cmpl $0, PAGE
     REQUIRE jne, "the device wrote nothing"
@@ -73,9 +71,7 @@ device:
     EXIT 0
 
 at_work:
-    movl $(1 | ACCESS_PLATFORM), high_features
-    mov $VIRTIO_RNG, %eax
-    call virtio_open
+    OPEN_RNG
     mov $ROUNDS, %edi
 1:  call virtio_start
     DESCRIPTOR 0, PAGE, 0x4000, WRITE

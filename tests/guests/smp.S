@@ -4,9 +4,6 @@
     .include "lapic.inc"
     .include "trampoline.inc"
 
-    .set INIT_ALL, 0xc4500              # INIT, asserted, to all but this one
-    .set START_ALL, 0xc4600 | TRAMPOLINE_PAGE   # SIPI, to all but this one
-
 main:
     LAPIC_ENABLE
     mov start_info, %ebx
@@ -24,9 +21,7 @@ main:
 
     PUT_TRAMPOLINE
     call here                           # first, so that the others come behind it
-    movl $INIT_ALL, LAPIC_COMMAND
-    movl $START_ALL, LAPIC_COMMAND
-    movl $START_ALL, LAPIC_COMMAND      # ignored by those that run already
+    START_OTHERS
 2:  pause
     mov arrived, %eax
     cmp wanted, %eax

@@ -2,6 +2,7 @@
 //! file is another than Halyard's.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use igvm::measurement::generate_tdx_measurement;
@@ -42,6 +43,16 @@ pub fn file(name: &str) -> Result<PathBuf> {
 pub fn enroll(file: &Path, made: &Path, what: &[&str]) -> Result<()> {
     let output = python::program("virt-fw-vars")?.arg("-i").arg(file).arg("-o").arg(made).args(what).output()?;
     ensure!(output.status.success(), "virt-fw-vars: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Has osslsigncode, another reader of signed EFI executables, make something of one.
+///
+/// # Errors
+/// It cannot.
+pub fn osslsigncode(what: &[&str], file: &Path, made: &Path) -> Result<()> {
+    let output = Command::new("osslsigncode").args(what).arg("-in").arg(file).arg("-out").arg(made).output()?;
+    ensure!(output.status.success(), "osslsigncode: {}", String::from_utf8_lossy(&output.stdout));
     Ok(())
 }
 

@@ -3,11 +3,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use halyard_tests::measured::{self, Measured};
-use halyard_tests::quotes::digits;
+use halyard_tests::quotes::{bytes, digits};
 use halyard_tests::tiny::run_halyard;
 use halyard_tests::{Kernel, firmware};
 use sha2::{Digest, Sha384};
@@ -61,8 +60,7 @@ fn events_of(report: &serde_json::Value, number: usize) -> Result<Vec<Event>> {
         .map(|event| {
             let kind = event["type"].as_str().context("a type")?.trim_start_matches("0x");
             let digest = event["digest"].as_str().context("a digest")?;
-            let bytes = (0..digest.len()).step_by(2).map(|at| u8::from_str_radix(&digest[at..at + 2], 16));
-            Ok((u32::from_str_radix(kind, 16)?, bytes.collect::<Result<_, _>>()?))
+            Ok((u32::from_str_radix(kind, 16)?, bytes(digest)))
         })
         .collect()
 }
@@ -106,19 +104,12 @@ fn a_kernel_that_the_firmware_has_a_key_for_is_measured_as_foretold() -> Result<
     compare(&Kernel::Debian6_12Cloud.bzimage()?, &firmware::DEBIANS_KEY)
 }
 
-/// Has osslsigncode do something with a file.
-fn osslsigncode(what: &[&str], file: &Path, made: &Path) -> Result<()> {
-    let output = Command::new("osslsigncode").args(what).arg("-in").arg(file).arg("-out").arg(made).output()?;
-    ensure!(output.status.success(), "osslsigncode: {}", String::from_utf8_lossy(&output.stdout));
-    Ok(())
-}
-
 #[test]
 fn a_kernel_that_the_firmware_has_a_digest_of_is_measured_as_foretold() -> Result<()> {
     let folder = TempDir::new()?;
     let (kernel, data) = (folder.path().join("vmlinuz"), folder.path().join("data"));
-    osslsigncode(&["remove-signature"], &Kernel::Debian6_1Cloud.bzimage()?, &kernel)?;
-    osslsigncode(&["extract-data", "-h", "sha256"], &kernel, &data)?;
+    firmware::osslsigncode(&["remove-signature"], &Kernel::Debian6_1Cloud.bzimage()?, &kernel)?;
+    firmware::osslsigncode(&["extract-data", "-h", "sha256"], &kernel, &data)?;
     // In what a signature would be of, the digest is the one string of 32 bytes.
     let data = digits(&fs::read(&data)?);
     let digest = data.split_once("05000420").and_then(|(_, rest)| rest.get(..64)).context("the digest")?;

@@ -1,6 +1,7 @@
 //! Hot-plug of every type of device into stock Debian kernels, in the sandbox and with load beside it.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -67,6 +68,26 @@ fn census(host: &Host, pid: u32) -> Result<String> {
     host.run(format!("ls /proc/{pid}/fd | wc -l; ls /proc/{pid}/task | wc -l"))?.ok()
 }
 
+/// The guest's port leads into a file for a while, and then to clients of the API again.
+fn lead_elsewhere_and_back(
+    host: &Host,
+    folder: &str,
+    service: &mut Service,
+    guest: &Client,
+    mut port: impl Read,
+) -> Result<UnixStream> {
+    let file = format!("{folder}/port");
+    service.client.patch_device("port", &json!({"endpoint": {"type": "file", "path": file}}))?;
+    ensure!(port.read(&mut [0])? == 0, "the client is told that the console leads elsewhere");
+    ask(
+        guest,
+        "port=$(grep -l org.halyard.test /sys/class/virtio-ports/*/name); port=${port%/name}; echo out >/dev/${port##*/}",
+    )?;
+    host.run(format!("until grep -qx out {file}; do sleep 0.1; done"))?.ok()?;
+    service.client.patch_device("port", &json!({"endpoint": {"type": "api", "path": null}}))?;
+    Ok(service.client.console("port", false)?)
+}
+
 #[test]
 fn story_devices_of_every_type_come_and_go_beside_a_busy_disk() -> Result<()> {
     let host = &Lent::take()?;
@@ -101,16 +122,7 @@ fn story_devices_of_every_type_come_and_go_beside_a_busy_disk() -> Result<()> {
     )?;
     port.write_all(b"to the guest\n")?;
     echo.wait_line("to the guest")?;
-    let file = format!("{folder}/port");
-    service.client.patch_device("port", &json!({"endpoint": {"type": "file", "path": file}}))?;
-    ensure!(port.read(&mut [0])? == 0, "the client is told that the console leads elsewhere");
-    ask(
-        &guest,
-        "port=$(grep -l org.halyard.test /sys/class/virtio-ports/*/name); port=${port%/name}; echo out >/dev/${port##*/}",
-    )?;
-    host.run(format!("until grep -qx out {file}; do sleep 0.1; done"))?.ok()?;
-    service.client.patch_device("port", &json!({"endpoint": {"type": "api", "path": null}}))?;
-    let mut port = service.client.console("port", false)?;
+    let mut port = lead_elsewhere_and_back(host, folder, &mut service, &guest, port)?;
     wait_in(&guest, "grep -q virtio_rng /sys/class/misc/hw_random/rng_current")?;
     ask(&guest, "head -c 32 /dev/hwrng >/dev/null")?;
     let all = service.client.devices()?;

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use halyard_tests::quotes::digits;
+use halyard_tests::quotes::{bytes, digits};
 use halyard_tests::tiny::{Run, run_halyard};
 use halyard_tests::{Kernel, firmware};
 use igvm_defs::IgvmPlatformType;
@@ -289,11 +289,7 @@ fn with_a_kernel_all_registers_are_foretold() {
     }
     // The kernel, as another program reads it: the digest ends what a signature would be of.
     let data = folder.path().join("data");
-    let osslsigncode = Command::new("osslsigncode")
-        .args(["extract-data", "-h", "sha384", "-in", &kernel, "-out", data.to_str().unwrap()])
-        .output()
-        .unwrap();
-    assert!(osslsigncode.status.success(), "{osslsigncode:?}");
+    firmware::osslsigncode(&["extract-data", "-h", "sha384"], kernel.as_ref(), &data).unwrap();
     let [("the kernel", digest)] = events_of(&report, "0x80000003")[..] else { panic!("{report}") };
     assert!(digits(&fs::read(&data).unwrap()).contains(digest), "{digest}");
     let options: Vec<u8> = "initrd=initrd quiet\0".encode_utf16().flat_map(u16::to_le_bytes).collect();
@@ -403,9 +399,7 @@ fn a_kernel_that_the_firmware_does_not_start_has_no_registers() {
     let folder = TempDir::new().unwrap();
     let unsigned = folder.path().join("vmlinuz").display().to_string();
     let kernel = Kernel::Debian6_12Cloud.bzimage().unwrap().display().to_string();
-    let stripped =
-        Command::new("osslsigncode").args(["remove-signature", "-in", &kernel, "-out", &unsigned]).output().unwrap();
-    assert!(stripped.status.success(), "{stripped:?}");
+    firmware::osslsigncode(&["remove-signature"], kernel.as_ref(), unsigned.as_ref()).unwrap();
     for (kernel, why) in [(&unsigned, "which is not signed"), (&kernel, "which no key of it has signed")] {
         let why = format!("this firmware has secure boot on, and does not start the kernel, {why}: ");
         let report = foretold(&firmware, &["--kernel", kernel, "--events"]);
@@ -419,11 +413,6 @@ fn a_kernel_that_the_firmware_does_not_start_has_no_registers() {
     firmware::enroll(&firmware, &without, &["--delete", "PK"]).unwrap();
     let register = |kernel: &str| foretold(&without, &["--kernel", kernel])["rtmr"][1].clone();
     assert!(register(&kernel).is_string() && register(&kernel) == register(&unsigned));
-}
-
-/// The bytes of hexadecimal digits.
-fn bytes(hex: &str) -> Vec<u8> {
-    (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
 }
 
 #[test]

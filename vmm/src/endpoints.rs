@@ -70,9 +70,7 @@ impl Endpoints {
         options.quit = Some(self.quit.try_clone()?);
         options.observer = Some(Arc::new(Observer { id: id.clone(), board: board.clone() }));
         let opened = Endpoint::open(options, &self.io).map_err(|error| failure(field, &error))?;
-        if let Some(path) = opened.path() {
-            tracing::info!("{id} is at {}", path.display());
-        }
+        tell_path(&id, &opened);
         self.by_id.insert(id, opened);
         Ok(())
     }
@@ -94,9 +92,7 @@ impl Endpoints {
         let wanted = wanted(config).into_iter().find(|wanted| wanted.id == id);
         let (Some(wanted), Some(endpoint)) = (wanted, self.by_id.get_mut(id)) else { return Ok(()) };
         endpoint.lead(kind(&wanted.endpoint), &self.io).map_err(|error| failure("endpoint".into(), &error))?;
-        if let Some(path) = endpoint.path() {
-            tracing::info!("{id} is at {}", path.display());
-        }
+        tell_path(id, endpoint);
         Ok(())
     }
 
@@ -159,6 +155,13 @@ impl Endpoints {
                 tracing::warn!("not all output of the guest was read");
             }
         }
+    }
+}
+
+/// Tells where a pseudo-terminal is.
+fn tell_path(id: &str, endpoint: &Endpoint) {
+    if let Some(path) = endpoint.path() {
+        tracing::info!("{id} is at {}", path.display());
     }
 }
 

@@ -2,13 +2,18 @@
 
 use super::*;
 
+/// A socket with a client.
+fn connected(bench: &Bench) -> (Endpoint, EndpointHandle, UnixStream) {
+    let endpoint = bench.socket(OUTPUT_CAPACITY);
+    let (handle, client) = (endpoint.handle(), bench.client());
+    wait_connected(&handle, true);
+    (endpoint, handle, client)
+}
+
 #[test]
 fn an_endpoint_leads_elsewhere_and_its_device_goes_on() {
     let bench = Bench::new();
-    let mut endpoint = bench.socket(OUTPUT_CAPACITY);
-    let handle = endpoint.handle();
-    let mut client = bench.client();
-    wait_connected(&handle, true);
+    let (mut endpoint, handle, mut client) = connected(&bench);
     handle.write_over(b"first");
     assert_eq!(read_exact(&mut client, 5), b"first");
     client.write_all(b"typed").unwrap();
@@ -47,10 +52,7 @@ fn an_endpoint_leads_elsewhere_and_its_device_goes_on() {
 #[test]
 fn what_cannot_be_leaves_an_endpoint_where_it_led() {
     let bench = Bench::new();
-    let mut endpoint = bench.socket(OUTPUT_CAPACITY);
-    let handle = endpoint.handle();
-    let mut client = bench.client();
-    wait_connected(&handle, true);
+    let (mut endpoint, handle, mut client) = connected(&bench);
     for kind in [
         EndpointKind::Socket { path: bench.path() },
         EndpointKind::Socket { path: "/nonexistent/socket".into() },
@@ -66,10 +68,7 @@ fn what_cannot_be_leaves_an_endpoint_where_it_led() {
 #[test]
 fn a_device_that_is_held_back_by_a_reader_who_is_sent_away_goes_on() {
     let bench = Bench::new();
-    let mut endpoint = bench.socket(0);
-    let handle = endpoint.handle();
-    let _client = bench.client();
-    wait_connected(&handle, true);
+    let (mut endpoint, handle, _client) = connected(&bench);
     while handle.write(&pattern(OUTPUT_CAPACITY)) > 0 {}
     endpoint.lead(EndpointKind::Off, &bench.io).unwrap();
     assert!(wait(handle.writable_event(), TIMEOUT), "the device is told");
