@@ -13,6 +13,8 @@ fn main() {
     let folder = Path::new(&env::var("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("../resources/seccomp");
     println!("cargo::rerun-if-changed={}", folder.display());
     println!("cargo::rerun-if-changed=build");
+    // Relocations of a static executable that can lie anywhere, as bits instead of 24 bytes each (DT_RELR; glibc 2.36).
+    println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
     let target = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets it");
     assert_eq!(target, "x86_64", "the policies' ioctls are those of x86-64");
     let mut source = String::new();
