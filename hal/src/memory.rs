@@ -44,12 +44,14 @@ pub struct Slot {
     pub readonly: bool,
     /// Guest writes are recorded for [`crate::DirtyLog`].
     pub log_dirty: bool,
+    /// It is memory of a device's: it has no private side, and nothing converts it.
+    pub device: bool,
 }
 
 impl Slot {
     /// A writable slot whose writes are not logged.
     pub fn new(region: Arc<GuestRegionMmap>) -> Self {
-        Self { region, readonly: false, log_dirty: false }
+        Self { region, readonly: false, log_dirty: false, device: false }
     }
 
     /// The guest physical addresses that the slot covers.

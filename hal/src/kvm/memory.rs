@@ -43,6 +43,13 @@ struct Mapped {
     private: Option<PrivateSide>,
 }
 
+impl Mapped {
+    /// The part of a range that is memory of the guest's in this slot.
+    fn part(&self, range: GpaRange) -> Option<GpaRange> {
+        self.slot.range().common(range).filter(|_| !self.slot.device)
+    }
+}
+
 impl Slots {
     /// `max`: how many there may be; `loggable`: whether slots may ask for a dirty log; `traits`: those of the VM's kind.
     pub(super) fn new(max: u32, loggable: bool, traits: &'static KindTraits) -> Self {
@@ -67,13 +74,14 @@ impl Slots {
         let number = (0..self.max)
             .find(|number| !map.slots.contains_key(number))
             .ok_or_else(|| invalid(format!("all {} slots of the VM are in use", self.max)))?;
-        let private = if self.private() { Some(PrivateSide::create(fd, &slot.region)?) } else { None };
+        let two_sided = self.private() && !slot.device;
+        let private = if two_sided { Some(PrivateSide::create(fd, &slot.region)?) } else { None };
         let mapped = Mapped { slot, private };
         set_region(fd, number, &mapped, mapped.slot.region.len())?;
         let range = mapped.slot.range();
         // KVM has it from here on, whatever else fails.
         map.slots.insert(number, mapped);
-        if self.private() {
+        if two_sided {
             let begins = self.traits.begins();
             // Whatever a slot that was there before has left.
             private::set_attributes(fd, range, begins)?;
@@ -133,7 +141,7 @@ impl Slots {
     pub(super) fn is_private(&self, range: GpaRange) -> bool {
         let map = self.lock();
         self.private()
-            && map.slots.values().any(|mapped| mapped.slot.range().common(range) == Some(range))
+            && map.slots.values().any(|mapped| mapped.part(range) == Some(range))
             && !map.shared.overlaps(range)
     }
 
@@ -149,8 +157,7 @@ impl Slots {
         }
         let mut map = self.lock();
         let Map { slots, shared } = &mut *map;
-        let mapped: u64 =
-            slots.values().filter_map(|mapped| mapped.slot.range().common(range)).map(|part| part.len).sum();
+        let mapped: u64 = slots.values().filter_map(|mapped| mapped.part(range)).map(|part| part.len).sum();
         if to == Visibility::Private && mapped != len {
             return Err(not_convertible("there is no memory in a part of the range"));
         }
@@ -160,7 +167,7 @@ impl Slots {
         }
         // What is so already is left out, and what slots side by side have becomes one range.
         let mut changing = SharedRanges::default();
-        for part in slots.values().filter_map(|mapped| mapped.slot.range().common(range)) {
+        for part in slots.values().filter_map(|mapped| mapped.part(range)) {
             let done = match to {
                 Visibility::Private => !shared.overlaps(part),
                 Visibility::Shared => shared.contains(part),

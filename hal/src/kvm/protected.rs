@@ -135,3 +135,18 @@ fn a_slot_begins_shared_whatever_was_there() {
         vm.memory().unmap(id).unwrap();
     }
 }
+
+#[test]
+fn memory_of_a_device_has_no_private_side() {
+    let Some(vm) = protected() else { return };
+    let memory = vm.memory();
+    memory.map(Slot::new(region(GpaRange { start: 0, len: 0x8000 }))).unwrap();
+    let bar = GpaRange { start: 0x10_0000, len: 0x2000 };
+    let slot = memory.map(Slot { device: true, ..Slot::new(region(bar)) }).unwrap();
+    let private = memory.convert(bar, Visibility::Private).unwrap_err().to_string();
+    assert!(private.contains("there is no memory"), "{private}");
+    memory.convert(bar, Visibility::Shared).unwrap();
+    assert_eq!(memory.shared(), [GpaRange { start: 0, len: 0x8000 }]);
+    memory.unmap(slot).unwrap();
+    memory.map(Slot { device: true, ..Slot::new(region(bar)) }).unwrap();
+}
