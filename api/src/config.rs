@@ -53,6 +53,16 @@ impl VmConfig {
         self.confidential.as_ref().map_or(KindName::Standard, Confidential::name)
     }
 
+    /// Whether memory of the guest's is to stay in the host's.
+    pub fn locks_memory(&self) -> bool {
+        self.memory.lock || self.has_vfio()
+    }
+
+    /// Whether there are functions of the host's among its devices.
+    pub fn has_vfio(&self) -> bool {
+        self.devices.iter().any(|device| matches!(device, DeviceConfig::Vfio(_)))
+    }
+
     /// A VM that boots `kernel`, all else by default.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {

@@ -20,6 +20,8 @@ pub enum DeviceConfig {
     Console(Console),
     /// A source of random numbers (virtio-rng).
     Rng(Rng),
+    /// A PCI function of the host's, which the guest drives itself (VFIO).
+    Vfio(Vfio),
 }
 
 impl DeviceConfig {
@@ -29,7 +31,8 @@ impl DeviceConfig {
             Self::Disk(Disk { id, .. })
             | Self::Net(Net { id, .. })
             | Self::Console(Console { id, .. })
-            | Self::Rng(Rng { id, .. }) => id,
+            | Self::Rng(Rng { id, .. })
+            | Self::Vfio(Vfio { id, .. }) => id,
         }
     }
 
@@ -43,24 +46,30 @@ impl DeviceConfig {
             Self::Disk(Disk { id, .. })
             | Self::Net(Net { id, .. })
             | Self::Console(Console { id, .. })
-            | Self::Rng(Rng { id, .. }) => id,
+            | Self::Rng(Rng { id, .. })
+            | Self::Vfio(Vfio { id, .. }) => id,
         }
     }
 
-    /// The number of the descriptor that the device is on, where it names one.
-    pub fn fd(&self) -> Option<i32> {
-        match self {
-            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => *fd,
-            Self::Console(_) | Self::Rng(_) => None,
-        }
+    /// The descriptors that the device is on: the field of each, and its number.
+    pub fn descriptors(&self) -> impl Iterator<Item = (&'static str, i32)> {
+        let (fd, iommu) = match self {
+            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => (*fd, None),
+            Self::Vfio(Vfio { fd, iommu_fd, .. }) => (*fd, *iommu_fd),
+            Self::Console(_) | Self::Rng(_) => (None, None),
+        };
+        let named = |field| move |number| (field, number);
+        fd.map(named("fd")).into_iter().chain(iommu.map(named("iommu_fd")))
     }
 
-    /// Sets the number of the descriptor that the device is on. A device that can be on none stays as it is.
-    pub fn set_fd(&mut self, number: i32) {
-        match self {
-            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => *fd = Some(number),
-            Self::Console(_) | Self::Rng(_) => {}
-        }
+    /// The numbers of [`DeviceConfig::descriptors`], to be changed.
+    pub fn descriptors_mut(&mut self) -> impl Iterator<Item = &mut i32> {
+        let (fd, iommu) = match self {
+            Self::Disk(Disk { fd, .. }) | Self::Net(Net { fd, .. }) => (fd.as_mut(), None),
+            Self::Vfio(Vfio { fd, iommu_fd, .. }) => (fd.as_mut(), iommu_fd.as_mut()),
+            Self::Console(_) | Self::Rng(_) => (None, None),
+        };
+        fd.into_iter().chain(iommu)
     }
 
     /// The device's `type`, as the configuration writes it.
@@ -70,6 +79,7 @@ impl DeviceConfig {
             Self::Net(_) => "net",
             Self::Console(_) => "console",
             Self::Rng(_) => "rng",
+            Self::Vfio(_) => "vfio",
         }
     }
 }
@@ -198,6 +208,31 @@ pub struct Rng {
     /// The device's id.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub id: String,
+}
+
+/// A PCI function of the host's that is bound to its driver vfio-pci. The guest drives it, and it reaches the guest's memory,
+/// all of which the host keeps in place for it (of a confidential guest's, what is shared). Its interrupts are MSI-X or MSI.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Vfio {
+    /// The device's id.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// The function's address on the host: domain, bus, device and function, as in `0000:01:00.0`. Either this or `fd` is
+    /// needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = "^[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\\.[0-7]$"))]
+    pub host: Option<String>,
+    /// An open descriptor of the function (`/dev/vfio/devices/vfioN`): an inherited one, or one that comes with the request,
+    /// the first as number 3.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 3))]
+    pub fd: Option<i32>,
+    /// An open descriptor of `/dev/iommu`, which a function by descriptor needs unless the VM has another one already: they
+    /// share it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 3))]
+    pub iommu_fd: Option<i32>,
 }
 
 /// Where a serial port or a console leads on the host.

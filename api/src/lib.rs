@@ -40,7 +40,7 @@ pub use config::{
     BootUntil, Cpus, Firmware, Hugepages, Kernel, KernelCache, Lifecycle, Memory, OnPanic, OnReset, Pci, Platform,
     Topology, VmConfig,
 };
-pub use device::{Console, DeviceConfig, Disk, Endpoint, Link, Net, Rng};
+pub use device::{Console, DeviceConfig, Disk, Endpoint, Link, Net, Rng, Vfio};
 pub use document::{FieldProblem, PROBLEM_JSON, ProblemDocument, field_of, pointer};
 pub use event::{Event, EventKind, IoOperation, Job, JobKind, JobState};
 pub use host::{Check, HostFacts, HostReport, KindName, KindReport};

@@ -1,10 +1,11 @@
 //! What is wrong with a configuration, as far as it can be told without opening anything that it names.
 
-use std::collections::HashMap;
+mod conflicts;
+
 use std::path::Path;
 
 use crate::config::{Cpus, Hugepages, Kernel, KernelCache, Memory, Pci, VmConfig};
-use crate::device::{Console, DeviceConfig, Disk, Endpoint, Net};
+use crate::device::{Console, DeviceConfig, Disk, Endpoint, Net, Vfio};
 use crate::host::HostFacts;
 use crate::problem::Problem;
 use crate::units::{ByteSize, TimeSpan, shorten};
@@ -109,11 +110,12 @@ pub fn validate_running(config: &VmConfig, host: &HostFacts) -> Vec<Problem> {
             DeviceConfig::Disk(it) => disk(&mut report, &at, it),
             DeviceConfig::Net(it) => net(&mut report, &at, it),
             DeviceConfig::Console(it) => console(&mut report, &at, it),
+            DeviceConfig::Vfio(it) => vfio(&mut report, &at, it),
             DeviceConfig::Rng(_) => {}
         }
     }
     shared_kernel(&mut report, config);
-    conflicts(&mut report, config);
+    conflicts::conflicts(&mut report, config);
     report.problems
 }
 
@@ -249,6 +251,11 @@ fn shared_kernel(report: &mut Report, config: &VmConfig) {
         (memory.hugepages != Hugepages::Off, "memory.hugepages", "huge pages cannot be shared"),
         (memory.prefault, "memory.prefault", "a page that is populated is not shared"),
         (memory.lock, "memory.lock", "a page that is locked is not shared"),
+        (
+            config.has_vfio(),
+            "a device of the type vfio",
+            "it reaches all pages, and each is kept in place for it alone",
+        ),
         (config.kernel.cache == KernelCache::Off, "kernel.cache", "only the pages of a kept kernel can be shared"),
     ];
     for (_, field, why) in against.into_iter().filter(|(is, ..)| *is) {
@@ -502,97 +509,33 @@ fn endpoint(report: &mut Report, at: &str, endpoint: &Endpoint) {
     }
 }
 
-/// What only one of several may have.
-fn conflicts(report: &mut Report, config: &VmConfig) {
-    let mut ids = Taken::default();
-    let mut taps = Taken::default();
-    let mut descriptors = Taken::default();
-    let mut macs = Taken::default();
-    let mut ports = Taken::default();
-    let mut endpoints = Endpoints::default();
-    let mut disks: HashMap<&Path, (usize, bool)> = HashMap::new();
-    if let Some(serial) = &config.serial {
-        endpoints.take(report, "serial".to_owned(), serial);
+fn vfio(report: &mut Report, at: &str, vfio: &Vfio) {
+    match (&vfio.host, vfio.fd) {
+        (None, None) => report.add(at, "no function of the host's is named", "give `host` or `fd`"),
+        (Some(_), Some(_)) => report.add(at, "both `host` and `fd` are given", "leave one of them out"),
+        (Some(host), None) if !is_address(host) => report.add(
+            format!("{at}.host"),
+            format!("«{}» is no address of a PCI function", shorten(host)),
+            "write it as in 0000:01:00.0, in lower case; `lspci -D` lists them",
+        ),
+        (Some(_), None) => {}
+        (None, Some(fd)) => descriptor(report, at, fd, "a function of the host's"),
     }
-    for (index, device) in config.devices.iter().enumerate() {
-        let at = format!("devices[{index}]");
-        if !device.id().is_empty() {
-            ids.take(report, format!("{at}.id"), device.id(), "a device's id must be its own");
-        }
-        if let Some(fd) = device.fd() {
-            let remedy = "each device needs a descriptor of its own";
-            descriptors.take(report, format!("{at}.fd"), &fd.to_string(), remedy);
-        }
-        match device {
-            DeviceConfig::Disk(Disk { path: Some(path), readonly, .. }) if !path.as_os_str().is_empty() => {
-                let (first, all_readonly) = disks.entry(path).or_insert((index, true));
-                *all_readonly &= readonly;
-                if *first != index && !*all_readonly {
-                    report.add(
-                        format!("{at}.path"),
-                        format!("{} is the disk of devices[{first}] already", shorten(&path.to_string_lossy())),
-                        "two disks may share a file only where both are `readonly`",
-                    );
-                }
-            }
-            DeviceConfig::Net(net) => {
-                if let Some(tap) = &net.tap {
-                    taps.take(report, format!("{at}.tap"), tap, "each network card needs a tap interface of its own");
-                }
-                if let Some(mac) = net.mac {
-                    let remedy = "each network card needs an address of its own";
-                    macs.take(report, format!("{at}.mac"), &mac.to_string(), remedy);
-                }
-            }
-            DeviceConfig::Console(console) => {
-                if let Some(port) = &console.name {
-                    ports.take(report, format!("{at}.name"), port, "each port needs a name of its own");
-                }
-                endpoints.take(report, format!("{at}.endpoint"), &console.endpoint);
-            }
-            DeviceConfig::Disk(_) | DeviceConfig::Rng(_) => {}
-        }
+    if vfio.iommu_fd.is_some() && vfio.fd.is_none() {
+        report.add(format!("{at}.iommu_fd"), "it is for functions by descriptor", "give `fd`, or leave it out");
     }
 }
 
-/// Values that are taken, each with the field that took it first.
-#[derive(Default)]
-struct Taken(HashMap<String, String>);
-
-impl Taken {
-    fn take(&mut self, report: &mut Report, field: String, value: &str, remedy: &str) {
-        if let Some(first) = self.0.get(value) {
-            report.add(field, format!("«{}» is taken by {first} already", shorten(value)), remedy);
-        } else {
-            self.0.insert(value.to_owned(), field);
-        }
-    }
-}
-
-/// Endpoints that only one can use: standard input and output, files and sockets.
-#[derive(Default)]
-struct Endpoints {
-    paths: Taken,
-    stdio: Option<String>,
-}
-
-impl Endpoints {
-    fn take(&mut self, report: &mut Report, field: String, endpoint: &Endpoint) {
-        if let Some(path) = endpoint.path() {
-            let remedy = "each needs a file or socket of its own";
-            self.paths.take(report, format!("{field}.path"), &path.to_string_lossy(), remedy);
-        }
-        if *endpoint != (Endpoint::Stdio {}) {
-            return;
-        }
-        if let Some(first) = &self.stdio {
-            report.add(
-                field,
-                format!("standard input and output are used by {first} already"),
-                "choose file, socket, pty or off for one of them",
-            );
-        } else {
-            self.stdio = Some(field);
-        }
-    }
+/// Whether this is an address of a PCI function as Linux writes them.
+fn is_address(text: &str) -> bool {
+    let digits =
+        |text: &str, len| text.len() == len && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    let parts: Vec<&str> = text.split([':', '.']).collect();
+    let [domain, bus, device, function] = parts.as_slice() else { return false };
+    digits(domain, 4)
+        && digits(bus, 2)
+        && digits(device, 2)
+        && device.starts_with(['0', '1'])
+        && matches!(function.as_bytes(), [b'0'..=b'7'])
+        && text == format!("{domain}:{bus}:{device}.{function}")
 }

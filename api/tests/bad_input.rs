@@ -76,8 +76,8 @@ devices:
             "vm.yaml:9:15: confidential: fields with a `kind` must stand here, not «tdx»; write {kind: tdx}",
             "vm.yaml:10:23: lifecycle.on_reset: «reboot» is not possible here; known are: restart, exit",
             "vm.yaml:12:3: serial.type: it is missing; it is one of: stdio, file, socket, pty, api, off",
-            "vm.yaml:14:11: devices[0].type: «disc» is no type here; did you mean «disk»? Known are: disk, net, console, rng",
-            "vm.yaml:16:5: devices[1].type: it is missing; it is one of: disk, net, console, rng",
+            "vm.yaml:14:11: devices[0].type: «disc» is no type here; did you mean «disk»? Known are: disk, net, console, rng, vfio",
+            "vm.yaml:16:5: devices[1].type: it is missing; it is one of: disk, net, console, rng, vfio",
             "vm.yaml:17:5: devices[2]: nothing is named that the disk is on; give `path` or `fd`",
             "vm.yaml:19:5: devices[3].tap: «interface-name-that-is-too-long» is 31 bytes long; an interface's name has at most 15",
             "vm.yaml:20:10: devices[3].mac: «52:54:00:12:34» is not a hardware address: write six pairs of hexadecimal digits, \

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use api::{
     BootUntil, ByteSize, Confidential, ConfigText, Console, Cpus, DeviceConfig, Disk, Endpoint, HostFacts, Hugepages,
     Identity, Lifecycle, Link, MAX_CONFIG_BYTES, MacAddr, Memory, Net, OnPanic, OnReset, Outcome, Platform,
-    QuoteService, Rng, Tdx, TimeSpan, Topology, VmConfig, parse, validate,
+    QuoteService, Rng, Tdx, TimeSpan, Topology, Vfio, VmConfig, parse, validate,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -41,7 +41,9 @@ fn device() -> impl Strategy<Value = DeviceConfig> {
     let console = (any::<String>(), any::<Option<String>>(), endpoint())
         .prop_map(|(id, name, endpoint)| DeviceConfig::Console(Console { id, name, endpoint }));
     let rng = any::<String>().prop_map(|id| DeviceConfig::Rng(Rng { id }));
-    prop_oneof![disk, net, console, rng]
+    let vfio = any::<(String, Option<String>, Option<i32>, Option<i32>)>()
+        .prop_map(|(id, host, fd, iommu_fd)| DeviceConfig::Vfio(Vfio { id, host, fd, iommu_fd }));
+    prop_oneof![disk, net, console, rng, vfio]
 }
 
 fn confidential() -> impl Strategy<Value = Confidential> {

@@ -2,7 +2,7 @@
 
 use api::{
     ByteSize, Confidential, ConfigText, Console, DeviceConfig, Disk, Endpoint, Firmware, HostFacts, Hugepages, Kernel,
-    KernelCache, KindName, MacAddr, Net, Rng, TimeSpan, Topology, VmConfig, validate,
+    KernelCache, KindName, MacAddr, Net, Rng, TimeSpan, Topology, Vfio, VmConfig, validate,
 };
 
 /// The problems of a configuration that only `change` makes wrong.
@@ -195,6 +195,48 @@ fn firmware_finds_a_kernel_by_itself() {
     let problem =
         "no kernel is named that it would be for: firmware goes by what is on the disk; name a kernel, or leave it out";
     assert_eq!(found, [format!("kernel.initramfs: {problem}"), format!("kernel.cmdline: {problem}")]);
+}
+
+#[test]
+fn functions_of_the_host() {
+    let vfio = |host: &str| DeviceConfig::Vfio(Vfio { host: Some(host.into()), ..Vfio::default() });
+    let found =
+        |hosts: &[&str]| problems(&small_host(), |vm| vm.devices = hosts.iter().map(|host| vfio(host)).collect());
+    assert_eq!(found(&["0000:01:00.0", "0000:01:1f.7", "ffff:ff:00.1"]), [""; 0]);
+    for wrong in
+        ["", "01:00.0", "0000:01:00.8", "0000:01:20.0", "0000:01:00:0", "0000:0A:00.0", "/sys/bus", "0000:01:0é.0"]
+    {
+        let told = found(&[wrong]);
+        assert!(
+            told.len() == 1 && told[0].contains("devices[0].host") && told[0].contains("as in 0000:01:00.0"),
+            "{told:?}"
+        );
+    }
+    assert_eq!(
+        found(&["0000:01:00.0", "0000:01:00.0"]),
+        [
+            "devices[1].host: «0000:01:00.0» is taken by devices[0].host already; a function of the host's can be one device only"
+        ]
+    );
+    let by_descriptor = |fd, iommu_fd| {
+        let vfio = DeviceConfig::Vfio(Vfio { fd, iommu_fd, ..Vfio::default() });
+        problems(&small_host(), |vm| vm.devices = vec![vfio])
+    };
+    assert_eq!(by_descriptor(Some(5), Some(6)), [""; 0]);
+    assert_eq!(by_descriptor(Some(5), None), [""; 0]);
+    assert_eq!(by_descriptor(None, None), ["devices[0]: no function of the host's is named; give `host` or `fd`"]);
+    assert!(
+        by_descriptor(Some(5), Some(5))[0].starts_with("devices[0].iommu_fd: «5» is taken by devices[0].fd already")
+    );
+    assert!(
+        by_descriptor(None, Some(6))
+            .contains(&"devices[0].iommu_fd: it is for functions by descriptor; give `fd`, or leave it out".to_owned())
+    );
+    let shares = problems(&small_host(), |vm| {
+        vm.devices = vec![vfio("0000:01:00.0")];
+        vm.memory.share_kernel = true;
+    });
+    assert!(shares.len() == 1 && shares[0].contains("with a device of the type vfio"), "{shares:?}");
 }
 
 #[test]

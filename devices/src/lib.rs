@@ -13,4 +13,5 @@ pub mod legacy;
 pub mod net;
 pub mod pci;
 pub mod seam;
+pub mod vfio;
 pub mod virtio;

@@ -59,9 +59,18 @@ pub fn lab(kernel: Kernel) -> Result<PathBuf> {
 /// # Errors
 /// Where something that it is made of is missing.
 pub fn guest(kernel: Kernel) -> Result<PathBuf> {
+    guest_with(kernel, &[])
+}
+
+/// As [`guest`], with further modules.
+///
+/// # Errors
+/// As there.
+pub fn guest_with(kernel: Kernel, more: &[&str]) -> Result<PathBuf> {
+    let modules = [GUEST_MODULES.as_slice(), more].concat();
     let agent = cache::small_agent()?;
     let busybox = busybox()?;
-    let inputs = Inputs::default().text(GUEST_INIT).text(&GUEST_MODULES.join(" "));
+    let inputs = Inputs::default().text(GUEST_INIT).text(&modules.join(" "));
     let inputs = inputs.file(&agent)?.file(&busybox)?.file(&kernel.bzimage()?)?;
     cache::file(&format!("guest-initramfs-{}", kernel.label()), &inputs, || {
         let mut archive = Archive::default();
@@ -74,7 +83,7 @@ pub fn guest(kernel: Kernel) -> Result<PathBuf> {
         for applet in applets(&busybox)? {
             archive.link(&format!("bin/{applet}"), "busybox");
         }
-        add_modules(&mut archive, kernel, &GUEST_MODULES)?;
+        add_modules(&mut archive, kernel, &modules)?;
         Ok(archive.finish())
     })
 }

@@ -293,6 +293,24 @@ fn disk_that_another_vm_has_locked() {
 }
 
 #[test]
+fn function_of_the_host_that_cannot_be_had() {
+    refused(["--vfio", "ffff:ff:1f.7"]).expect_messages(&[
+        "--vfio ffff:ff:1f.7",
+        "the host has no PCI function",
+        "lspci -D",
+    ]);
+    let Ok(mut functions) = fs::read_dir("/sys/bus/pci/devices") else { return };
+    let Some(function) = functions.next().and_then(Result::ok) else { return };
+    // It is the host's own, behind an IOMMU or not.
+    let (name, path) = (function.file_name().into_string().unwrap(), function.path());
+    let run = refused(["--vfio", &name]);
+    match path.join("iommu_group").exists() {
+        true => run.expect_messages(&[&format!("--vfio {name}"), "vfio-pci"]),
+        false => run.expect_messages(&[&format!("--vfio {name}"), "behind no IOMMU", "intel_iommu=on"]),
+    };
+}
+
+#[test]
 fn tap_that_does_not_exist() {
     let run = refused(["--net", "tap=nosuchtap0"]);
     run.expect_messages(&["--net tap=nosuchtap0", "there is no such network interface", "ip tuntap add"]);

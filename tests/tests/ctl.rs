@@ -182,7 +182,8 @@ fn a_descriptor_that_the_command_inherits_is_the_devices() {
     command.env("HALYARD_SOCKET", served.path("api")).arg("-c");
     command.arg("exec \"$0\" ctl devices add --disk fd=9,id=given 9<>\"$1\"").arg(binary()).arg(&disk);
     run_command(command).expect_code(0);
-    assert_eq!(served.client().device("given").unwrap().fd(), Some(3), "the first that came with the request");
+    let given: Vec<_> = served.client().device("given").unwrap().descriptors().collect();
+    assert_eq!(given, [("fd", 3)], "the first that came with the request");
     ctl(&served, &["boot"]).expect_code(0);
     ctl(&served, &["devices", "add", "--disk", "fd=77"]).expect_code(2).expect_messages(&["fd 77: "]);
 }

@@ -10,6 +10,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use halyard_tests::story::{PATIENCE, ask, boot, power_off};
 use halyard_tests::tiny::{debug_exit, guest};
+use halyard_tests::vm::halyard;
 use halyard_tests::{Cmd, Host, HostSpec, Kernel, Status, VmSpec};
 
 const KIND: [&str; 2] = ["--confidential", "software-protected"];
@@ -86,6 +87,63 @@ fn soak_processors_convert_the_same_pages_and_a_reset_makes_them_shared() -> Res
     Ok(())
 }
 
+/// A host with QEMU's "edu" bound to vfio-pci, its address, and what the guest that drives it says.
+fn host_with_function() -> Result<(Host, String, &'static str)> {
+    let host = Host::start(&HostSpec::new().kernel(Kernel::Protected).cpus(1).iommu().qemu(["-device", "edu"]))?;
+    let found = host.run("grep -lx 0x11e8 /sys/bus/pci/devices/*/device")?.ok()?;
+    let path = found.trim().strip_suffix("/device").context("one function")?;
+    let function = path.rsplit('/').next().context("an address")?.to_owned();
+    host.run(format!("echo vfio-pci >{path}/driver_override && echo {function} >/sys/bus/pci/drivers_probe"))?.ok()?;
+    let said = "who 010000ed\nshared 11111111\nprivate 22222222\nits neighbour 11111111\nemptied 00000000\n\
+                shared again 11111111\n";
+    Ok((host, function, said))
+}
+
+/// The IOMMU has kept the function from the page while it was private, once, and from nothing else.
+fn check_faults(host: &Host) -> Result<()> {
+    let faults = host.run("dmesg | grep -i 'DMAR.*fault addr'")?.ok()?;
+    ensure!(faults.lines().count() == 1 && faults.contains("fault addr 0x401000"), "the IOMMU's faults: {faults}");
+    Ok(())
+}
+
+/// A function of the host's writes to memory of the guest's while it is shared, and finds nothing there while it is private.
+#[test]
+fn soak_a_function_of_the_hosts_reaches_what_is_shared() -> Result<()> {
+    let (host, function, expected) = host_with_function()?;
+    let spec = VmSpec::kernel(guest("passed").display().to_string()).memory("64M").args(KIND);
+    let vm = host.halyard(&spec.args(["--debug-exit", "--vfio", &function]))?;
+    let status = vm.process().wait_for(PATIENCE)?;
+    let said = vm.process().output();
+    ensure!(status == Status::Exited(debug_exit(0)), "{status:?}\n{said}\n{}", vm.process().error_output());
+    assert_eq!(said, expected);
+    check_faults(&host)
+}
+
+/// The same by descriptors (IOMMUFD), as another user without a capability.
+#[test]
+fn soak_a_function_by_descriptor_is_another_users() -> Result<()> {
+    let (host, function, expected) = host_with_function()?;
+    let folder = host.folder()?;
+    // This machine's own may be where nobody else can read.
+    host.run(format!(
+        "cp {} {folder}/halyard && cp {} {folder}/guest",
+        halyard()?.display(),
+        guest("passed").display()
+    ))?
+    .ok()?;
+    let line = format!(
+        "ulimit -l unlimited; exec 5<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{function}/vfio-dev) 6<>/dev/iommu; \
+         chmod 666 /dev/kvm; exec setpriv --reuid 107 --regid 107 --clear-groups --bounding-set -all --inh-caps -all \
+         {folder}/halyard run --kernel {folder}/guest --memory 64M --confidential software-protected --debug-exit \
+         --vfio fd=5,iommu_fd=6"
+    );
+    let output = host.run(Cmd::shell(line).patience(PATIENCE))?;
+    let (said, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status == Status::Exited(debug_exit(0)), "{:?}\n{said}\n{told}", output.status);
+    assert_eq!(said, expected);
+    check_faults(&host)
+}
+
 #[test]
 fn soak_a_stock_kernel_boots_in_memory_that_it_leaves_shared() -> Result<()> {
     let host = host("")?;
@@ -100,7 +158,7 @@ fn soak_an_access_that_private_memory_cannot_answer_is_a_fault_of_its_own() -> R
     let host = host("")?;
     let output = host.run(Cmd::new(program).args(["kvm::protected::", "--nocapture", "--test-threads=1"]))?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status == Status::Exited(0) && said.contains("2 passed") && !said.contains("skipped"), "{said}");
+    ensure!(output.status == Status::Exited(0) && said.contains("3 passed") && !said.contains("skipped"), "{said}");
     Ok(())
 }
 

@@ -14,20 +14,22 @@ use hal::{
     VmKind,
 };
 use nix::sys::mman::{MmapAdvise, madvise};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use crate::firmware::Image;
 use crate::machine::Parts;
 use crate::memory::Ram;
+use crate::pluggable::PluggableMemory;
 use crate::quotes::{self, QuoteCounters, Quotes, SharedMemory};
+use crate::reach::{Pieces, Reach};
 use crate::seams::VmSeam;
 use crate::{Failure, kinds};
 
 /// The most ranges of memory that a guest may share apart from each other: each is a mapping of the monitor's own.
 const MOST_RANGES: usize = 8192;
 const PAGE: u64 = 4096;
+/// What guests share at once where they share much: a large page.
+const CONVERTED: u64 = 2 << 20;
 
 /// The kind of VM that a configuration asks for. `cpuid`: the leaves of its boot processor.
 pub fn kind(confidential: Option<&Confidential>, cpuid: impl FnOnce() -> Vec<CpuidEntry>) -> VmKind {
@@ -40,11 +42,17 @@ pub fn kind(confidential: Option<&Confidential>, cpuid: impl FnOnce() -> Vec<Cpu
 }
 
 /// What devices reach of a VM's memory when its guest begins: all of it, or nothing where the guest is to share it first.
-pub fn view(vm: &dyn Vm, memory: &Ram) -> GuestMemoryAtomic<GuestMemoryMmap> {
-    GuestMemoryAtomic::new(match vm.kind().begins() {
+pub fn reach(vm: &dyn Vm, memory: &Ram, pluggable: Option<&PluggableMemory>) -> Reach {
+    let map = match vm.kind().begins() {
         Visibility::Private => GuestMemoryMmap::new(),
         Visibility::Shared => memory.map.clone(),
-    })
+    };
+    let pieces = match pluggable {
+        _ if vm.kind().private_memory => Pieces { from: 0, len: CONVERTED },
+        Some(memory) => Pieces { from: memory.range().start, len: memory.block() },
+        None => Pieces::WHOLE,
+    };
+    Reach::new(map, pieces)
 }
 
 /// How memory of a VM is to be made: what a confidential guest shares is mapped once more, for devices, and so it is a file.
@@ -131,7 +139,7 @@ pub struct Guest {
     vm: Arc<dyn Vm>,
     ram: Vec<Arc<GuestRegionMmap>>,
     /// What devices reach.
-    view: GuestMemoryAtomic<GuestMemoryMmap>,
+    reach: Reach,
     shared: Mutex<Shared>,
     quotes: Option<Quotes>,
 }
@@ -210,14 +218,14 @@ fn keep_from_cores(mapping: &MmapRegion) -> io::Result<()> {
 }
 
 impl Guest {
-    /// A guest whose RAM, a file mapped shared, is as its VM's kind begins. Devices are to reach `view` alone.
+    /// A guest whose RAM, a file mapped shared, is as its VM's kind begins, as `reach` is.
     ///
     /// # Errors
     /// The host does not keep the memory out of core files.
     pub fn new(
         vm: Arc<dyn Vm>,
         ram: Vec<Arc<GuestRegionMmap>>,
-        view: GuestMemoryAtomic<GuestMemoryMmap>,
+        reach: Reach,
         quotes: Option<Quotes>,
     ) -> io::Result<Self> {
         ram.iter().try_for_each(|region| keep_from_cores(region))?;
@@ -228,19 +236,14 @@ impl Guest {
                 shared.regions.insert(region.start_addr().0, region.clone());
             }
         }
-        Ok(Self { vm, ram, view, shared: Mutex::new(shared), quotes })
+        Ok(Self { vm, ram, reach, shared: Mutex::new(shared), quotes })
     }
 
-    /// The guest of a machine, where it is a confidential one. Devices are to reach `view` alone.
+    /// The guest of a machine, where it is a confidential one.
     ///
     /// # Errors
     /// [`Failure::Host`] where there is no thread or interrupt for its quotes, or its memory cannot be kept out of core files.
-    pub fn of_machine(
-        parts: &Parts,
-        seam: &VmSeam,
-        memory: &Ram,
-        view: &GuestMemoryAtomic<GuestMemoryMmap>,
-    ) -> Result<Option<Arc<Self>>, Failure> {
+    pub fn of_machine(parts: &Parts, seam: &VmSeam, memory: &Ram, reach: &Reach) -> Result<Option<Arc<Self>>, Failure> {
         let vm = &seam.0;
         if !vm.kind().private_memory {
             return Ok(None);
@@ -255,7 +258,7 @@ impl Guest {
             })?),
             _ => None,
         };
-        let guest = Self::new(vm.clone(), memory.regions.clone(), view.clone(), quotes);
+        let guest = Self::new(vm.clone(), memory.regions.clone(), reach.clone(), quotes);
         let guest = guest.map_err(|error| Failure::Host(format!("guest memory and core files: madvise: {error}")))?;
         Ok(Some(Arc::new(guest)))
     }
@@ -279,29 +282,35 @@ impl Guest {
             }
         };
         // Devices let go of what becomes private before it does, and reach what becomes shared once it is.
-        if to == Visibility::Private {
-            self.show(&next);
-        }
-        if let Err(error) = self.vm.memory().convert(range, to) {
+        let done = match to {
+            Visibility::Private => {
+                self.show(&next).and_then(|()| self.convert_now(range, to).inspect_err(|_| drop(self.show(&shared))))
+            }
+            Visibility::Shared => self
+                .convert_now(range, to)
+                .and_then(|()| self.show(&next).inspect_err(|_| drop(self.convert_now(range, Visibility::Private)))),
+        };
+        if let Err(error) = done {
             tracing::warn!("memory is not {to:?} as the guest wants it: {error}");
-            self.show(&shared);
             return Conversion::Invalid;
         }
         *shared = next;
-        self.show(&shared);
         Conversion::Done
     }
 
-    fn show(&self, shared: &Shared) {
+    fn convert_now(&self, range: GpaRange, to: Visibility) -> io::Result<()> {
+        self.vm.memory().convert(range, to).map_err(io::Error::other)
+    }
+
+    /// Has devices reach what is shared.
+    fn show(&self, shared: &Shared) -> io::Result<()> {
         let regions: Vec<_> = shared.regions.values().cloned().collect();
-        // They come in order and do not overlap.
-        let map =
-            if regions.is_empty() { Ok(GuestMemoryMmap::new()) } else { GuestMemoryMmap::from_arc_regions(regions) };
-        match (map, self.view.lock()) {
-            (Ok(map), Ok(view)) => view.replace(map),
-            (Err(error), _) => tracing::error!("shared memory is shown to no device: {error}"),
-            (_, Err(_)) => tracing::error!("shared memory is shown to no device"),
-        }
+        let map = match regions.is_empty() {
+            true => GuestMemoryMmap::new(),
+            // They come in order and do not overlap.
+            false => GuestMemoryMmap::from_arc_regions(regions).map_err(io::Error::other)?,
+        };
+        self.reach.replace(map)
     }
 
     /// What is counted of its quotes, where it may have some.
@@ -318,6 +327,9 @@ impl Guest {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
+    use devices::seam::DmaMap;
     use hal::fake::Fake;
     use hal::{HostCaps, Hypervisor, Slot, TdxSpec, VmKind, VmSpec};
     use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
@@ -330,7 +342,7 @@ mod tests {
     struct Bench {
         guest: Guest,
         vm: Arc<dyn Vm>,
-        view: GuestMemoryAtomic<GuestMemoryMmap>,
+        reach: Reach,
         ram: memory::Ram,
     }
 
@@ -349,9 +361,9 @@ mod tests {
         for region in &ram.regions {
             vm.memory().map(Slot::new(region.clone())).unwrap();
         }
-        let view = view(&*vm, &ram);
-        let guest = Guest::new(vm.clone(), ram.regions.clone(), view.clone(), None).unwrap();
-        Bench { guest, vm, view, ram }
+        let reach = reach(&*vm, &ram, None);
+        let guest = Guest::new(vm.clone(), ram.regions.clone(), reach.clone(), None).unwrap();
+        Bench { guest, vm, reach, ram }
     }
 
     impl Bench {
@@ -361,7 +373,7 @@ mod tests {
 
         /// Whether devices reach a byte.
         fn reach(&self, address: u64) -> bool {
-            self.view.memory().read_obj::<u8>(GuestAddress(address)).is_ok()
+            self.reach.map().memory().read_obj::<u8>(GuestAddress(address)).is_ok()
         }
     }
 
@@ -373,12 +385,53 @@ mod tests {
         let reached: Vec<u64> = (0..8).filter(|page| bench.reach(page * PAGE)).collect();
         assert_eq!(reached, [2, 3, 4, 5]);
         // It is the guest's own memory, seen once more.
-        bench.view.memory().write_obj(0x1234_u16, GuestAddress(3 * PAGE)).unwrap();
+        bench.reach.map().memory().write_obj(0x1234_u16, GuestAddress(3 * PAGE)).unwrap();
         assert_eq!(bench.ram.map.read_obj::<u16>(GuestAddress(3 * PAGE)).unwrap(), 0x1234);
         assert_eq!(bench.convert(4 * PAGE, PAGE, Visibility::Private), Conversion::Done);
         assert!(bench.reach(5 * PAGE) && bench.reach(3 * PAGE) && !bench.reach(4 * PAGE));
         let shared = [(2 * PAGE, 2 * PAGE), (5 * PAGE, PAGE)].map(|(start, len)| GpaRange { start, len });
         assert_eq!(bench.vm.memory().shared(), shared);
+    }
+
+    /// Functions of the host's, which are told in time: what they reach is shared while they do.
+    struct Functions {
+        vm: Arc<dyn Vm>,
+        reached: Mutex<Vec<u64>>,
+        room: usize,
+    }
+
+    impl DmaMap for Functions {
+        fn map(&self, _: &GuestRegionMmap, part: &Range<u64>) -> io::Result<()> {
+            let mut reached = self.reached.lock().unwrap();
+            assert!(self.vm.memory().is_shared(GpaRange { start: part.start, len: part.end - part.start }));
+            reached.push(part.start);
+            if reached.len() > self.room { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
+        }
+
+        fn unmap(&self, part: &Range<u64>) -> io::Result<()> {
+            assert!(self.vm.memory().is_shared(GpaRange { start: part.start, len: part.end - part.start }));
+            self.reached.lock().unwrap().retain(|start| *start != part.start);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn functions_of_the_hosts_reach_what_is_shared_and_only_while_it_is() {
+        let bench = bench();
+        let functions = Arc::new(Functions { vm: bench.vm.clone(), reached: Mutex::default(), room: 6 });
+        let dma: Arc<dyn DmaMap> = functions.clone();
+        bench.convert(0, PAGE, Visibility::Shared);
+        bench.reach.lead(&dma).unwrap();
+        assert_eq!(bench.convert(2 * PAGE, 2 * PAGE, Visibility::Shared), Conversion::Done);
+        assert_eq!(bench.convert(PAGE, 2 * PAGE, Visibility::Private), Conversion::Done);
+        assert_eq!(*functions.reached.lock().unwrap(), [0, 3 * PAGE]);
+        // What cannot be reached by all devices is not shared.
+        assert_eq!(bench.convert(8 * PAGE, 5 * PAGE, Visibility::Shared), Conversion::Invalid);
+        let shared = [(0, PAGE), (3 * PAGE, PAGE)].map(|(start, len)| GpaRange { start, len });
+        assert_eq!(bench.vm.memory().shared(), shared);
+        assert!(bench.reach(3 * PAGE) && !bench.reach(8 * PAGE));
+        bench.reach.leave();
+        assert_eq!(bench.convert(8 * PAGE, 5 * PAGE, Visibility::Shared), Conversion::Done);
     }
 
     #[test]
@@ -403,7 +456,7 @@ mod tests {
             panic!("nothing is mapped at {address:#x}");
         };
         assert!(is_dumped(own.as_ptr().addr()));
-        let shared = bench.view.memory().get_host_address(GuestAddress(0)).unwrap();
+        let shared = bench.reach.map().memory().get_host_address(GuestAddress(0)).unwrap();
         assert!(!is_dumped(shared.addr()));
         assert!(bench.ram.regions.iter().all(|region| !is_dumped(region.as_ptr().addr())));
     }
@@ -416,7 +469,7 @@ mod tests {
         assert!(bench.reach(MIB - 1) && !bench.reach(MIB) && bench.reach(MIB + PAGE) && bench.reach(4 * MIB));
         let shared = [(0, MIB), (MIB + PAGE, MIB - PAGE), (4 * MIB, MIB)].map(|(start, len)| GpaRange { start, len });
         assert_eq!(bench.vm.memory().shared(), shared);
-        bench.view.memory().write_obj(0x1234_u16, GuestAddress(MIB + PAGE)).unwrap();
+        bench.reach.map().memory().write_obj(0x1234_u16, GuestAddress(MIB + PAGE)).unwrap();
         assert_eq!(bench.ram.map.read_obj::<u16>(GuestAddress(MIB + PAGE)).unwrap(), 0x1234);
         assert_eq!(bench.convert(MIB, PAGE, Visibility::Shared), Conversion::Done);
         assert!(bench.reach(MIB));
@@ -426,7 +479,8 @@ mod tests {
     fn a_range_over_two_regions_is_shared_in_both_and_holes_are_nobodys() {
         let bench = bench();
         assert_eq!(bench.convert(MIB - PAGE, 4 * MIB, Visibility::Shared), Conversion::Done);
-        let over_both = bench.view.memory().get_slices(GuestAddress(MIB - PAGE), 2 * 4096).all(|slice| slice.is_ok());
+        let over_both =
+            bench.reach.map().memory().get_slices(GuestAddress(MIB - PAGE), 2 * 4096).all(|slice| slice.is_ok());
         assert!(over_both && bench.reach(4 * MIB) && !bench.reach(3 * MIB));
         assert_eq!(bench.convert(1 << 40, PAGE, Visibility::Shared), Conversion::Done, "a device's registers");
         assert_eq!(bench.convert(1 << 40, PAGE, Visibility::Private), Conversion::Invalid);
@@ -440,7 +494,7 @@ mod tests {
         let len = (2 * MOST_RANGES as u64 + 8) * PAGE;
         bench.ram =
             memory::create(&[GpaRange { start: 0, len }], &api::Memory { shared: true, ..Default::default() }).unwrap();
-        let guest = Guest::new(bench.vm.clone(), bench.ram.regions.clone(), bench.view.clone(), None).unwrap();
+        let guest = Guest::new(bench.vm.clone(), bench.ram.regions.clone(), bench.reach.clone(), None).unwrap();
         let mut shared = Shared::default();
         for page in 0..MOST_RANGES as u64 {
             shared.ranges.insert(GpaRange { start: 2 * page * PAGE, len: PAGE });

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use api::DeviceConfig;
 use devices::disk::RawDisk;
 use devices::io_thread::IoThread;
+use devices::seam::DmaMap;
+use devices::vfio::HostFunction;
 use devices::virtio::VirtioDevice;
 use devices::virtio::blk::{Blk, BlkCounters, BlkOptions};
 use devices::virtio::console::{Console, Port};
@@ -17,10 +19,18 @@ use crate::machine::Parts;
 use crate::sandbox::{self, Thread};
 use crate::troubles::Troubles;
 
+/// What is put into its place in a machine.
+pub enum Made {
+    /// A virtio device.
+    Virtio(Box<dyn VirtioDevice>),
+    /// A function of the host's, and what such functions reach.
+    Vfio(Arc<HostFunction>, Arc<dyn DmaMap>),
+}
+
 /// A device, what it counts, and what can be changed of it while it runs.
 pub struct Created {
     /// The device.
-    pub device: Box<dyn VirtioDevice>,
+    pub device: Made,
     /// What it counts.
     pub counters: DeviceCounters,
     /// What can be changed of it.
@@ -30,7 +40,11 @@ pub struct Created {
 impl Created {
     /// A device that counts nothing, and of which nothing can be changed.
     pub fn plain(device: impl VirtioDevice + 'static) -> Self {
-        Self { device: Box::new(device), counters: DeviceCounters::None, control: DeviceControl::None }
+        Self::uncounted(Made::Virtio(Box::new(device)))
+    }
+
+    fn uncounted(device: Made) -> Self {
+        Self { device, counters: DeviceCounters::None, control: DeviceControl::None }
     }
 }
 
@@ -75,7 +89,8 @@ pub fn create(config: &DeviceConfig, parts: &Parts, troubles: &Arc<Troubles>) ->
             let device = Blk::new(opened.clone(), &options).on_threads(threads?);
             let device = device.on_failure(move |failure| troubles.io(failure));
             let counters = DeviceCounters::Disk(device.counters());
-            Created { device: Box::new(device), counters, control: DeviceControl::Disk(opened.clone()) }
+            let device = Made::Virtio(Box::new(device));
+            Created { device, counters, control: DeviceControl::Disk(opened.clone()) }
         }
         DeviceConfig::Net(net) => {
             let Some(DeviceInput::Tap(tap)) = parts.inputs.devices.get(&net.id) else { return Err(missing()) };
@@ -85,7 +100,7 @@ pub fn create(config: &DeviceConfig, parts: &Parts, troubles: &Arc<Troubles>) ->
             let device = Net::new(tap.try_clone()?, &options).on_thread(io_thread(&net.id)?);
             let (counters, link) = (DeviceCounters::Net(device.counters()), device.link());
             link.set(net.link.is_up());
-            Created { device: Box::new(device), counters, control: DeviceControl::Net(link) }
+            Created { device: Made::Virtio(Box::new(device)), counters, control: DeviceControl::Net(link) }
         }
         DeviceConfig::Console(console) => {
             let endpoint = parts.endpoints.console(&console.id).ok_or_else(missing)?;
@@ -94,6 +109,10 @@ pub fn create(config: &DeviceConfig, parts: &Parts, troubles: &Arc<Troubles>) ->
             Created::plain(Console::new(&console.id, vec![port], None)?.on_thread(io_thread(&console.id)?))
         }
         DeviceConfig::Rng(rng) => Created::plain(Rng::new(&rng.id).on_thread(io_thread(&rng.id)?)),
+        DeviceConfig::Vfio(vfio) => {
+            let Some(DeviceInput::Vfio(function)) = parts.inputs.devices.get(&vfio.id) else { return Err(missing()) };
+            Created::uncounted(Made::Vfio(function.clone(), parts.inputs.container.clone()))
+        }
     })
 }
 

@@ -1,4 +1,4 @@
-//! Which virtio device is which PCI function of a machine, and how one comes and goes while the machine runs.
+//! Which device is which PCI function of a machine, and how one comes and goes while the machine runs.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,20 +7,22 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::{DeviceConfig, Problem};
-use devices::pci::{Indicator, PciSegment, RootPort};
+use devices::pci::{Indicator, PciFunction, PciSegment, RootPort};
+use devices::seam::DmaMap;
+use devices::vfio::{HostFunction, Seams, VfioFunction};
+use devices::virtio::VirtioDevice;
 use devices::virtio::mem::{Mem, MemControl, MemOptions};
 use devices::virtio::transport::VirtioPci;
 use hal::GpaRange;
-use vm_memory::{
-    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::Failure;
-use crate::devices::{Created, DeviceControl, DeviceCounters, io_thread};
+use crate::devices::{Created, DeviceControl, DeviceCounters, Made, io_thread};
 use crate::inbox::{Event, Inbox};
 use crate::machine::Parts;
 use crate::memory::Ram;
 use crate::pluggable::{PluggableMemory, PluggedMemory};
+use crate::reach::Reach;
 use crate::seams::VmSeam;
 use crate::troubles::Troubles;
 
@@ -36,7 +38,7 @@ const MEMORY_ID: &str = "memory";
 pub struct Functions {
     pci: Arc<PciSegment>,
     seam: VmSeam,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    reach: Reach,
     list: Vec<Function>,
     /// Address space of memory that can be plugged.
     reserved: Option<Arc<GuestRegionMmap>>,
@@ -44,12 +46,49 @@ pub struct Functions {
 
 struct Function {
     id: String,
-    pci: Arc<VirtioPci>,
+    pci: Pci,
     /// The root port that it is behind; without one it is on the root bus.
     port: Option<u8>,
     counters: DeviceCounters,
     control: DeviceControl,
     troubles: Arc<Troubles>,
+}
+
+/// A device as a PCI function.
+enum Pci {
+    Virtio(Arc<VirtioPci>),
+    Vfio(Arc<VfioFunction>),
+}
+
+impl Pci {
+    fn function(&self) -> Arc<dyn PciFunction> {
+        match self {
+            Self::Virtio(virtio) => virtio.clone(),
+            Self::Vfio(vfio) => vfio.clone(),
+        }
+    }
+
+    /// It, where the monitor has a hand in what it does.
+    fn virtio(&self) -> Option<&Arc<VirtioPci>> {
+        match self {
+            Self::Virtio(virtio) => Some(virtio),
+            Self::Vfio(_) => None,
+        }
+    }
+
+    fn on_driver(&self, tell: impl Fn() + Send + Sync + 'static) {
+        match self {
+            Self::Virtio(virtio) => virtio.on_driver(tell),
+            Self::Vfio(vfio) => vfio.on_driver(tell),
+        }
+    }
+
+    fn is_in_use(&self) -> bool {
+        match self {
+            Self::Virtio(virtio) => virtio.is_in_use(),
+            Self::Vfio(vfio) => vfio.is_in_use(),
+        }
+    }
 }
 
 /// A device that is not in its place yet.
@@ -78,8 +117,8 @@ fn troubles_of(id: &str, inbox: &Inbox) -> Arc<Troubles> {
 
 impl Functions {
     /// None yet.
-    pub fn new(pci: Arc<PciSegment>, seam: VmSeam, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> Self {
-        Self { pci, seam, memory, list: Vec::new(), reserved: None }
+    pub fn new(pci: Arc<PciSegment>, seam: VmSeam, reach: Reach) -> Self {
+        Self { pci, seam, reach, list: Vec::new(), reserved: None }
     }
 
     /// Makes a device and puts it in its place. While all `stand`, its queues do, too.
@@ -101,7 +140,7 @@ impl Functions {
         let id = MEMORY_ID.to_owned();
         let options = MemOptions { id: id.clone(), start, len, block_size: memory.block() };
         self.reserved = Some(memory.region().clone());
-        let plugged = PluggedMemory::new(memory, self.memory.clone(), ram.regions.clone(), inbox.clone());
+        let plugged = PluggedMemory::new(memory, self.reach.clone(), ram.regions.clone(), inbox.clone());
         let device = Mem::new(options, Box::new(plugged))?.on_thread(io_thread(MEMORY_ID)?);
         let control = device.control();
         let troubles = troubles_of(MEMORY_ID, inbox);
@@ -111,9 +150,42 @@ impl Functions {
 
     /// Puts a device in its place.
     fn put(&mut self, new: New, place: Place, inbox: &Inbox, stand: bool) -> Result<(), Failure> {
+        let done = self.try_to_put(new, place, inbox, stand);
+        self.let_go_of_memory();
+        done
+    }
+
+    fn try_to_put(&mut self, new: New, place: Place, inbox: &Inbox, stand: bool) -> Result<(), Failure> {
         let New { id, created: Created { device, counters, control }, troubles } = new;
+        let pci = match device {
+            Made::Virtio(device) => Pci::Virtio(self.virtio(&id, device, &troubles, stand)?),
+            Made::Vfio(function, dma) => Pci::Vfio(self.vfio(function, &dma)?),
+        };
+        let port = match place {
+            Place::Root => {
+                self.pci.add(pci.function())?;
+                None
+            }
+            Place::Port(port) | Place::Plugged(port) => {
+                let inbox = inbox.clone();
+                pci.on_driver(move || inbox.post(Event::DriverCame { port }));
+                self.pci.plug(port, pci.function(), matches!(place, Place::Port(_)))?;
+                Some(port)
+            }
+        };
+        self.list.push(Function { id, pci, port, counters, control, troubles });
+        Ok(())
+    }
+
+    fn virtio(
+        &self,
+        id: &str,
+        device: Box<dyn VirtioDevice>,
+        troubles: &Arc<Troubles>,
+        stand: bool,
+    ) -> Result<Arc<VirtioPci>, Failure> {
         let seam = Arc::new(self.seam.clone());
-        let pci = Arc::new(VirtioPci::new(&id, device, self.memory.clone(), seam.clone(), seam)?);
+        let pci = Arc::new(VirtioPci::new(id, device, self.reach.map().clone(), seam.clone(), seam)?);
         let told = troubles.clone();
         pci.on_broken(move |reason| told.broken(reason));
         if self.seam.0.kind().dma_needs_sharing {
@@ -122,20 +194,14 @@ impl Functions {
         if stand {
             pci.suspend();
         }
-        let port = match place {
-            Place::Root => {
-                self.pci.add(pci.clone())?;
-                None
-            }
-            Place::Port(port) | Place::Plugged(port) => {
-                let inbox = inbox.clone();
-                pci.on_driver(move || inbox.post(Event::DriverCame { port }));
-                self.pci.plug(port, pci.clone(), matches!(place, Place::Port(_)))?;
-                Some(port)
-            }
-        };
-        self.list.push(Function { id, pci, port, counters, control, troubles });
-        Ok(())
+        Ok(pci)
+    }
+
+    fn vfio(&self, function: Arc<HostFunction>, dma: &Arc<dyn DmaMap>) -> Result<Arc<VfioFunction>, Failure> {
+        self.reach.lead(dma)?;
+        let seam = Arc::new(self.seam.clone());
+        let seams = Seams { interrupts: seam.clone(), memory: seam };
+        Ok(Arc::new(VfioFunction::new(function, seams)?))
     }
 
     /// Takes a device out from behind its root port, and drops it, with everything completed that was in flight. False
@@ -146,9 +212,22 @@ impl Functions {
         };
         let Function { pci, port, .. } = self.list.remove(at);
         drop(port.and_then(|port| self.pci.unplug(port)));
-        pci.suspend();
-        drop_here(pci, id);
+        match pci {
+            Pci::Virtio(virtio) => {
+                virtio.suspend();
+                drop_here(virtio, id);
+            }
+            Pci::Vfio(vfio) => drop_here(vfio, id),
+        }
+        self.let_go_of_memory();
         true
+    }
+
+    /// Where there are no functions of the host's, the IOMMU has no mappings for any.
+    fn let_go_of_memory(&self) {
+        if self.passed_through().next().is_none() {
+            self.reach.leave();
+        }
     }
 
     /// Changes of a device what can be changed while it runs, and tells its driver. False where it is as it is wanted.
@@ -156,14 +235,17 @@ impl Functions {
     /// # Errors
     /// The field that cannot be so, and why.
     pub fn change(&self, wanted: &DeviceConfig) -> Result<bool, Problem> {
-        let Some(function) = self.list.iter().find(|function| function.id == wanted.id()) else { return Ok(false) };
+        let function = self.list.iter().find(|function| function.id == wanted.id());
+        let Some((function, pci)) = function.and_then(|function| Some((function, function.pci.virtio()?))) else {
+            return Ok(false);
+        };
         match (&function.control, wanted) {
             (DeviceControl::Disk(disk), DeviceConfig::Disk(wanted)) => {
                 let size = disk.next_size(wanted.size.map(api::ByteSize::bytes));
                 let size = size.map_err(|error| Problem::new("size", error.to_string(), ""))?;
                 let changes = size != disk.size();
                 if changes {
-                    function.pci.change_config(|| disk.grow(size));
+                    pci.change_config(|| disk.grow(size));
                 }
                 Ok(changes)
             }
@@ -171,7 +253,7 @@ impl Functions {
                 let up = wanted.link.is_up();
                 let changes = up != link.is_up();
                 if changes {
-                    function.pci.change_config(|| link.set(up));
+                    pci.change_config(|| link.set(up));
                 }
                 Ok(changes)
             }
@@ -201,12 +283,23 @@ impl Functions {
 
     /// Stops the queues of all devices, drained.
     pub fn suspend(&self) {
-        self.list.iter().for_each(|function| function.pci.suspend());
+        self.virtio_functions().for_each(|(_, pci)| pci.suspend());
     }
 
     /// Starts them again.
     pub fn resume(&self) {
-        self.list.iter().for_each(|function| function.pci.resume());
+        self.virtio_functions().for_each(|(_, pci)| pci.resume());
+    }
+
+    fn virtio_functions(&self) -> impl Iterator<Item = (&Function, &Arc<VirtioPci>)> {
+        self.list.iter().filter_map(|function| Some((function, function.pci.virtio()?)))
+    }
+
+    fn passed_through(&self) -> impl Iterator<Item = &Arc<VfioFunction>> {
+        self.list.iter().filter_map(|function| match &function.pci {
+            Pci::Virtio(_) => None,
+            Pci::Vfio(vfio) => Some(vfio),
+        })
     }
 
     /// What each device counts, with its id.
@@ -216,7 +309,7 @@ impl Functions {
 
     /// How often each device needed a reset, with its id.
     pub fn faults(&self) -> Vec<(String, Arc<AtomicU64>)> {
-        self.list.iter().map(|function| (function.id.clone(), function.pci.fault_counter())).collect()
+        self.virtio_functions().map(|(function, pci)| (function.id.clone(), pci.fault_counter())).collect()
     }
 
     /// What goes wrong with a device.
@@ -226,7 +319,7 @@ impl Functions {
 
     /// Where guest memory lies in this process.
     pub fn host_memory(&self) -> Vec<Range<u64>> {
-        let memory = self.memory.memory();
+        let memory = self.reach.map().memory();
         let of_region = |region: &GuestRegionMmap| {
             let start = u64::try_from(region.as_ptr().addr()).ok()?;
             Some(start..start.checked_add(region.len())?)
@@ -237,16 +330,24 @@ impl Functions {
         memory.iter().filter(|region| !plugged(region)).chain(reserved).filter_map(of_region).collect()
     }
 
-    /// Those that stay as long as the machine does, with their ids.
+    /// Virtio devices that stay as long as the machine does, with their ids.
     pub fn on_the_root_bus(&self) -> Vec<(String, Arc<VirtioPci>)> {
-        let stay = self.list.iter().filter(|function| function.port.is_none());
-        stay.map(|function| (function.id.clone(), function.pci.clone())).collect()
+        let stay = self.virtio_functions().filter(|(function, _)| function.port.is_none());
+        stay.map(|(function, pci)| (function.id.clone(), pci.clone())).collect()
+    }
+}
+
+impl Drop for Functions {
+    fn drop(&mut self) {
+        // They go on whether there are vCPUs or not, and the bus drops them later.
+        self.passed_through().for_each(|function| function.stop());
+        self.reach.leave();
     }
 }
 
 /// Drops a function on this thread, once no vCPU is in the middle of an access to it: a vCPU's thread may neither close
 /// files nor wait for a device's thread.
-fn drop_here(mut function: Arc<VirtioPci>, id: &str) {
+fn drop_here<T>(mut function: Arc<T>, id: &str) {
     let began = Instant::now();
     while let Err(shared) = Arc::try_unwrap(function) {
         if began.elapsed() > LONGEST_ACCESS {

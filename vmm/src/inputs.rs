@@ -1,4 +1,5 @@
-//! What the configuration names on the host and the machine only reads or takes over: kernel, initramfs, disks, taps.
+//! What the configuration names on the host and the machine only reads or takes over: kernel, initramfs, disks, taps,
+//! functions of the host's.
 //!
 //! All of it is opened before anything is made, and everything that is wrong is reported at once. It stays open across
 //! resets of the guest, so that a disk's lock and a tap's queue are never given up in between.
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use api::{DeviceConfig, Problem, VmConfig};
 use devices::disk::{DiskError, DiskOptions, RawDisk};
 use devices::net::Tap;
+use devices::vfio::{Container, HostFunction};
 
 use crate::kernel::Kernels;
 use crate::request::Descriptors;
@@ -31,6 +33,8 @@ pub struct Inputs {
     pub system_map: Option<File>,
     /// What devices take over, by the device's id.
     pub devices: BTreeMap<String, DeviceInput>,
+    /// What functions of the host's reach.
+    pub container: Arc<Container>,
 }
 
 /// What a device takes over from the host.
@@ -39,6 +43,8 @@ pub enum DeviceInput {
     Disk(Arc<RawDisk>),
     /// A network card's tap.
     Tap(Tap),
+    /// A function of the host's.
+    Vfio(Arc<HostFunction>),
     /// Nothing that is opened beforehand.
     None,
 }
@@ -65,9 +71,9 @@ impl Inputs {
             .as_ref()
             .map(|firmware| open_regular(&firmware.path, "firmware.path", "OVMF, in one file", &mut problems));
         let system_map = system_map(config, &mut problems);
-        let mut devices = BTreeMap::new();
+        let (mut devices, container) = (BTreeMap::new(), Arc::new(Container::default()));
         for (index, device) in config.devices.iter().enumerate() {
-            match DeviceInput::open(device, descriptors) {
+            match DeviceInput::open(device, descriptors, &container) {
                 Ok(opened) => drop(devices.insert(device.id().to_owned(), opened)),
                 Err((field, problem)) => problems.push(Problem::new(format!("devices[{index}].{field}"), problem, "")),
             }
@@ -76,7 +82,7 @@ impl Inputs {
             return Err(problems);
         }
         let (firmware, initramfs) = (firmware.flatten(), initramfs.flatten());
-        Ok(Self { firmware, kernel, kernels: Kernels::default(), initramfs, system_map, devices })
+        Ok(Self { firmware, kernel, kernels: Kernels::default(), initramfs, system_map, devices, container })
     }
 }
 
@@ -85,7 +91,11 @@ impl DeviceInput {
     ///
     /// # Errors
     /// The device's field, and what is wrong with it.
-    pub fn open(device: &DeviceConfig, descriptors: &mut Descriptors) -> Result<Self, (&'static str, String)> {
+    pub fn open(
+        device: &DeviceConfig,
+        descriptors: &mut Descriptors,
+        container: &Container,
+    ) -> Result<Self, (&'static str, String)> {
         match device {
             DeviceConfig::Disk(disk) => {
                 let size = disk.size.map(api::ByteSize::bytes);
@@ -104,6 +114,9 @@ impl DeviceInput {
                 Ok(Self::Disk(Arc::new(opened)))
             }
             DeviceConfig::Net(net) => open_tap(net, descriptors).map(Self::Tap),
+            DeviceConfig::Vfio(vfio) => {
+                open_function(vfio, descriptors, container).map(|function| Self::Vfio(Arc::new(function)))
+            }
             DeviceConfig::Console(_) | DeviceConfig::Rng(_) => Ok(Self::None),
         }
     }
@@ -144,6 +157,25 @@ fn open_tap(net: &api::Net, descriptors: &mut Descriptors) -> Result<Tap, (&'sta
         }
         (None, None) => Err(("tap", "is missing; name a tap, or an inherited descriptor with fd".into())),
     }
+}
+
+/// Opens a function by its address, or takes over its descriptors. On failure: the field and what is wrong.
+fn open_function(
+    vfio: &api::Vfio,
+    descriptors: &mut Descriptors,
+    container: &Container,
+) -> Result<HostFunction, (&'static str, String)> {
+    let (field, opened) = match (&vfio.host, vfio.fd) {
+        (Some(host), _) => ("host", HostFunction::open(host, container)),
+        (None, Some(number)) => {
+            let file = take(number, descriptors)?.into();
+            let iommu = vfio.iommu_fd.map(|number| take(number, descriptors)).transpose();
+            let iommu = iommu.map_err(|(_, problem)| ("iommu_fd", problem))?.map(File::from);
+            ("fd", HostFunction::from_file(&format!("fd {number}"), file, iommu, container))
+        }
+        (None, None) => return Err(("host", "is missing; name a function, or a descriptor with fd".into())),
+    };
+    opened.map_err(|error| (if error.is_of_iommu() { "iommu_fd" } else { field }, error.to_string()))
 }
 
 fn take(number: i32, descriptors: &mut Descriptors) -> Result<OwnedFd, (&'static str, String)> {

@@ -25,6 +25,7 @@ pub mod owner;
 pub mod pluggable;
 pub mod processors;
 pub mod quotes;
+pub mod reach;
 pub mod request;
 mod run;
 pub mod sandbox;

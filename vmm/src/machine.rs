@@ -121,17 +121,17 @@ impl Machine {
         insert(&mmio, layout::IOAPIC.start, layout::IOAPIC.len, ioapic.clone())?;
 
         let (pci, ecam_base) = add_pci(parts, &platform, &seam, &mmio)?;
-        let shown = confidential::view(&*vm, &memory);
-        let confidential = Guest::of_machine(parts, &seam, &memory, &shown)?;
+        let reach = confidential::reach(&*vm, &memory, pluggable.as_ref());
+        let confidential = Guest::of_machine(parts, &seam, &memory, &reach)?;
         match firmware {
-            Some(items) => firmware::add_chipset(items, shown.clone(), &pci, &pio, parts.inbox, ecam_base)?,
+            Some(items) => firmware::add_chipset(items, reach.map().clone(), &pci, &pio, parts.inbox, ecam_base)?,
             None => drop(pci.add(Arc::new(PlatformFunction::host_bridge()))?),
         }
         let ecam = ecam_base..ecam_base + pci.ecam_len();
         let mut machine = Self {
             vcpus: None,
             watcher: None,
-            functions: Functions::new(pci, seam, shown),
+            functions: Functions::new(pci, seam, reach),
             memory: None,
             pluggable: None,
             platform: devices,

@@ -9,9 +9,8 @@
 //!   out makes KVM drop the page tables of all.
 //! - A plugged block is what the rest of guest memory is: anonymous, or a part of a sealed memfd.
 //!
-//! Devices go by the memory map ([`GuestMemoryAtomic`]), which has the plugged blocks only and is replaced at each change:
-//! whoever else has to follow guest memory as it changes (vhost-user, VFIO, dirty pages) does so in
-//! [`PluggedMemory::publish`]. Who is at work with an older map may still write to a block that is about to go, and this
+//! Devices go by what they [reach](Reach), which has the plugged blocks only and is replaced at each change: whoever else has
+//! to follow guest memory as it changes (vhost-user, dirty pages) does so there. Who is at work with an older map may still write to a block that is about to go, and this
 //! process would be hit by it: before a block goes, it is awaited that nobody holds a map that has it.
 
 use std::fs::File;
@@ -19,7 +18,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,12 +28,12 @@ use hal::GpaRange;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
 use crate::inbox::{Event, Inbox};
 use crate::memory::{self, Error};
+use crate::reach::Reach;
 
 /// How long it is awaited that nobody uses an older memory map. The guest's driver tries again, seconds later.
 const LONGEST_USE: Duration = Duration::from_millis(500);
@@ -189,7 +188,7 @@ fn without(runs: &[Range<u64>], range: &Range<u64>) -> Vec<Range<u64>> {
 pub struct PluggedMemory {
     all: PluggableMemory,
     /// What devices see.
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    reach: Reach,
     /// The rest of guest memory.
     fixed: Vec<Arc<GuestRegionMmap>>,
     runs: Vec<Range<u64>>,
@@ -199,14 +198,9 @@ pub struct PluggedMemory {
 }
 
 impl PluggedMemory {
-    /// None yet. `memory` has the `fixed` part of guest memory only.
-    pub fn new(
-        all: PluggableMemory,
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
-        fixed: Vec<Arc<GuestRegionMmap>>,
-        inbox: Inbox,
-    ) -> Self {
-        Self { all, memory, fixed, runs: Vec::new(), older: Vec::new(), inbox }
+    /// None yet. `reach` has the `fixed` part of guest memory only.
+    pub fn new(all: PluggableMemory, reach: Reach, fixed: Vec<Arc<GuestRegionMmap>>, inbox: Inbox) -> Self {
+        Self { all, reach, fixed, runs: Vec::new(), older: Vec::new(), inbox }
     }
 
     /// Shows devices the memory map with these runs of blocks.
@@ -217,8 +211,8 @@ impl PluggedMemory {
         let parts: io::Result<Vec<_>> = runs.iter().map(|run| self.all.part(run).map(Arc::new)).collect();
         let regions = self.fixed.iter().cloned().chain(parts?).collect();
         let map = GuestMemoryMmap::from_arc_regions(regions).map_err(io::Error::other)?;
-        let old = self.memory.memory().into_inner();
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner).replace(map);
+        let old = self.reach.map().memory().into_inner();
+        self.reach.replace(map)?;
         self.older.retain(|map| map.strong_count() > 0);
         self.older.push(Arc::downgrade(&old));
         Ok(())
@@ -287,7 +281,8 @@ impl Drop for PluggedMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
+    use crate::reach::Pieces;
+    use vm_memory::{Bytes, GuestMemoryAtomic};
 
     const MIB: u64 = 1 << 20;
     const START: u64 = 4 << 30;
@@ -295,8 +290,9 @@ mod tests {
     fn plugged(config: &api::Memory) -> (PluggedMemory, GuestMemoryAtomic<GuestMemoryMmap>) {
         let ram = memory::create(&[GpaRange { start: 0, len: MIB }], config).unwrap();
         let all = PluggableMemory::reserve(GpaRange { start: START, len: 64 * MIB }, config).unwrap();
-        let map = GuestMemoryAtomic::new(ram.map);
-        (PluggedMemory::new(all, map.clone(), ram.regions, Inbox::new().unwrap()), map)
+        let reach = Reach::new(ram.map, Pieces::WHOLE);
+        let map = reach.map().clone();
+        (PluggedMemory::new(all, reach, ram.regions, Inbox::new().unwrap()), map)
     }
 
     fn mib(range: Range<u64>) -> Range<u64> {

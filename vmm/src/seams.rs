@@ -1,13 +1,14 @@
-//! The seam between devices and the hypervisor: interrupts and doorbells of `devices`, on those of `hal`.
+//! The seam between devices and the hypervisor: interrupts, doorbells and memory of `devices`, on those of `hal`.
 
 use std::io;
 use std::sync::Arc;
 
-use devices::seam::{Doorbells, Interrupt, Interrupts, MsiMessage};
-use hal::{DoorbellMatch, IoAddr, Vm};
+use devices::seam::{DeviceMemory, Doorbells, Interrupt, Interrupts, MsiMessage};
+use hal::{DoorbellMatch, IoAddr, Slot, SlotId, Vm};
+use vm_memory::GuestRegionMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Interrupts and doorbells of one VM.
+/// Interrupts, doorbells and memory of one VM.
 #[derive(Clone)]
 pub struct VmSeam(pub Arc<dyn Vm>);
 
@@ -48,5 +49,26 @@ impl Doorbells for VmSeam {
     fn ring_on_write(&self, at: u64, event: &EventFd) -> io::Result<Box<dyn Send + Sync>> {
         let doorbell = self.0.irqs().doorbell(IoAddr::Mmio(at), DoorbellMatch::Any, event.try_clone()?);
         Ok(Box::new(Ringing(doorbell.map_err(io::Error::other)?)))
+    }
+}
+
+/// Keeps memory of a device's in the guest until it is dropped.
+struct Shown {
+    vm: Arc<dyn Vm>,
+    slot: SlotId,
+}
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        if let Err(error) = self.vm.memory().unmap(self.slot) {
+            tracing::error!("memory of a device stays in the guest: {error}");
+        }
+    }
+}
+
+impl DeviceMemory for VmSeam {
+    fn show(&self, region: Arc<GuestRegionMmap>) -> io::Result<Box<dyn Send + Sync>> {
+        let slot = self.0.memory().map(Slot { device: true, ..Slot::new(region) }).map_err(io::Error::other)?;
+        Ok(Box::new(Shown { vm: self.0.clone(), slot }))
     }
 }

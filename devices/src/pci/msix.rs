@@ -12,9 +12,11 @@ mod sync {
 }
 
 use std::fmt;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use self::latch::Latch;
 use super::ConfigSpace;
@@ -117,6 +119,8 @@ struct Table {
 /// The vectors of a function, shared by its registers and the threads that interrupt.
 pub struct MsixVectors {
     interrupts: Arc<dyn Interrupts>,
+    /// Events are written past the latches: what is masked has no route.
+    direct: bool,
     vectors: Box<[Vector]>,
     /// The guest's side. A device's thread does not take this lock.
     table: Mutex<Table>,
@@ -131,9 +135,20 @@ impl fmt::Debug for MsixVectors {
 impl MsixVectors {
     /// `count` masked vectors.
     pub fn new(interrupts: Arc<dyn Interrupts>, count: u16) -> Self {
+        Self::with(interrupts, count, false)
+    }
+
+    /// `count` masked vectors for who writes to their [events](Self::events), and knows nothing of masks: a masked vector has
+    /// no route into the guest, and what comes meanwhile waits in its event, with no pending bit.
+    pub fn direct(interrupts: Arc<dyn Interrupts>, count: u16) -> Self {
+        Self::with(interrupts, count, true)
+    }
+
+    fn with(interrupts: Arc<dyn Interrupts>, count: u16, direct: bool) -> Self {
         let vectors = (0..count).map(|_| Vector { latch: Latch::new(), interrupt: OnceLock::new() });
         Self {
             interrupts,
+            direct,
             vectors: vectors.collect(),
             table: Mutex::new(Table {
                 enabled: false,
@@ -147,6 +162,15 @@ impl MsixVectors {
     pub fn count(&self) -> u16 {
         // It was made from a u16.
         u16::try_from(self.vectors.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The event of each vector, whether it has a route or not.
+    ///
+    /// # Errors
+    /// No interrupt is free, or the hypervisor refused.
+    pub fn events(&self) -> io::Result<Vec<&EventFd>> {
+        let _only_who_sets_them = self.lock();
+        self.vectors.iter().map(|vector| Ok(self.interrupt(vector)?.event())).collect()
     }
 
     /// Interrupts the guest by `vector`, or keeps its pending bit while it is masked. No lock, no waiting.
@@ -279,43 +303,46 @@ impl MsixVectors {
             return;
         };
         let masked = !table.enabled || table.function_masked || entry.control & ENTRY_MASKED != 0;
+        if masked && self.direct {
+            take_away(vector);
+        }
         let routed = !masked && self.route(vector, entry);
         vector.latch.set_open(routed, || vector.ring());
     }
 
     fn route(&self, vector: &Vector, entry: &Entry) -> bool {
-        if vector.interrupt.get().is_none() {
-            match self.interrupts.create() {
-                // Only the holder of the table's lock sets it.
-                Ok(interrupt) => drop(vector.interrupt.set(interrupt)),
-                Err(e) => {
-                    tracing::warn!("an MSI-X vector stays masked: {e}");
-                    return false;
-                }
-            }
-        }
         let message = MsiMessage { address: entry.address, data: entry.data };
-        let Some(interrupt) = vector.interrupt.get() else {
-            return false;
-        };
-        if let Err(e) = interrupt.set(Some(message)) {
+        let set = self.interrupt(vector).and_then(|interrupt| interrupt.set(Some(message)));
+        if let Err(e) = &set {
             tracing::warn!("an MSI-X vector stays masked: {e}");
-            return false;
         }
-        true
+        set.is_ok()
+    }
+
+    /// A vector's interrupt, which is made where there is none. Only the holder of the table's lock makes one.
+    fn interrupt<'a>(&self, vector: &'a Vector) -> io::Result<&'a dyn Interrupt> {
+        if vector.interrupt.get().is_none() {
+            drop(vector.interrupt.set(self.interrupts.create()?));
+        }
+        vector.interrupt.get().map(|interrupt| &**interrupt).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     /// Takes all routes away, once the guest has turned MSI-X off.
     fn unroute(&self) {
-        for interrupt in self.vectors.iter().filter_map(|vector| vector.interrupt.get()) {
-            if let Err(e) = interrupt.set(None) {
-                tracing::warn!("taking an MSI-X route away: {e}");
-            }
-        }
+        self.vectors.iter().for_each(take_away);
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes a vector's route away.
+fn take_away(vector: &Vector) {
+    if let Some(interrupt) = vector.interrupt.get()
+        && let Err(e) = interrupt.set(None)
+    {
+        tracing::warn!("taking an MSI-X route away: {e}");
     }
 }
 

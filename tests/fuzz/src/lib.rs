@@ -25,3 +25,4 @@ pub mod quotes;
 pub mod relocations;
 pub mod seeds;
 pub mod tdvf;
+pub mod vfio;

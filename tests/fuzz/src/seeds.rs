@@ -40,6 +40,7 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "event_log" => event_log(),
         "authority" => authority(),
         "fw_cfg" => fw_cfg(),
+        "vfio" => vfio(),
         "http" => http(),
         "quote" => quote(),
         "qgs" => qgs(),
@@ -90,6 +91,27 @@ fn event_log() -> Vec<Vec<u8>> {
         crate::event_log::log(&[(1, 0x8000_0001, &name), (2, 4, &[0; 4]), (2, 0x8000_0007, b"Exit Boot Services")]),
         crate::event_log::log(&[(0, 1, b"firmware"), (5, 4, b"")]),
         full,
+    ]
+}
+
+/// A disk whose driver uses MSI-X, and one whose driver uses MSI; both move its memory.
+fn vfio() -> Vec<Vec<u8>> {
+    use crate::vfio::ops::{MAP, MEMORY, READ, WRITE};
+    use devices::vfio::testing::{MSI, MSIX, disk};
+    let config = |op: u8, at: u16, width: u8, value: u32| {
+        let [low, high] = at.to_le_bytes();
+        Step::new(op, low, high, width, value)
+    };
+    let begin = [config(WRITE, 4, 1, 6), Step::new(MAP, 0, 1, 0, 0x10_0000), config(READ, 0x10, 2, 0)];
+    let vector = (0..4).map(|field| Step::new(MEMORY, 0x80, 0, 2, 0x2010 + 4 * field));
+    let msix = [config(WRITE, MSIX + 2, 1, 0xc000), config(WRITE, MSIX + 2, 1, 0x8000)];
+    let msi =
+        [config(WRITE, MSI + 4, 3, 0xfee0_0000), config(WRITE, MSI + 12, 1, 0x40), config(WRITE, MSI + 2, 1, 0x21)];
+    let end = [Step::new(MAP, 0, 1, 0, 0x20_0000), config(WRITE, 4, 1, 0)];
+    let program = |steps: Vec<Step>| [disk(), steps.iter().flat_map(Step::encode).collect()].concat();
+    vec![
+        program(begin.into_iter().chain(vector).chain(msix).chain(end).collect()),
+        program(begin.into_iter().chain(msi).chain(end).collect()),
     ]
 }
 

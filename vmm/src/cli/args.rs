@@ -402,6 +402,13 @@ pub struct RunArgs {
     #[arg(help_heading = "Devices")]
     pub rng: Option<String>,
 
+    /// Hand the guest a PCI function of the host's, bound to vfio-pci, by its address; repeatable
+    ///
+    /// As in "0000:01:00.0", or "fd=N,iommu_fd=M" for inherited descriptors of /dev/vfio/devices/vfioX and /dev/iommu. A further
+    /// key: id=ID. The guest's memory stays in the host's for it.
+    #[arg(long, value_name = "ADDRESS[,id=ID]", help_heading = "Devices")]
+    pub vfio: Vec<String>,
+
     /// How many devices can be added while the guest runs, 0 to 224: each needs a hot-plug port [default: 0]
     ///
     /// Eight ports take the place of a device that is there from the start.

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use api::{
     BootUntil, ByteSize, Confidential, Console, DeviceConfig, Disk, Endpoint, Firmware, Hugepages, KindName, Link,
-    MacAddr, Net, OnPanic, OnReset, Problem, Rng, Tdx, Topology, VmConfig, did_you_mean,
+    MacAddr, Net, OnPanic, OnReset, Problem, Rng, Tdx, Topology, Vfio, VmConfig, did_you_mean,
 };
 
 use vmm::sandbox::Mode;
@@ -197,6 +197,9 @@ impl Flags {
         if let Some(text) = &args.rng {
             self.device("--rng", text, config, Self::rng);
         }
+        for text in &args.vfio {
+            self.device("--vfio", text, config, Self::vfio);
+        }
     }
 
     /// Adds the device that a flag describes. `read` gives the device even where parts of it are wrong, so that the
@@ -278,6 +281,19 @@ impl Flags {
             rng.id = self.given(at, &key, value).unwrap_or_default();
         }
         DeviceConfig::Rng(rng)
+    }
+
+    fn vfio(&mut self, at: &str, text: &str) -> DeviceConfig {
+        let mut vfio = Vfio::default();
+        for Pair { key, value } in self.list(at, text, Some("host"), &["host", "fd", "iommu_fd", "id"]) {
+            match key.as_str() {
+                "fd" => vfio.fd = self.value(at, &key, value, "the number of a descriptor"),
+                "iommu_fd" => vfio.iommu_fd = self.value(at, &key, value, "the number of a descriptor"),
+                "host" => vfio.host = self.given(at, &key, value),
+                _ => vfio.id = self.given(at, &key, value).unwrap_or_default(),
+            }
+        }
+        DeviceConfig::Vfio(vfio)
     }
 
     fn endpoint(&mut self, at: &str, parts: &[Pair]) -> Option<Endpoint> {

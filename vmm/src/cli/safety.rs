@@ -27,7 +27,8 @@ pub fn prepare(
     if !args.core_dumps {
         sandbox::forbid_core_dumps()?;
     }
-    if config.is_some_and(|config| config.memory.lock) {
+    // What functions of the host's reach is locked, too. A client may ask for either.
+    if config.is_none_or(VmConfig::locks_memory) {
         sandbox::allow_locked_memory();
     }
     if format == Format::Json {
@@ -38,7 +39,9 @@ pub fn prepare(
 }
 
 fn claimed(config: Option<&VmConfig>, api: Option<&ApiSocket>) -> impl Iterator<Item = RawFd> {
-    let devices = config.into_iter().flat_map(|config| config.devices.iter().filter_map(DeviceConfig::fd));
+    let devices = config
+        .into_iter()
+        .flat_map(|config| config.devices.iter().flat_map(DeviceConfig::descriptors).map(|(_, number)| number));
     let socket = api.and_then(|api| match api {
         ApiSocket::Fd(number) => Some(*number),
         ApiSocket::Path { .. } => None,

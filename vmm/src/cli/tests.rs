@@ -44,7 +44,7 @@ fn the_command_line_is_well_formed() {
 }
 
 /// Flags, and a file that says the same.
-const SAME: [(&[&str], &str); 13] = [
+const SAME: [(&[&str], &str); 14] = [
     (&["--kernel", "k"], "kernel: {path: k}"),
     (
         &["--kernel=k", "--initramfs", "i", "--cmdline", "-q console=hvc0"],
@@ -90,6 +90,10 @@ const SAME: [(&[&str], &str); 13] = [
     (
         &["--kernel", "k", "--rng", "--serial", "off", "--console", "pty"],
         "kernel: {path: k}\nserial: {type: off}\ndevices: [{type: console, endpoint: {type: pty}}, {type: rng}]",
+    ),
+    (
+        &["--kernel", "k", "--vfio", "fd=5,iommu_fd=6", "--vfio", "0000:01:00.1,id=b"],
+        "kernel: {path: k}\ndevices: [{type: vfio, fd: 5, iommu_fd: 6}, {type: vfio, host: '0000:01:00.1', id: b}]",
     ),
     (
         &["--kernel", "k", "--confidential", "tdx,quote_service=vsock:2:4050,sept_ve_disable=off"],
@@ -166,7 +170,7 @@ fn flags_change_a_file() {
 }
 
 /// Command lines with the problems that they have.
-const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
+const WITH_PROBLEMS: [(&[&str], &[&str]); 19] = [
     (
         &[],
         &[
@@ -229,6 +233,13 @@ const WITH_PROBLEMS: [(&[&str], &[&str]); 18] = [
         &[
             "--net tap0,mac=52:54: mac: «52:54» is not a hardware address: write six pairs of hexadecimal digits, as in \
                52:54:00:12:34:56",
+        ],
+    ),
+    (
+        &["--kernel", "k", "--vfio", "1:0.0"],
+        &[
+            "--vfio 1:0.0: host: «1:0.0» is no address of a PCI function; write it as in 0000:01:00.0, in lower case; `lspci -D` \
+           lists them",
         ],
     ),
     (&["--kernel", "k", "--net", "mtu=x"], &["--net mtu=x: mtu: «x» is not possible; write a number of bytes"]),

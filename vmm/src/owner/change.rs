@@ -63,7 +63,7 @@ fn changeable(device: &DeviceConfig) -> &'static [&'static str] {
         DeviceConfig::Disk(_) => &["size"],
         DeviceConfig::Net(_) => &["link"],
         DeviceConfig::Console(_) => &["endpoint"],
-        DeviceConfig::Rng(_) => &[],
+        DeviceConfig::Rng(_) | DeviceConfig::Vfio(_) => &[],
     }
 }
 

@@ -208,7 +208,7 @@ impl Prepared {
         let config = self.with_device(index, device.clone(), validate)?;
         // The device that makes room lets go of its file first: the new one may be on the same.
         self.inputs.devices.remove(&id);
-        match DeviceInput::open(&device, &mut descriptors) {
+        match DeviceInput::open(&device, &mut descriptors, &self.inputs.container) {
             Ok(opened) => drop(self.inputs.devices.insert(id, opened)),
             Err((field, problem)) => {
                 self.reopen(index);
@@ -236,10 +236,9 @@ impl Prepared {
         let of_device = format!("devices[{index}]");
         let mut checked = config.clone();
         // Each request numbers its descriptors anew: those of others are no longer what they were named.
-        for (number, other) in (0..).zip(&mut checked.devices) {
-            if usize::try_from(number) != Ok(index) && other.fd().is_some() {
-                other.set_fd(i32::MAX - number);
-            }
+        let others = checked.devices.iter_mut().enumerate().filter(|(at, _)| *at != index);
+        for (number, other) in (0..).zip(others.flat_map(|(_, other)| other.descriptors_mut())) {
+            *other = i32::MAX - number;
         }
         let problems = validate(&checked).into_iter().map(|problem| {
             // What is wrong elsewhere is the device's doing too: two of something where one is possible.
@@ -266,7 +265,7 @@ impl Prepared {
     /// Opens a device's file again, where its successor could not be.
     fn reopen(&mut self, index: usize) {
         let Some(device) = self.config.devices.get(index) else { return };
-        match DeviceInput::open(device, &mut Descriptors::sent([])) {
+        match DeviceInput::open(device, &mut Descriptors::sent([]), &self.inputs.container) {
             Ok(opened) => drop(self.inputs.devices.insert(device.id().to_owned(), opened)),
             // It will be missed, and said so, when the VM boots.
             Err((field, problem)) => tracing::warn!("{}: {field}: {problem}", device.id()),

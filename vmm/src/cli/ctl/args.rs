@@ -196,6 +196,9 @@ pub struct NewDevice {
     /// A source of random numbers
     #[arg(long, value_name = "id=ID", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub rng: Option<String>,
+    /// A PCI function of the host's, as `halyard run --vfio` takes it
+    #[arg(long, value_name = "ADDRESS[,id=ID]")]
+    pub vfio: Option<String>,
 
     /// A device in YAML or JSON, as a configuration has it, or "-" for standard input
     #[arg(long, value_name = "FILE")]

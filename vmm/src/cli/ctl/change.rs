@@ -69,7 +69,7 @@ fn vm(args: &RunArgs) -> Done<Input> {
 
 /// A device in the words of `halyard run`.
 fn device_of_flags(device: &NewDevice) -> Done<Input> {
-    let NewDevice { disk, net, console, rng, file: _ } = device;
+    let NewDevice { disk, net, console, rng, vfio, file: _ } = device;
     let list = |one: &Option<String>| one.iter().cloned().collect();
     let args = RunArgs {
         // A VM around the device: its kernel is never looked at.
@@ -78,6 +78,7 @@ fn device_of_flags(device: &NewDevice) -> Done<Input> {
         net: list(net),
         console: list(console),
         rng: rng.clone(),
+        vfio: list(vfio),
         ..RunArgs::default()
     };
     match vm(&args)? {
@@ -105,11 +106,11 @@ fn read_device(file: &ConfigText) -> Done<Input> {
 /// a request.
 fn descriptors<'a>(devices: impl IntoIterator<Item = &'a mut DeviceConfig>) -> Done<Vec<OwnedFd>> {
     let mut taken = Vec::new();
-    for (device, number) in devices.into_iter().filter_map(|device| device.fd().map(|number| (device, number))) {
+    for number in devices.into_iter().flat_map(DeviceConfig::descriptors_mut) {
         let failed = |error| Failed::bad(&format!("fd {number}"), format!("{error}"), "");
-        taken.push(Descriptors::Inherited.take(number).map_err(failed)?);
+        taken.push(Descriptors::Inherited.take(*number).map_err(failed)?);
         let place = i32::try_from(taken.len()).unwrap_or(i32::MAX).saturating_sub(1);
-        device.set_fd(FIRST_DESCRIPTOR.saturating_add(place));
+        *number = FIRST_DESCRIPTOR.saturating_add(place);
     }
     Ok(taken)
 }

@@ -92,6 +92,7 @@ fn columns(device: &DeviceConfig) -> (String, Vec<String>) {
             endpoint(&console.endpoint)
         }
         DeviceConfig::Rng(_) => String::new(),
+        DeviceConfig::Vfio(vfio) => vfio.host.clone().unwrap_or_else(|| on_fd(vfio.fd)),
     };
     (on, more)
 }
