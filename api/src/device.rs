@@ -235,6 +235,22 @@ pub struct Vfio {
     pub iommu_fd: Option<i32>,
 }
 
+impl Vfio {
+    /// Whether this is an address of a PCI function as Linux writes them.
+    pub fn is_address(text: &str) -> bool {
+        let digits =
+            |text: &str, len| text.len() == len && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        let parts: Vec<&str> = text.split([':', '.']).collect();
+        let [domain, bus, device, function] = parts.as_slice() else { return false };
+        digits(domain, 4)
+            && digits(bus, 2)
+            && digits(device, 2)
+            && device.starts_with(['0', '1'])
+            && matches!(function.as_bytes(), [b'0'..=b'7'])
+            && text == format!("{domain}:{bus}:{device}.{function}")
+    }
+}
+
 /// Where a serial port or a console leads on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]

@@ -513,7 +513,7 @@ fn vfio(report: &mut Report, at: &str, vfio: &Vfio) {
     match (&vfio.host, vfio.fd) {
         (None, None) => report.add(at, "no function of the host's is named", "give `host` or `fd`"),
         (Some(_), Some(_)) => report.add(at, "both `host` and `fd` are given", "leave one of them out"),
-        (Some(host), None) if !is_address(host) => report.add(
+        (Some(host), None) if !Vfio::is_address(host) => report.add(
             format!("{at}.host"),
             format!("«{}» is no address of a PCI function", shorten(host)),
             "write it as in 0000:01:00.0, in lower case; `lspci -D` lists them",
@@ -524,18 +524,4 @@ fn vfio(report: &mut Report, at: &str, vfio: &Vfio) {
     if vfio.iommu_fd.is_some() && vfio.fd.is_none() {
         report.add(format!("{at}.iommu_fd"), "it is for functions by descriptor", "give `fd`, or leave it out");
     }
-}
-
-/// Whether this is an address of a PCI function as Linux writes them.
-fn is_address(text: &str) -> bool {
-    let digits =
-        |text: &str, len| text.len() == len && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-    let parts: Vec<&str> = text.split([':', '.']).collect();
-    let [domain, bus, device, function] = parts.as_slice() else { return false };
-    digits(domain, 4)
-        && digits(bus, 2)
-        && digits(device, 2)
-        && device.starts_with(['0', '1'])
-        && matches!(function.as_bytes(), [b'0'..=b'7'])
-        && text == format!("{domain}:{bus}:{device}.{function}")
 }

@@ -299,6 +299,9 @@ fn function_of_the_host_that_cannot_be_had() {
         "the host has no PCI function",
         "lspci -D",
     ]);
+    // Nothing is looked for by what is no address, and it is said once.
+    let told = refused(["--vfio", "/etc"]).expect_messages(&["--vfio /etc", "as in 0000:01:00.0"]);
+    assert_eq!(told.stderr.lines().count(), 1, "{}", told.stderr);
     let Ok(mut functions) = fs::read_dir("/sys/bus/pci/devices") else { return };
     let Some(function) = functions.next().and_then(Result::ok) else { return };
     // It is the host's own, behind an IOMMU or not.

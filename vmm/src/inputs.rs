@@ -86,6 +86,15 @@ impl Inputs {
     }
 }
 
+/// Adds problems of fields that have none yet: of what is badly written nobody needs to know that it cannot be opened.
+pub fn add_new(problems: &mut Vec<Problem>, found: Vec<Problem>) {
+    for problem in found {
+        if problems.iter().all(|known| known.field != problem.field) {
+            problems.push(problem);
+        }
+    }
+}
+
 impl DeviceInput {
     /// Opens what one device names.
     ///
@@ -166,6 +175,9 @@ fn open_function(
     container: &Container,
 ) -> Result<HostFunction, (&'static str, String)> {
     let (field, opened) = match (&vfio.host, vfio.fd) {
+        (Some(host), _) if !api::Vfio::is_address(host) => {
+            return Err(("host", format!("«{host}» is no address of a PCI function")));
+        }
         (Some(host), _) => ("host", HostFunction::open(host, container)),
         (None, Some(number)) => {
             let file = take(number, descriptors)?.into();

@@ -61,11 +61,12 @@ impl fmt::Debug for VfioFunction {
 }
 
 impl VfioFunction {
-    /// A function as the guest finds it.
+    /// A function as the guest finds it: reset.
     ///
     /// # Errors
     /// Its memory cannot be mapped.
     pub fn new(physical: Arc<dyn Physical>, seams: Seams) -> std::io::Result<Self> {
+        physical.reset();
         let config = Config::new(&*physical);
         let mut windows = Vec::new();
         for (number, bar) in (0_u8..).zip(config.bars()) {

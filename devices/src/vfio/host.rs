@@ -91,7 +91,7 @@ impl std::fmt::Debug for HostFunction {
 }
 
 impl HostFunction {
-    /// Takes a function by its address (`0000:01:00.0`). It is the process's alone until it is dropped, and it is reset.
+    /// Takes a function by its address (`0000:01:00.0`, and nothing else). It is the process's alone until it is dropped.
     ///
     /// # Errors
     /// [`OpenError`] says what is missing.
@@ -101,7 +101,7 @@ impl HostFunction {
         let wrong = |error: VfioError| refused(address, &path, &error);
         let groups = container.groups().map_err(wrong)?.ok_or_else(|| OpenError::Mixed(address.to_owned()))?;
         let device = VfioDevice::new(&path, groups, false).map_err(wrong)?;
-        Ok(Self::taken(device, address))
+        Ok(Self { device, name: address.to_owned() })
     }
 
     /// Takes a function by its open descriptor, `/dev/vfio/devices/vfioN`, as [`HostFunction::open`] does; what it reaches is up to
@@ -122,13 +122,7 @@ impl HostFunction {
             Backend::Other => return Err(OpenError::Mixed(name.to_owned())),
         };
         let device = VfioDevice::new_from_fd(function, iommu, true).map_err(wrong)?;
-        Ok(Self::taken(device, name))
-    }
-
-    fn taken(device: VfioDevice, name: &str) -> Self {
-        let function = Self { device, name: name.to_owned() };
-        function.reset();
-        function
+        Ok(Self { device, name: name.to_owned() })
     }
 }
 

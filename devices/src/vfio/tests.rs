@@ -24,6 +24,7 @@ fn bench() -> Bench {
     let (physical, interrupts, shown) = (Arc::new(Played::new(disk())), FakeInterrupts::new(), Shown::default());
     let seams = Seams { interrupts: Arc::new(interrupts.clone()), memory: Arc::new(shown.clone()) };
     let function = VfioFunction::new(physical.clone(), seams).unwrap();
+    assert_eq!(physical.done(), [Done::Reset]);
     Bench { function, physical, interrupts, shown }
 }
 

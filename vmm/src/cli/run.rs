@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use api::{ConfigText, HostFacts, Outcome, Problem, Problems, VmConfig};
-use vmm::inputs::Inputs;
+use vmm::inputs::{self, Inputs};
 use vmm::owner::Until;
 use vmm::request::Descriptors;
 use vmm::server::ApiSocket;
@@ -104,7 +104,8 @@ impl Source {
         self.problems.extend(late);
         let config = self.config(|config| {
             let mut problems = vmm::kinds::validate(config, &HostFacts::unlimited());
-            problems.extend(Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default());
+            let found = Inputs::open(config, &mut Descriptors::Inherited).err().unwrap_or_default();
+            inputs::add_new(&mut problems, found);
             problems
         });
         config.map_err(|problems| Failure::BadInput(Problems(problems)))

@@ -7,7 +7,7 @@ use api::{DeviceConfig, Outcome, PhaseName, Problem, Problems, VmConfig};
 
 use crate::Failure;
 use crate::endpoints::Endpoints;
-use crate::inputs::{DeviceInput, Inputs};
+use crate::inputs::{self, DeviceInput, Inputs};
 use crate::kinds;
 use crate::machine::Machine;
 use crate::request::{Descriptors, Refusal};
@@ -175,7 +175,7 @@ impl Prepared {
         let mut config = given.clone();
         config.fill_defaults();
         let mut problems = kinds::validate(&config, facts);
-        let inputs = Inputs::open(&config, &mut descriptors).map_err(|found| problems.extend(found));
+        let inputs = Inputs::open(&config, &mut descriptors).map_err(|found| inputs::add_new(&mut problems, found));
         match inputs {
             Ok(inputs) if problems.is_empty() => Ok(Self { given, config, inputs, ports: BTreeMap::new() }),
             _ => Err(Failure::BadInput(Problems(problems))),
