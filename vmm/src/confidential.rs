@@ -286,9 +286,10 @@ impl Guest {
             Visibility::Private => {
                 self.show(&next).and_then(|()| self.convert_now(range, to).inspect_err(|_| drop(self.show(&shared))))
             }
-            Visibility::Shared => self
-                .convert_now(range, to)
-                .and_then(|()| self.show(&next).inspect_err(|_| drop(self.convert_now(range, Visibility::Private)))),
+            Visibility::Shared => {
+                let shown = self.convert_now(range, to).and_then(|()| self.show(&next));
+                shown.inspect_err(|_| self.take_back(&shared, &next))
+            }
         };
         if let Err(error) = done {
             tracing::warn!("memory is not {to:?} as the guest wants it: {error}");
@@ -296,6 +297,17 @@ impl Guest {
         }
         *shared = next;
         Conversion::Done
+    }
+
+    /// Makes private again what was to be shared, and leaves what had been.
+    fn take_back(&self, before: &Shared, next: &Shared) {
+        let mut new = next.ranges.clone();
+        before.ranges.ranges().into_iter().for_each(|range| new.remove(range));
+        for range in new.ranges() {
+            if let Err(error) = self.convert_now(range, Visibility::Private) {
+                tracing::error!("{range:?} stays shared, and no device reaches it: {error}");
+            }
+        }
     }
 
     fn convert_now(&self, range: GpaRange, to: Visibility) -> io::Result<()> {
@@ -425,7 +437,10 @@ mod tests {
         assert_eq!(bench.convert(2 * PAGE, 2 * PAGE, Visibility::Shared), Conversion::Done);
         assert_eq!(bench.convert(PAGE, 2 * PAGE, Visibility::Private), Conversion::Done);
         assert_eq!(*functions.reached.lock().unwrap(), [0, 3 * PAGE]);
-        // What cannot be reached by all devices is not shared.
+        // What cannot be reached by all devices is not shared; what has been is as it was.
+        bench.reach.map().memory().write_obj(0x1234_u16, GuestAddress(3 * PAGE)).unwrap();
+        assert_eq!(bench.convert(3 * PAGE, 8 * PAGE, Visibility::Shared), Conversion::Invalid);
+        assert_eq!(bench.ram.map.read_obj::<u16>(GuestAddress(3 * PAGE)).unwrap(), 0x1234);
         assert_eq!(bench.convert(8 * PAGE, 5 * PAGE, Visibility::Shared), Conversion::Invalid);
         let shared = [(0, PAGE), (3 * PAGE, PAGE)].map(|(start, len)| GpaRange { start, len });
         assert_eq!(bench.vm.memory().shared(), shared);

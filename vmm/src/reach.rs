@@ -97,6 +97,27 @@ impl Host {
         Ok(())
     }
 
+    /// Makes the mappings what they were, of a memory map that was: as many, so that there is room for them.
+    fn restore(&mut self, mapped: BTreeMap<u64, u64>, map: &GuestMemoryMmap) {
+        let Some(dma) = &self.dma else { return };
+        let mut failed = None;
+        let is_new = |start: &u64, end: &mut u64| mapped.get(start) != Some(end);
+        for (start, end) in self.mapped.extract_if(.., is_new) {
+            failed = dma.unmap(&(start..end)).err().or(failed);
+        }
+        for (start, end) in mapped {
+            let region = map.find_region(GuestAddress(start)).filter(|_| !self.mapped.contains_key(&start));
+            match region.map(|region| dma.map(region, &(start..end))) {
+                Some(Ok(())) => drop(self.mapped.insert(start, end)),
+                Some(Err(error)) => failed = Some(error),
+                None => {}
+            }
+        }
+        if let Some(error) = failed {
+            tracing::error!("the host does not map again what it had mapped: {error}");
+        }
+    }
+
     /// The parts of a range that have no mapping.
     fn missing(&self, range: &Range<u64>) -> Vec<Range<u64>> {
         let mut missing = Vec::new();
@@ -134,17 +155,16 @@ impl Reach {
     pub fn replace(&self, map: GuestMemoryMmap) -> io::Result<()> {
         let mut host = self.host();
         let before = self.map.memory().into_inner();
-        host.shrink(&map)?;
-        self.set(map);
-        let now = self.map.memory();
-        let grown = host.grow(&now);
-        if grown.is_err() {
+        let mapped = host.mapped.clone();
+        let done = host.shrink(&map).and_then(|()| {
+            self.set(map);
+            host.grow(&self.map.memory())
+        });
+        if done.is_err() {
             self.set(GuestMemoryMmap::clone(&before));
-            host.shrink(&before).and_then(|()| host.grow(&before)).inspect_err(|error| {
-                tracing::error!("the host does not map again what it had mapped: {error}");
-            })?;
+            host.restore(mapped, &before);
         }
-        grown
+        done
     }
 
     /// Has functions of the host's reach the same, from now on. Those of the same IOMMU mappings may do so already.
@@ -309,6 +329,10 @@ mod tests {
         assert_eq!(refused.kind(), io::ErrorKind::OutOfMemory);
         assert_eq!(iommu.reached(), [0..PAGE]);
         assert_eq!(reach.map().memory().iter().map(range_of).collect::<Vec<_>>(), [0..PAGE]);
+        // A piece of which a part should go is there as a whole again, not in more parts than there is room for.
+        let (reach, iommu) = following(&[0..2 * MIB], CONVERTED, 3);
+        assert!(reach.replace(map(&[0..2 * MIB - PAGE])).is_err());
+        assert_eq!((iommu.reached(), iommu.calls().last().unwrap().as_str()), (vec![0..2 * MIB], "+0..200"));
         // Functions that cannot reach all that they should reach nothing.
         let (reach, iommu) = (Reach::new(map(&[0..8 * PAGE]), CONVERTED), Iommu::new(3));
         let dma: Arc<dyn DmaMap> = iommu.clone();
