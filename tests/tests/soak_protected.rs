@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use halyard_tests::service::Service;
 use halyard_tests::story::{PATIENCE, ask, boot, power_off};
 use halyard_tests::tiny::{debug_exit, guest};
 use halyard_tests::vm::halyard;
@@ -142,6 +143,30 @@ fn soak_a_function_by_descriptor_is_another_users() -> Result<()> {
     ensure!(output.status == Status::Exited(debug_exit(0)), "{:?}\n{said}\n{told}", output.status);
     assert_eq!(said, expected);
     check_faults(&host)
+}
+
+/// The same by descriptors that come with a client's request.
+#[test]
+fn soak_a_function_by_descriptor_comes_with_a_request() -> Result<()> {
+    let (host, function, expected) = host_with_function()?;
+    let folder = host.folder()?;
+    let config = format!(
+        "kernel: {{path: {}}}\nmemory: {{size: 64M}}\nconfidential: {{kind: software-protected}}\n\
+         serial: {{type: file, path: {folder}/said}}\nplatform: {{debug_exit: true}}\n\
+         devices: [{{type: vfio, fd: 5, iommu_fd: 6}}]\n",
+        guest("passed").display()
+    );
+    host.write_file(&format!("{folder}/vm.yaml"), config)?;
+    let service = Service::start(&host, &[])?;
+    let ctl = format!("{} ctl -s {}", halyard()?.display(), service.socket());
+    let given = format!("5<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{function}/vfio-dev) 6<>/dev/iommu");
+    host.run(format!(
+        "{ctl} create {folder}/vm.yaml {given} && {ctl} boot && until grep -q '^shared again ........$' {folder}/said; do sleep 0.1; done"
+    ))?
+    .ok()?;
+    assert_eq!(String::from_utf8(host.read_file(&format!("{folder}/said"))?)?, expected);
+    check_faults(&host)?;
+    service.finish()
 }
 
 #[test]
