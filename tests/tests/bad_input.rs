@@ -302,6 +302,11 @@ fn function_of_the_host_that_cannot_be_had() {
     // Nothing is looked for by what is no address, and it is said once.
     let told = refused(["--vfio", "/etc"]).expect_messages(&["--vfio /etc", "as in 0000:01:00.0"]);
     assert_eq!(told.stderr.lines().count(), 1, "{}", told.stderr);
+    // Descriptors that are something else.
+    let line = "exec \"$0\" run --kernel \"$1\" --vfio fd=8,iommu_fd=9 8<>/dev/null 9<>/dev/null";
+    let mut command = Command::new("bash");
+    command.arg("-c").arg(line).arg(binary()).arg(guest("first-byte"));
+    run_command(command).expect_code(BAD_INPUT).expect_messages(&["iommu_fd: it is no open /dev/iommu"]);
     let Ok(mut functions) = fs::read_dir("/sys/bus/pci/devices") else { return };
     let Some(function) = functions.next().and_then(Result::ok) else { return };
     // It is the host's own, behind an IOMMU or not.

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
@@ -58,6 +58,9 @@ pub enum OpenError {
     /// A function by descriptor needs an open `/dev/iommu`, and there is none.
     #[error("there is no open /dev/iommu; the VM's first function by descriptor brings one")]
     NoIommufd,
+    /// What was given as an open `/dev/iommu` is none.
+    #[error("it is no open /dev/iommu: {0}")]
+    NotIommufd(VfioError),
     /// Functions by address and by descriptor are reached by different ways.
     #[error("{0}: functions by address and functions by descriptor cannot be in one VM")]
     Mixed(String),
@@ -74,7 +77,7 @@ pub enum OpenError {
 impl OpenError {
     /// Whether it is about the descriptor of the IOMMU.
     pub fn is_of_iommu(&self) -> bool {
-        matches!(self, Self::NoIommufd)
+        matches!(self, Self::NoIommufd | Self::NotIommufd(_))
     }
 }
 
@@ -116,7 +119,7 @@ impl HostFunction {
         container: &Container,
     ) -> Result<Self, OpenError> {
         let wrong = |error: VfioError| OpenError::Vfio { function: name.to_owned(), error: error.to_string() };
-        let iommu = match container.iommufd(iommu).map_err(wrong)? {
+        let iommu = match container.iommufd(iommu).map_err(OpenError::NotIommufd)? {
             Backend::Iommufd(iommu) => iommu,
             Backend::Missing => return Err(OpenError::NoIommufd),
             Backend::Other => return Err(OpenError::Mixed(name.to_owned())),
@@ -124,10 +127,6 @@ impl HostFunction {
         let device = VfioDevice::new_from_fd(function, iommu, true).map_err(wrong)?;
         Ok(Self { device, name: name.to_owned() })
     }
-}
-
-fn name(link: io::Result<PathBuf>) -> Option<String> {
-    Some(link.ok()?.file_name()?.to_string_lossy().into_owned())
 }
 
 /// What can be seen to be missing before VFIO is asked.
@@ -138,11 +137,12 @@ fn check(address: &str, path: &Path) -> Result<(), OpenError> {
     if !path.join("iommu_group").exists() {
         return Err(OpenError::NoIommu(address.to_owned()));
     }
-    let driver = name(fs::read_link(path.join("driver")));
-    if driver.as_deref() == Some(DRIVER) {
-        return Ok(());
-    }
-    let driver = driver.map_or_else(|| "no driver".to_owned(), |name| format!("the driver {name}"));
+    let driver = fs::read_link(path.join("driver")).ok();
+    let driver = match driver.as_deref().and_then(Path::file_name) {
+        Some(name) if name == DRIVER => return Ok(()),
+        Some(name) => format!("the driver {}", name.display()),
+        None => "no driver".to_owned(),
+    };
     Err(OpenError::OtherDriver { function: address.to_owned(), driver, path: path.display().to_string() })
 }
 
