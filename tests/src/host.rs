@@ -286,6 +286,20 @@ impl Host {
         Ok(())
     }
 
+    /// Binds a PCI function to vfio-pci, in the words of Halyard's own hint.
+    ///
+    /// # Errors
+    /// Where it cannot be bound.
+    pub fn pass_through(&self, function: &str) -> Result<()> {
+        let path = format!("/sys/bus/pci/devices/{function}");
+        self.run(format!(
+            "echo vfio-pci >{path}/driver_override && {{ [ ! -e {path}/driver ] || echo {function} >{path}/driver/unbind; }} && \
+             echo {function} >/sys/bus/pci/drivers_probe"
+        ))?
+        .ok()?;
+        Ok(())
+    }
+
     /// A name that nothing else of this host has, at most 15 bytes long, as those of network devices are.
     pub fn unique(&self, prefix: &str) -> String {
         // On this machine itself, tests of several processes are at work at once.

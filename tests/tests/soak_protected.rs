@@ -94,10 +94,15 @@ fn host_with_function() -> Result<(Host, String, &'static str)> {
     let found = host.run("grep -lx 0x11e8 /sys/bus/pci/devices/*/device")?.ok()?;
     let path = found.trim().strip_suffix("/device").context("one function")?;
     let function = path.rsplit('/').next().context("an address")?.to_owned();
-    host.run(format!("echo vfio-pci >{path}/driver_override && echo {function} >/sys/bus/pci/drivers_probe"))?.ok()?;
+    host.pass_through(&function)?;
     let said = "who 010000ed\nshared 11111111\nprivate 22222222\nits neighbour 11111111\nemptied 00000000\n\
                 shared again 11111111\n";
     Ok((host, function, said))
+}
+
+/// Opens what a function by descriptor needs, in a shell.
+fn descriptors(function: &str) -> String {
+    format!("5<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{function}/vfio-dev) 6<>/dev/iommu")
 }
 
 /// The IOMMU has kept the function from the page while it was private, once, and from nothing else.
@@ -132,8 +137,9 @@ fn soak_a_function_by_descriptor_is_another_users() -> Result<()> {
         guest("passed").display()
     ))?
     .ok()?;
+    let given = descriptors(&function);
     let line = format!(
-        "ulimit -l unlimited; exec 5<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{function}/vfio-dev) 6<>/dev/iommu; \
+        "ulimit -l unlimited; exec {given}; \
          chmod 666 /dev/kvm; exec setpriv --reuid 107 --regid 107 --clear-groups --bounding-set -all --inh-caps -all \
          {folder}/halyard run --kernel {folder}/guest --memory 64M --confidential software-protected --debug-exit \
          --vfio fd=5,iommu_fd=6"
@@ -159,7 +165,7 @@ fn soak_a_function_by_descriptor_comes_with_a_request() -> Result<()> {
     host.write_file(&format!("{folder}/vm.yaml"), config)?;
     let service = Service::start(&host, &[])?;
     let ctl = format!("{} ctl -s {}", halyard()?.display(), service.socket());
-    let given = format!("5<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{function}/vfio-dev) 6<>/dev/iommu");
+    let given = descriptors(&function);
     host.run(format!(
         "{ctl} create {folder}/vm.yaml {given} && {ctl} boot && until grep -q '^shared again ........$' {folder}/said; do sleep 0.1; done"
     ))?

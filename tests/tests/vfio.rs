@@ -21,17 +21,6 @@ fn host(disks: usize) -> Result<(Host, Vec<String>)> {
     Ok((host, found))
 }
 
-/// Binds a function to vfio-pci, in the words of Halyard's own hint.
-fn bind(host: &Host, function: &str) -> Result<()> {
-    let path = format!("/sys/bus/pci/devices/{function}");
-    host.run(format!(
-        "echo vfio-pci > {path}/driver_override && echo {function} > {path}/driver/unbind && \
-         echo {function} > /sys/bus/pci/drivers_probe"
-    ))?
-    .ok()?;
-    Ok(())
-}
-
 fn spec() -> Result<VmSpec> {
     Ok(VmSpec::guest(KERNEL)?.initramfs(images::guest_with(KERNEL, &["nvme"])?.display().to_string()))
 }
@@ -76,7 +65,7 @@ fn a_guest_drives_an_nvme_disk_of_the_hosts() -> Result<()> {
     ensure!(told.contains("bound to the driver nvme, not to vfio-pci") && told.contains("driverctl"), "{told}");
     drop(vm);
 
-    bind(&host, function)?;
+    host.pass_through(function)?;
     let vm = host.halyard(&spec()?.args(["--vfio", function]))?;
     vm.wait_line("HALYARD-GUEST ready")?;
     let written = ask(&vm, &write("nvme0n1"))?;
@@ -96,7 +85,7 @@ fn a_guest_drives_an_nvme_disk_of_the_hosts() -> Result<()> {
 #[test]
 fn a_function_comes_and_goes_and_memory_that_is_plugged_is_reached() -> Result<()> {
     let (host, functions) = host(2)?;
-    functions.iter().try_for_each(|function| bind(&host, function))?;
+    functions.iter().try_for_each(|function| host.pass_through(function))?;
     let mut config = guest(KERNEL)?;
     let initramfs = images::guest_with(KERNEL, &["nvme"])?;
     let grants = [PathBuf::from("/dev/vfio"), config.kernel.path.clone(), initramfs.clone()];

@@ -27,6 +27,8 @@ const STATUS_CAPABILITIES: u8 = 1 << 4;
 /// The first capability stands behind the header.
 const FIRST_CAPABILITY: usize = 0x40;
 
+/// The MSI capability (PCI 3.0 §6.8.1).
+pub(crate) const CAPABILITY_MSI: u8 = 0x05;
 /// The PCI Express capability (PCIe 5.0 §7.5.3).
 pub(super) const CAPABILITY_PCIE: u8 = 0x10;
 

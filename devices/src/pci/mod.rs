@@ -11,7 +11,9 @@ mod ports;
 mod root_port;
 mod segment;
 
+pub(crate) use config::CAPABILITY_MSI;
 pub use config::{Bar, BarKind, Bars, ConfigSpace, ConfigState, Identity};
+pub(crate) use msix::{CAPABILITY_MSIX, CONTROL_ENABLE, CONTROL_FUNCTION_MASK, ENTRY_LEN};
 pub use msix::{MsixCapability, MsixState, MsixVectors};
 pub use platform::PlatformFunction;
 pub use ports::ConfigPorts;

@@ -22,15 +22,16 @@ use self::latch::Latch;
 use super::ConfigSpace;
 use crate::seam::{Interrupt, Interrupts, MsiMessage};
 
-const CAPABILITY_MSIX: u8 = 0x11;
+/// The MSI-X capability.
+pub(crate) const CAPABILITY_MSIX: u8 = 0x11;
 
 /// Message control: all vectors are masked.
-const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
+pub(crate) const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 /// Message control: MSI-X is in use.
-const CONTROL_ENABLE: u16 = 1 << 15;
+pub(crate) const CONTROL_ENABLE: u16 = 1 << 15;
 
 /// Bytes per vector in the table.
-const ENTRY_LEN: u64 = 16;
+pub(crate) const ENTRY_LEN: u64 = 16;
 /// Vector control: the vector is masked.
 const ENTRY_MASKED: u32 = 1;
 

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::GuestRegionMmap;
 
-use super::config::CAPABILITY_PCIE;
+use super::config::{CAPABILITY_MSI, CAPABILITY_PCIE};
 use super::{Bars, ConfigSpace, Identity, PciFunction};
 use crate::seam::{Interrupt, Interrupts, MsiMessage};
 
@@ -32,8 +32,6 @@ const MULTIFUNCTION: u8 = 1 << 7;
 /// Memory windows begin and end at multiples of this, in bytes.
 const WINDOW_GRANULE: u64 = 1 << 20;
 
-/// The capability of message-signalled interrupts (PCI 3.0 §6.8.1): 64-bit addresses, one message.
-const CAPABILITY_MSI: u8 = 0x05;
 const MSI_LEN: u16 = 14;
 const MSI_ENABLE: u16 = 1;
 

@@ -2,11 +2,14 @@
 
 use super::msi::Msi;
 use super::{Physical, Region, Signals};
-use crate::pci::{Bar, BarKind, Bars, ConfigSpace, Identity};
+use crate::pci::{
+    Bar, BarKind, Bars, CAPABILITY_MSI, CAPABILITY_MSIX, CONTROL_ENABLE, CONTROL_FUNCTION_MASK, ConfigSpace, ENTRY_LEN,
+    Identity,
+};
 
 /// Bytes of conventional configuration space: what lies beyond is not shown.
 const LEN: u16 = 256;
-const COMMAND: u16 = 0x04;
+pub(super) const COMMAND: u16 = 0x04;
 /// Command: the function answers to accesses of I/O ports, which it never does here; of memory, which the monitor sees to; and
 /// INTx is off, as it always is.
 const COMMAND_IO: u8 = 1;
@@ -22,13 +25,11 @@ const INTERRUPT_LINE: u16 = 0x3c;
 const INTERRUPT_PIN: u16 = 0x3d;
 
 const CAPABILITY_POWER: u8 = 0x01;
-const CAPABILITY_MSI: u8 = 0x05;
-const CAPABILITY_MSIX: u8 = 0x11;
 /// The power management capability's control and status register, and its power state (PCI PM 1.2 §3.2.4).
 const POWER_CONTROL: u16 = 4;
 const POWER_STATE: u8 = 3;
-/// Message control of MSI-X: enable and function mask, in its upper byte.
-const MSIX_WRITABLE: u8 = 0xc0;
+/// Bits of message control of MSI-X that a guest may write.
+const MSIX_WRITABLE: u16 = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
 /// Vectors less one, in message control.
 const MSIX_SIZE: u16 = 0x7ff;
 
@@ -49,11 +50,25 @@ impl Place {
 pub(super) struct Msix {
     at: u16,
     control: u16,
-    pub(super) table: Place,
-    pub(super) pending: Place,
+    table: Place,
+    pending: Place,
+}
+
+/// What MSI-X has in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Structure {
+    Table,
+    Pending,
 }
 
 impl Msix {
+    /// Its structures: where each lies, and its length in bytes.
+    pub(super) fn structures(&self) -> [(Structure, Place, u64); 2] {
+        let count = u64::from(self.vectors());
+        let pending = count.div_ceil(64) * 8;
+        [(Structure::Table, self.table, count * ENTRY_LEN), (Structure::Pending, self.pending, pending)]
+    }
+
     pub(super) fn vectors(&self) -> u16 {
         (self.control & MSIX_SIZE) + 1
     }
@@ -63,7 +78,7 @@ impl Msix {
     }
 
     pub(super) fn is_on(&self) -> bool {
-        self.control & 1 << 15 != 0
+        self.control & CONTROL_ENABLE != 0
     }
 }
 
@@ -221,8 +236,7 @@ impl Config {
             *state = new & POWER_STATE;
         }
         if let Some(msix) = self.msix.as_mut().filter(|msix| msix.at + 3 == at) {
-            let [low, high] = msix.control.to_le_bytes();
-            msix.control = u16::from_le_bytes([low, high & !MSIX_WRITABLE | new & MSIX_WRITABLE]);
+            msix.control = msix.control & !MSIX_WRITABLE | u16::from_le_bytes([0, new]) & MSIX_WRITABLE;
         }
         if let (Some(msi), Some(at)) = (&mut self.msi, at.checked_sub(self.msi_at)) {
             msi.write(at.into(), new);

@@ -4,18 +4,15 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::config::{Config, Place};
+use super::config::{COMMAND, Config, Msix, Structure};
 use super::msi::Msi;
 use super::{Mapping, Physical, Region, Signals};
 use crate::pci::{Bars, MsixVectors, PciFunction};
 use crate::seam::{DeviceMemory, Interrupts};
 
 const PAGE: u64 = 4096;
-/// The command register, and its bit that lets the function write to memory.
-const COMMAND: u16 = 4;
+/// Command: the function may write to memory.
 const BUS_MASTER: u8 = 1 << 2;
-/// Bytes of a vector in the MSI-X table.
-const VECTOR: u64 = 16;
 
 /// What such a function needs of the machine.
 #[derive(Clone)]
@@ -142,35 +139,19 @@ impl VfioFunction {
     fn structure(&self, index: usize, offset: u64) -> Option<(Structure, u64)> {
         let inner = self.lock();
         let msix = inner.config.msix.as_ref()?;
-        let within = |place: Place, len: u64| {
+        msix.structures().into_iter().find_map(|(structure, place, len)| {
             let at = offset.checked_sub(place.offset)?;
-            (usize::from(place.bar) == index && at < len).then_some(at)
-        };
-        let count = u64::from(msix.vectors());
-        let table = within(msix.table, count * VECTOR).map(|at| (Structure::Table, at));
-        table.or_else(|| within(msix.pending, count.div_ceil(64) * 8).map(|at| (Structure::Pending, at)))
+            (usize::from(place.bar) == index && at < len).then_some((structure, at))
+        })
     }
-}
-
-#[derive(Clone, Copy)]
-enum Structure {
-    Table,
-    Pending,
 }
 
 /// Parts of a register's memory that the guest may have mapped: of whole pages, and of none in which MSI-X has a structure.
 fn mappable(physical: &dyn Physical, config: &Config, bar: u8, size: u64) -> Vec<Range<u64>> {
     let pages = |range: Range<u64>| range.start.next_multiple_of(PAGE)..range.end.min(size) / PAGE * PAGE;
     let mut parts: Vec<Range<u64>> = physical.mappable(bar).into_iter().map(pages).collect();
-    let Some(msix) = &config.msix else {
-        parts.retain(|part| !part.is_empty());
-        return parts;
-    };
-    let count = u64::from(msix.vectors());
-    for (place, len) in [(msix.table, count * VECTOR), (msix.pending, count.div_ceil(64) * 8)] {
-        if place.bar != bar {
-            continue;
-        }
+    let structures = config.msix.iter().flat_map(Msix::structures);
+    for (_, place, len) in structures.filter(|(_, place, _)| place.bar == bar) {
         let end = place.offset.saturating_add(len);
         let taken = place.offset / PAGE * PAGE..end.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
         let rest = |part: Range<u64>| [part.start..part.end.min(taken.start), part.start.max(taken.end)..part.end];
