@@ -1,8 +1,11 @@
 //! The command line of the QEMU that emulates a lab host.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 use crate::host::HostSpec;
 
@@ -34,6 +37,7 @@ pub fn arguments(spec: &HostSpec, initramfs: &Path, agent: &Path, disks: &[(Path
     all.add("-M", "q35,kernel-irqchip=split");
     all.add("-m", spec.memory_mib);
     all.add("-smp", spec.cpus);
+    all.add("-name", "lab,debug-threads=on");
     all.0.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(Into::into));
     all.add("-display", "none");
     all.add("-serial", "stdio");
@@ -60,6 +64,37 @@ pub fn arguments(spec: &HostSpec, initramfs: &Path, agent: &Path, disks: &[(Path
     }
     all.0.extend(spec.options.iter().cloned());
     Ok(all.0)
+}
+
+/// Keeps each emulated processor of the QEMU that `guard` runs on one of the processors that this process may use.
+///
+/// Where their threads move about on a busy machine, a #VMEXIT now and then leaves a flag behind that the emulated processor
+/// should have cleared (seen with QEMU 10.0 and 11.1, whose `hflags2` was watched): its own pages are looked up in the guest's
+/// nested tables, or it takes an interrupt with its GIF clear. The guest is lost then, or the host's kernel ("TASK stack guard page
+/// was hit").
+///
+/// # Errors
+/// Where QEMU's threads cannot be found or kept.
+pub fn keep_processors_apart(guard: u32) -> Result<()> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    let allowed: Vec<usize> = (0..CpuSet::count()).filter(|index| allowed.is_set(*index).unwrap_or(false)).collect();
+    let children =
+        fs::read_to_string(format!("/proc/{guard}/task/{guard}/children")).context("the guard's children")?;
+    let qemu = children.split_whitespace().next().context("the guard has no child")?;
+    for thread in fs::read_dir(format!("/proc/{qemu}/task"))? {
+        let thread = thread?;
+        // Others may end meanwhile; those of processors are named by debug-threads.
+        let name = fs::read_to_string(thread.path().join("comm")).unwrap_or_default();
+        let number = name.strip_prefix("CPU ").and_then(|rest| rest.split('/').next()?.parse::<usize>().ok());
+        let (Some(number), Some(thread)) = (number, thread.file_name().to_str().and_then(|name| name.parse().ok()))
+        else {
+            continue;
+        };
+        let mut own = CpuSet::new();
+        own.set(allowed[number % allowed.len()])?;
+        sched_setaffinity(Pid::from_raw(thread), &own).with_context(|| format!("QEMU's thread {}", name.trim_end()))?;
+    }
+    Ok(())
 }
 
 struct Arguments(Vec<String>);

@@ -213,8 +213,8 @@ fn an_emulated_host_that_crashes_is_reported_at_once() {
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }
 
-/// Guests of the shared host run one after the other: where two take turns on its one processor, the emulator may lose the
-/// host kernel's own memory in between (QEMU 10.0: "TASK stack guard page was hit", behind a #VMEXIT).
+/// Guests of the shared host run one after the other: with two at once, busy machines lost the host's kernel or a guest in 4 of
+/// 10 runs before its processors were kept apart (see `qemu::keep_processors_apart`), and in none of 18 since.
 static ONE_GUEST: Mutex<()> = Mutex::new(());
 
 /// The images, on a monitor that is known to work: banner, agent at a console of its name, power button.
@@ -290,7 +290,8 @@ fn a_guest_of_halyard_answers() {
 fn a_halyard_that_does_not_start_says_why() {
     let vm = Host::shared().unwrap().halyard(&VmSpec::kernel("/no/such/kernel")).unwrap();
     assert_eq!(vm.exit_status().unwrap(), Status::Exited(2));
-    assert!(vm.process().last_words().contains("/no/such/kernel"), "{}", vm.process().last_words());
+    // What it wrote may arrive after its end has.
+    vm.process().wait_error_line("/no/such/kernel").unwrap();
     let error = vm.wait_line("HALYARD-GUEST up").unwrap_err().to_string();
     assert!(error.contains("exit code 2") && error.contains("/no/such/kernel"), "{error}");
 }
