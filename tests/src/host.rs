@@ -377,7 +377,9 @@ impl Host {
         let told = console.clone();
         let witness: Witness = Arc::new(move || told.tail());
         let client = Client::open("lab host", stream, START, witness)?;
-        qemu::keep_processors_apart(child.id())?;
+        if spec.cpus > 1 {
+            qemu::keep_processors_apart(child.id())?;
+        }
         let next = AtomicU32::new(0);
         Ok(Self { client, kind: Kind::Emulated, console, machine: Mutex::new(child), next, files })
     }
