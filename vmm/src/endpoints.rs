@@ -11,7 +11,7 @@ use devices::bus::BusDevice;
 use devices::endpoint::terminal::RawTerminal;
 use devices::endpoint::{
     ConnectionObserver, ConsoleIo, Endpoint, EndpointError, EndpointHandle, EndpointKind, EndpointOptions,
-    InputListener,
+    InputListener, Subscription,
 };
 use devices::legacy::{Serial, SerialPeer};
 use devices::seam::Interrupt;
@@ -126,12 +126,12 @@ impl Endpoints {
     pub fn serial(&self, line: Arc<dyn Interrupt>) -> Result<Arc<SerialPort>, Failure> {
         let endpoint = self.by_id.get(SERIAL).map(Endpoint::handle);
         let endpoint = endpoint.ok_or_else(|| Failure::Host("the serial port has no endpoint".into()))?;
-        let port = Arc::new(SerialPort(Serial::new(line, Box::new(Peer(endpoint.clone())))));
-        let listener: Arc<dyn InputListener> = port.clone();
-        endpoint.listen(Arc::downgrade(&listener));
+        let registers = Arc::new(Registers(Serial::new(line, Box::new(Peer(endpoint.clone())))));
+        let listener: Arc<dyn InputListener> = registers.clone();
+        let port = SerialPort { _subscription: endpoint.listen(Arc::downgrade(&listener)), registers };
         // What was typed before there was a port to take it.
-        port.0.fill();
-        Ok(port)
+        port.registers.0.fill();
+        Ok(Arc::new(port))
     }
 
     /// Has the trace told of the guest's first words on each of them.
@@ -186,9 +186,17 @@ impl ConnectionObserver for Observer {
 
 /// The serial port on its endpoint.
 #[derive(Debug)]
-pub struct SerialPort(Serial);
+pub struct SerialPort {
+    /// Over before the registers go.
+    _subscription: Subscription,
+    registers: Arc<Registers>,
+}
 
-impl InputListener for SerialPort {
+/// The part of the port that is told of input.
+#[derive(Debug)]
+struct Registers(Serial);
+
+impl InputListener for Registers {
     fn input_waits(&self) {
         self.0.fill();
     }
@@ -196,11 +204,11 @@ impl InputListener for SerialPort {
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        self.0.read(offset, data);
+        self.registers.0.read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        self.0.write(offset, data);
+        self.registers.0.write(offset, data);
     }
 }
 

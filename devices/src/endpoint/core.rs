@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -194,8 +195,11 @@ impl Core {
     }
 
     fn tell_listener(&self) {
-        let listener = lock(&self.listener).as_ref().and_then(Weak::upgrade);
-        listener.iter().for_each(|listener| listener.input_waits());
+        // The lock is held until it has been told: see `Subscription`.
+        let current = lock(&self.listener);
+        if let Some(listener) = current.as_ref().and_then(Weak::upgrade) {
+            listener.input_waits();
+        }
     }
 
     /// See [`super::EndpointHandle::write`].
@@ -256,7 +260,8 @@ impl Core {
             let left = end.saturating_duration_since(Instant::now());
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             let mut polled = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
-            if left.is_zero() || poll(&mut polled, timeout).is_err() {
+            // A signal is no reason to give up what is still to be read.
+            if left.is_zero() || !matches!(poll(&mut polled, timeout), Ok(_) | Err(Errno::EINTR)) {
                 return false;
             }
         }

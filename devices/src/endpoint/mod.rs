@@ -314,8 +314,24 @@ impl Drop for Reservation {
 
 /// A device that is told of input by a call instead of an event.
 pub trait InputListener: Send + Sync + fmt::Debug {
-    /// Input waits. Called on the thread of [`ConsoleIo`], with no lock held.
+    /// Input waits. Called on whatever thread brought it, and not after the [`Subscription`] is over: it must not begin or
+    /// end one.
     fn input_waits(&self);
+}
+
+/// A listener's time with an endpoint. Dropping it ends that: a call that is going on is waited for, and none begins
+/// after it. Whoever owns the listener drops this first, so that no caller is ever the last who holds it: to take a
+/// device apart needs system calls that the threads of consoles do not have.
+#[derive(Debug)]
+pub struct Subscription {
+    core: Arc<Core>,
+    listener: Weak<dyn InputListener>,
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        poller::lock(&self.core.listener).take_if(|now| Weak::ptr_eq(now, &self.listener));
+    }
 }
 
 /// A device's way to an [`Endpoint`].
@@ -362,8 +378,10 @@ impl EndpointHandle {
     }
 
     /// Has `listener` told of input from now on, instead of one before. Input that came earlier is not told of.
-    pub fn listen(&self, listener: Weak<dyn InputListener>) {
-        *poller::lock(&self.core.listener) = Some(listener);
+    #[must_use]
+    pub fn listen(&self, listener: Weak<dyn InputListener>) -> Subscription {
+        *poller::lock(&self.core.listener) = Some(listener.clone());
+        Subscription { core: self.core.clone(), listener }
     }
 
     /// Whether a reader is connected. The standard streams and a file always are.

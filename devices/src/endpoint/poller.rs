@@ -186,7 +186,8 @@ impl Poller {
             let timeout = if self.ticking.load(Ordering::Acquire) { TICK.as_millis() } else { u128::MAX };
             let count = match self.epoll.wait(i32::try_from(timeout).unwrap_or(-1), &mut events) {
                 Ok(count) => count,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                // Its time runs on, however often a signal comes.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
                 Err(e) => {
                     tracing::error!("console-io: {e}");
                     return;

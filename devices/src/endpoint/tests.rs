@@ -9,7 +9,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
-use std::thread;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::{self, ThreadId};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::pty::openpty;
@@ -174,6 +175,44 @@ fn a_port_without_history_shows_none() {
     wait_connected(&handle, true);
     handle.write(b"this");
     assert_eq!(read_exact(&mut client, 4), b"this");
+}
+
+/// A listener that tells when it is told of input, and on which thread it is taken apart.
+#[derive(Debug)]
+struct Witness(Sender<Option<ThreadId>>);
+
+impl InputListener for Witness {
+    fn input_waits(&self) {
+        self.0.send(None).unwrap();
+        // Time for its owner to give it up meanwhile.
+        (0..1000).for_each(|_| thread::yield_now());
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        self.0.send(Some(thread::current().id())).unwrap();
+    }
+}
+
+#[test]
+fn a_listener_is_taken_apart_by_its_owner_though_it_is_being_told_of_input() {
+    let bench = Bench::new();
+    let endpoint = bench.socket(0);
+    let handle = endpoint.handle();
+    let mut client = bench.client();
+    wait_connected(&handle, true);
+    for _ in 0..20 {
+        let (sender, told) = channel();
+        let listener: Arc<dyn InputListener> = Arc::new(Witness(sender));
+        let subscription = handle.listen(Arc::downgrade(&listener));
+        client.write_all(b"x").unwrap();
+        assert_eq!(told.recv_timeout(TIMEOUT), Ok(None));
+        drop(subscription);
+        drop(listener);
+        assert_eq!(told.into_iter().last(), Some(Some(thread::current().id())));
+        assert_eq!(read_input(&handle, 1), b"x");
+    }
 }
 
 #[test]
