@@ -162,8 +162,8 @@ fn work(serial: &mut UnixStream) -> Work {
     let mut said = Vec::new();
     while !(said.ends_with(b"\n") && String::from_utf8_lossy(&said).contains("longest")) {
         let mut byte = [0];
-        let read = serial.read(&mut byte).unwrap_or(0);
-        assert!(read == 1, "the guest does not work any more: {:?}", String::from_utf8_lossy(&said));
+        let read = serial.read_exact(&mut byte);
+        assert!(read.is_ok(), "the guest does not work any more: {read:?} after {:?}", String::from_utf8_lossy(&said));
         said.push(byte[0]);
     }
     let said = String::from_utf8_lossy(&said).into_owned();

@@ -9,7 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::pty::{OpenptyResult, Winsize, openpty};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 
 /// A started program, and the other end of its terminal. Dropping it kills it.
 pub struct Pty {
@@ -54,6 +57,17 @@ impl Pty {
     /// Where the terminal is gone.
     pub fn send(&mut self, bytes: &[u8]) {
         self.master.write_all(bytes).expect("a terminal");
+    }
+
+    /// Stops the program, as a shell's `kill -STOP` does, and lets it go on.
+    ///
+    /// # Panics
+    /// Where it is gone.
+    pub fn interrupt(&self) {
+        let pid = Pid::from_raw(self.child.id().try_into().expect("a process id"));
+        kill(pid, Signal::SIGSTOP).expect("a child");
+        waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it stops");
+        kill(pid, Signal::SIGCONT).expect("a child");
     }
 
     /// Waits until `text` is shown, beyond what earlier calls waited for.

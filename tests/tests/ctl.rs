@@ -336,8 +336,9 @@ fn top_shows_what_a_vm_does() {
 
     let mut pty = Pty::start(at(&served.path("api"), &["top"]), PATIENCE);
     pty.wait_for("\x1b[?1049h");
-    // Twice: it is drawn again and again. The guest waits for a byte in a loop, so it exits.
+    // Again and again, and also where it was stopped in between. The guest waits for a byte in a loop, so it exits.
     for _ in 0..2 {
+        pty.interrupt();
         pty.wait_for("EXITS/s");
         pty.wait_for("root");
     }

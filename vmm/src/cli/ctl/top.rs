@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use api::VmInfo;
 use devices::endpoint::terminal::RawTerminal;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -70,9 +71,12 @@ fn wait(ended: &SignalFd, time: Instant) -> io::Result<bool> {
         }
         let left = time.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        if poll(&mut waits, timeout)? == 0 {
-            return Ok(false);
-        }
+        match poll(&mut waits, timeout) {
+            Ok(0) => return Ok(false),
+            // It was stopped and goes on: its handler has made the terminal its own again.
+            Err(Errno::EINTR) => continue,
+            polled => polled?,
+        };
         let ready = |index: usize| waits.get(index).and_then(PollFd::any).unwrap_or(false);
         if ready(0) {
             return Ok(true);
