@@ -40,6 +40,8 @@ const TINY_GROWTH: f64 = 48.0;
 const PLUGS: usize = 500;
 const PLUGS_AT_ONCE: usize = 10;
 const PLUGS_SETTLED: usize = 20;
+/// The most events that a monitor keeps.
+const EVENTS_KEPT: u64 = 2048;
 /// How many interrupt routes the hypervisor has given to a machine.
 const ROUTES: &str = "halyard_interrupt_routes";
 /// How long each kind of abuse of the API lasts, connections that come at once with it, and how often clients are killed.
@@ -457,6 +459,19 @@ fn soak_a_tiny_guest_resets_by_the_hundred() -> Result<()> {
     Ok(())
 }
 
+/// Fills the log of events: what grows after that is left behind by something else.
+fn fill_events(service: &mut Service) -> Result<()> {
+    while service.client.vm()?.sequence < EVENTS_KEPT {
+        service.client.pause()?;
+        service.client.resume()?;
+        service.wait_for("the guest to go on", |event| match event {
+            api::EventKind::Phase { phase: api::PhaseName::Running, .. } => Some(()),
+            _ => None,
+        })?;
+    }
+    Ok(())
+}
+
 /// One round: disks are added, written and compared, and removed.
 fn plug_round(host: &Host, service: &mut Service, guest: &halyard_tests::Client, images: &[String]) -> Result<()> {
     let ids: Vec<String> = (0..images.len()).map(|number| format!("plug{number}")).collect();
@@ -508,6 +523,7 @@ fn soak_disks_come_and_go_under_load() -> Result<()> {
         plug_round(host, &mut service, &guest, &images).with_context(|| format!("after {done} disks"))?;
         done += PLUGS_AT_ONCE;
         if settled.is_none() && done >= PLUGS_SETTLED {
+            fill_events(&mut service)?;
             settled = Some((service.census(host)?, service.metric(ROUTES)?));
         }
     }
