@@ -79,7 +79,7 @@ pub struct HostSpec {
 impl Default for HostSpec {
     fn default() -> Self {
         Self {
-            cpus: 2,
+            cpus: 1,
             memory_mib: 8192,
             nodes: 1,
             disks: Vec::new(),
@@ -94,7 +94,7 @@ impl Default for HostSpec {
 }
 
 impl HostSpec {
-    /// Two processors, 8 GiB of memory, no disks.
+    /// One processor, 8 GiB of memory, no disks. Of hosts of several, guests were lost (see `qemu::keep_processors_apart`).
     pub fn new() -> Self {
         Self::default()
     }

@@ -71,7 +71,8 @@ pub fn arguments(spec: &HostSpec, initramfs: &Path, agent: &Path, disks: &[(Path
 /// Where their threads move about on a busy machine, a #VMEXIT now and then leaves a flag behind that the emulated processor
 /// should have cleared (seen with QEMU 10.0 and 11.1, whose `hflags2` was watched): its own pages are looked up in the guest's
 /// nested tables, or it takes an interrupt with its GIF clear. The guest is lost then, or the host's kernel ("TASK stack guard page
-/// was hit"). Hosts of one processor are left alone: several run at once, and none of them was lost.
+/// was hit"). Kept apart they still lost a guest's second processor in one run (2026-11-28), so that hosts have one unless a story
+/// needs more. Those are left alone: several run at once, and none of them was lost.
 ///
 /// # Errors
 /// Where QEMU's threads cannot be found or kept.

@@ -42,7 +42,7 @@ fn what_the_description_says_of_the_api_is_so() {
         return;
     }
     let examples = std::env::var("CONTRACT_EXAMPLES").unwrap_or_else(|_| EXAMPLES.into());
-    let served = Served::start("serve", ["--log-level", "warn"]);
+    let served = Served::start("serve", ["--log-level", "warn"]).patient(PATIENCE);
     let config = config(&served);
     let (served, figures) = contract::try_all(served, &config, &examples);
     for line in figures {

@@ -213,8 +213,8 @@ fn an_emulated_host_that_crashes_is_reported_at_once() {
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }
 
-/// Guests of the shared host run one after the other: with two at once, busy machines lost the host's kernel or a guest in 4 of
-/// 10 runs before its processors were kept apart (see `qemu::keep_processors_apart`), and in none of 18 since.
+/// Guests of the shared host run one after the other: with two at once on a host of two processors, busy machines lost the
+/// host's kernel or a guest in 4 of 10 runs (see `qemu::keep_processors_apart`).
 static ONE_GUEST: Mutex<()> = Mutex::new(());
 
 /// The images, on a monitor that is known to work: banner, agent at a console of its name, power button.
