@@ -21,7 +21,7 @@ const STEPS: u64 = 512;
 const PAGES: u64 = 1 << 18;
 
 fn host(words: &str) -> Result<Host> {
-    Host::start(&HostSpec::new().kernel(Kernel::Protected).kernel_words(words))
+    Host::start(&HostSpec::new().cpus(2).kernel(Kernel::Protected).kernel_words(words))
 }
 
 /// The guest of `tests/guests/private.S` in one of its modes.

@@ -75,7 +75,7 @@ impl Monitor for Qmp {
 /// # Errors
 /// Where the host does not start, or a guest does not get its disk.
 pub fn measure() -> Result<Finding> {
-    let host = &Host::start(&HostSpec::new().memory_mib(4096))?;
+    let host = &Host::start(&HostSpec::new().cpus(2).memory_mib(4096))?;
     let (folder, kernel) = (host.folder()?, Kernel::Debian6_12Cloud);
     let (bzimage, initramfs) = (kernel.bzimage()?.display().to_string(), images::guest(kernel)?.display().to_string());
     let words = "console=ttyS0 quiet panic=-1 halyard.shell";
