@@ -12,7 +12,7 @@ Runs COMMAND (one word: a line for sh) as root in a host of the lab: this machin
 virtualization, else one in QEMU's software emulation that sees this machine's root file system, read-only under an
 overlay in memory. Exits with the command's exit code.
 
-  -c N       processors (2)
+  -c N       processors (1)
   -m MIB     memory (8192)
   -n N       NUMA nodes (1)
   -d MIB[@N] an NVMe disk, at NUMA node N (0); repeatable
